@@ -1,0 +1,1 @@
+"""Direct Preference Optimization on Ray: exact, fast, fault-tolerant, plain to read."""

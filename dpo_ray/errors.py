@@ -1,0 +1,45 @@
+"""Typed errors. Each carries one message, written for the person who must act on it, and survives pickling between actors."""
+
+
+class DpoRayError(Exception):
+    """Base of all errors raised on purpose."""
+
+
+class UserError(DpoRayError):
+    """The user's mistake: the command line prints the message without a traceback and exits with code 2."""
+
+
+class ConfigError(UserError):
+    """A configuration that cannot work. The message names the key, its value and the way to mend it."""
+
+
+class DataError(UserError):
+    """Preference data that cannot be used. The message names the file and, where there is one, the row."""
+
+
+class StorageError(UserError):
+    """A URI that cannot be read or written."""
+
+
+class RowError(DpoRayError):
+    """One row cannot become a pair; the message is the reason written to the rejects."""
+
+
+class ReferenceMismatchError(DpoRayError):
+    """Stored reference scores do not belong to the pairs they were asked for."""
+
+
+class ReferenceFillError(DpoRayError):
+    """The reference filler stopped before all chunks were scored."""
+
+
+class CheckpointError(DpoRayError):
+    """A checkpoint is incomplete or damaged."""
+
+
+class FirstStepError(UserError):
+    """At the first step the policy does not score the answers as the reference did."""
+
+
+class NonFiniteLossError(UserError):
+    """The loss is not finite; the message names the pairs of the global batch."""

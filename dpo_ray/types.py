@@ -1,0 +1,165 @@
+"""The things that walk through the pipeline.
+
+Shape legend: T tokens of a microbatch, A answers, P pairs, B pairs of a global batch, V vocabulary.
+Answers of a pair are ordered best first: index 0 is chosen, index 1 rejected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+
+
+class Message(NamedTuple):
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class PreferencePair:
+    """A prompt and its answers, best first, before any template or tokenizer.
+
+    `layout` says how the row was written, and so how it reads without a chat template: `text` is a plain
+    prompt and plain answers, `dialogue` an hh-rlhf transcript, `messages` a list of turns (which has no
+    reading without a template).
+    """
+
+    prompt: tuple[Message, ...]
+    answers: tuple[tuple[Message, ...], ...]
+    layout: Literal["text", "dialogue", "messages"]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedPair:
+    """A prompt and its answers as token ids.
+
+    Attributes:
+        pair_id: 16 bytes, a digest of the token content: equal ids mean equal training data.
+        prompt: Shape (prompt tokens,), int32.
+        answers: Each of shape (answer tokens,), int32, never empty, best first.
+    """
+
+    pair_id: bytes
+    prompt: np.ndarray
+    answers: tuple[np.ndarray, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the prompt, counted once, and of all answers."""
+        return len(self.prompt) + sum(len(answer) for answer in self.answers)
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredPair:
+    """A tokenized pair with the reference's summed log-probability of each answer.
+
+    Attributes:
+        pair: The tokens.
+        ref_logps: Shape (answers,), float32, nats; None where the objective needs no reference.
+    """
+
+    pair: TokenizedPair
+    ref_logps: np.ndarray | None
+
+
+@dataclass(frozen=True, slots=True)
+class Microbatch:
+    """Pairs laid out one after the other, each as prompt, answer 0, answer 1, ...; the prompt once per pair.
+
+    Attributes:
+        tokens: Shape (T,), int64.
+        lengths: Per pair: prompt tokens, then tokens of each answer. Empty for a microbatch without pairs.
+        pair_index: Shape (A,), int64: the pair of this microbatch that an answer belongs to.
+        answer_index: Shape (A,), int64: 0 for chosen, 1 for rejected.
+        num_tokens: Shape (A,), int64: completion tokens of an answer.
+        ref_logps: Shape (A,), float32, nats; None where the objective needs no reference.
+    """
+
+    tokens: torch.Tensor
+    lengths: list[list[int]]
+    pair_index: torch.Tensor
+    answer_index: torch.Tensor
+    num_tokens: torch.Tensor
+    ref_logps: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class GlobalBatch:
+    """One rank's part of one global batch.
+
+    Attributes:
+        step: The optimizer step, counted from 1, that this batch feeds.
+        epoch: Counted from 0.
+        num_pairs: Pairs of the whole global batch, over all ranks: the loss's denominator.
+        pair_ids: Ids of the whole global batch in plan order.
+        microbatches: This rank's part; every rank has the same number.
+        microbatch_pair_ids: Per microbatch, the ids of its pairs.
+    """
+
+    step: int
+    epoch: int
+    num_pairs: int
+    pair_ids: list[bytes]
+    microbatches: list[Microbatch]
+    microbatch_pair_ids: list[list[bytes]]
+
+
+@dataclass(slots=True)
+class TrainState:
+    """What a run is, apart from tensors: all of it is in the checkpoint's manifest.
+
+    Attributes:
+        step: Global batches done: the one integer that says where training stands.
+        num_tokens: Unique tokens trained on so far.
+    """
+
+    step: int = 0
+    num_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One start of a worker group: all ranks and the stream use exactly this.
+
+    Attributes:
+        attempt: Counted from 0 over the life of a run.
+        position: Global batches done before this attempt.
+        checkpoint: Name of the checkpoint to load, or None for a fresh start.
+        world_size: Policy workers.
+        reason: Why the group was started.
+    """
+
+    attempt: int
+    position: int
+    checkpoint: str | None
+    world_size: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerContext:
+    """What the train loop knows of its surroundings: no Ray in here.
+
+    Attributes:
+        rank: 0 .. world_size - 1.
+        world_size: Policy workers.
+        device: Where this rank computes.
+        attempt: The checkpoint and position to start from.
+        batches: This rank's part of each global batch from the attempt's position on.
+        eval_batches: Makes an iterator over this rank's part of the held-out split.
+        publish: Called on rank 0 with each line of metrics.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    attempt: Attempt
+    batches: Iterator[GlobalBatch]
+    eval_batches: Callable[[], Iterator[GlobalBatch]]
+    publish: Callable[[dict[str, Any]], None]
