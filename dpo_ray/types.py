@@ -154,6 +154,8 @@ class WorkerContext:
         batches: This rank's part of each global batch from the attempt's position on.
         eval_batches: Makes an iterator over this rank's part of the held-out split.
         publish: Called on rank 0 with each line of metrics.
+        total_steps: Where training ends.
+        steps_per_epoch: Global batches of one epoch.
     """
 
     rank: int
@@ -163,3 +165,5 @@ class WorkerContext:
     batches: Iterator[GlobalBatch]
     eval_batches: Callable[[], Iterator[GlobalBatch]]
     publish: Callable[[dict[str, Any]], None]
+    total_steps: int
+    steps_per_epoch: int

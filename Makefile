@@ -1,0 +1,47 @@
+# Pip takes further options from its environment variables, such as PIP_INDEX_URL.
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install -c constraints.txt
+PYTHON := $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && command -v $$p && break; done)
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-all lint format clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+venv: .venv/dev.stamp ## virtual environment in .venv, with the package and its development tools
+
+demo: .venv/core.stamp ## prepare, supervised training, DPO, export, report: on this machine, in minutes
+	$(BIN)/dpo-ray demo
+
+test: lint ## lint and all tests but those marked slow, shared or bench
+	$(BIN)/python -m pytest -m "not slow and not shared and not bench"
+
+test-all: lint ## lint and all tests; those whose model or data is missing skip and say so
+	$(BIN)/python -m pytest
+
+lint: .venv/dev.stamp ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/dev.stamp ## what ruff can mend by itself
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove .venv, build outputs and caches
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/core.stamp: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "dpo_ray needs Python 3.11 or later: none found on PATH" >&2; exit 2; }
+	@test -x $(BIN)/python || "$(PYTHON)" -m venv .venv || \
+		{ rm -rf .venv; echo "$(PYTHON) cannot make virtual environments: install its venv module" >&2; exit 2; }
+	$(PIP) torch
+	$(PIP) -e .
+	@touch $@
+
+.venv/dev.stamp: .venv/core.stamp
+	$(PIP) -e '.[dev]'
+	@touch $@

@@ -1,0 +1,384 @@
+"""The configuration: one YAML file, read into frozen pydantic models that refuse unknown keys.
+
+Every field's description is the comment that `dpo-ray config --template` prints.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+from dpo_ray.errors import ConfigError
+from dpo_ray.objective.losses import LOSSES
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+class Section(BaseModel):
+    """Base of all sections."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class ModelConfig(Section):
+    """The policy, and its start."""
+
+    path: str = Field(description="transformers directory of the policy's start: a local path or s3://bucket/prefix")
+    tokenizer: str | None = Field(None, description="directory of the tokenizer; the model's own when null")
+    weights_dtype: Dtype = Field(
+        "float32", description="dtype of the trained weights; bfloat16 needs optimizer.name: adamw_kahan"
+    )
+    compute_dtype: Dtype = Field("bfloat16", description="dtype of forward and backward")
+    attention: Literal["sdpa", "eager"] = Field("sdpa", description="attention implementation of transformers")
+    gradient_checkpointing: bool = Field(False, description="recompute activations in backward: less memory, more time")
+
+
+class DataConfig(Section):
+    """Preference pairs."""
+
+    train: list[str] = Field(
+        min_length=1, description="files, folders or globs, local or s3://: .jsonl, .jsonl.gz, .parquet"
+    )
+    eval: list[str] = Field([], description="held-out pairs, in the same forms")
+    eval_fraction: float = Field(
+        0.0, ge=0.0, lt=1.0, description="share of the training pairs held out, chosen by content id, instead of eval"
+    )
+    chat_template: Literal["tokenizer", "none"] = Field(
+        "tokenizer", description="render conversations with the tokenizer's template, or take text as it is"
+    )
+    max_length: PositiveInt = Field(
+        1024, description="tokens of prompt + answer; a longer answer is cut at its end, a prompt that long is rejected"
+    )
+    chunk_pairs: PositiveInt = Field(
+        1024, description="about how many pairs a chunk holds: the unit of reading and of reference scoring"
+    )
+    max_reject_fraction: float = Field(
+        0.01, ge=0.0, le=1.0, description="stop when more than this share of the rows cannot become a pair"
+    )
+
+    @model_validator(mode="after")
+    def _one_held_out_source(self) -> DataConfig:
+        if self.eval and self.eval_fraction:
+            raise ValueError("data.eval and data.eval_fraction are both set: keep one of them")
+        return self
+
+
+class ReferenceConfig(Section):
+    """The reference model, an inference-only service beside the trainer."""
+
+    path: str | None = Field(None, description="transformers directory of the reference; model.path when null")
+    dtype: Dtype | None = Field(None, description="dtype of the scoring; model.compute_dtype when null")
+    replicas: PositiveInt = Field(1, description="reference actors while chunks remain to be scored")
+    cpus_per_replica: PositiveFloat = Field(1.0, description="CPUs of one reference actor")
+    gpus_per_replica: float = Field(0.0, ge=0.0, description="GPUs of one reference actor")
+    resources_per_replica: dict[str, float] = Field({}, description="custom Ray resources, e.g. {reference: 1}")
+    tokens_per_microbatch: PositiveInt = Field(
+        8192, description="tokens that a reference actor scores in one forward pass"
+    )
+
+
+class ObjectiveConfig(Section):
+    """The loss."""
+
+    loss: str = Field("sigmoid", description="one of: " + ", ".join(LOSSES))
+    beta: PositiveFloat = Field(0.1, description="strength of the pull towards the reference")
+    label_smoothing: float = Field(0.0, ge=0.0, description="assumed share of flipped labels")
+
+    @model_validator(mode="after")
+    def _known_loss(self) -> ObjectiveConfig:
+        if self.loss not in LOSSES:
+            near = difflib.get_close_matches(self.loss, LOSSES, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"objective.loss is {self.loss!r}, known are {', '.join(LOSSES)}{hint}")
+        LOSSES[self.loss].check(beta=self.beta, label_smoothing=self.label_smoothing)
+        return self
+
+
+class OptimizerConfig(Section):
+    """The update."""
+
+    name: Literal["adamw", "rmsprop", "adamw_kahan"] = Field(
+        "adamw", description="adamw, rmsprop (the DPO paper's), or adamw_kahan (keeps small updates in bfloat16 weights)"
+    )
+    learning_rate: PositiveFloat = Field(1e-6, description="peak learning rate")
+    schedule: Literal["constant", "constant_with_warmup", "linear", "cosine"] = Field(
+        "linear", description="schedule of transformers after the warm-up"
+    )
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
+    weight_decay: float = Field(0.0, ge=0.0, description="decoupled weight decay (L2 for rmsprop)")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's averaging constants")
+    eps: PositiveFloat = Field(1e-8, description="AdamW's and RMSprop's epsilon")
+    max_grad_norm: PositiveFloat | None = Field(1.0, description="clip the gradient's global norm; null: do not")
+
+    @model_validator(mode="after")
+    def _warmup_needs_a_schedule(self) -> OptimizerConfig:
+        if self.warmup_steps and self.schedule == "constant":
+            raise ValueError(
+                "optimizer.warmup_steps does nothing with schedule: constant; use schedule: constant_with_warmup"
+            )
+        return self
+
+
+class TrainConfig(Section):
+    """The loop."""
+
+    global_batch_pairs: PositiveInt = Field(64, description="pairs per optimizer step, whatever the number of workers")
+    tokens_per_microbatch: PositiveInt = Field(
+        4096, description="tokens (prompt once) of one forward and backward pass on one worker"
+    )
+    epochs: PositiveInt = Field(1, description="passes over the pairs")
+    max_steps: PositiveInt | None = Field(None, description="stop after this many optimizer steps")
+    eval_every_steps: PositiveInt | None = Field(None, description="evaluate on the held-out pairs this often, and at the end")
+    checkpoint_every_steps: PositiveInt = Field(50, description="checkpoint this often, and at the end")
+    keep_checkpoints: PositiveInt = Field(2, description="newest checkpoints kept")
+    ledger: Literal["digest", "full"] = Field("digest", description="per step a digest of the pair ids, or all of them")
+
+
+class ScalingConfig(Section):
+    """The policy's workers."""
+
+    workers: PositiveInt = Field(1, description="policy workers: the weights are sharded over them")
+    cpus_per_worker: PositiveFloat = Field(1.0, description="CPUs of one worker; also its compute threads without a GPU")
+    gpus_per_worker: Literal[0, 1] = Field(0, description="GPUs of one worker")
+    max_failures: int = Field(3, ge=-1, description="restarts of the worker group before the run gives up; -1: no limit")
+
+
+class ChecksConfig(Section):
+    """Checks that stop a run that would be wrong."""
+
+    first_step: bool = Field(
+        True, description="refuse to go on when the policy does not start as the reference's scores say"
+    )
+
+
+class Config(Section):
+    """A whole run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run, and of its folder")
+    storage_path: str = Field(description="where runs and stores live: a path that all nodes share, or s3://bucket/prefix")
+    seed: int = Field(0, ge=0, description="decides the order of the pairs")
+    model: ModelConfig
+    data: DataConfig
+    reference: ReferenceConfig = ReferenceConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    scaling: ScalingConfig = ScalingConfig()
+    checks: ChecksConfig = ChecksConfig()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Config:
+        if self.train.global_batch_pairs < self.scaling.workers:
+            raise ValueError(
+                f"train.global_batch_pairs is {self.train.global_batch_pairs}, fewer than scaling.workers "
+                f"({self.scaling.workers}): some workers would have no pair; raise the batch or lower the workers"
+            )
+        if self.model.weights_dtype == "bfloat16" and self.optimizer.name != "adamw_kahan":
+            raise ValueError(
+                f"model.weights_dtype: bfloat16 with optimizer.name: {self.optimizer.name} would lose the training: at "
+                "DPO's learning rates nearly every update is smaller than half a bfloat16 step and rounds to nothing; "
+                "use optimizer.name: adamw_kahan, or model.weights_dtype: float32 (compute stays in model.compute_dtype)"
+            )
+        if self.model.weights_dtype == "bfloat16" and self.model.compute_dtype == "float32":
+            raise ValueError("model.weights_dtype: bfloat16 needs model.compute_dtype: bfloat16")
+        if self.train.eval_every_steps and not (self.data.eval or self.data.eval_fraction):
+            raise ValueError("train.eval_every_steps is set, but nothing is held out: set data.eval or data.eval_fraction")
+        return self
+
+    @property
+    def reference_path(self) -> str:
+        """Where the reference's weights are."""
+        return self.reference.path or self.model.path
+
+    @property
+    def reference_dtype(self) -> Dtype:
+        """The dtype that the reference scores in."""
+        return self.reference.dtype or self.model.compute_dtype
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the objective uses reference scores at all."""
+        return LOSSES[self.objective.loss].needs_reference
+
+    @property
+    def run_uri(self) -> str:
+        """The run directory."""
+        return f"{self.storage_path.rstrip('/')}/{self.name}"
+
+    @property
+    def store_uri(self) -> str:
+        """Where the stores live, beside the runs."""
+        return f"{self.storage_path.rstrip('/')}/store"
+
+
+# What may differ when a run goes on: nothing here changes which pairs a step sees or what is computed from them.
+MAY_CHANGE = (
+    "storage_path",
+    "scaling",
+    "checks",
+    "reference.replicas",
+    "reference.cpus_per_replica",
+    "reference.gpus_per_replica",
+    "reference.resources_per_replica",
+    "reference.tokens_per_microbatch",
+    "data.max_reject_fraction",
+    "model.gradient_checkpointing",
+    "train.tokens_per_microbatch",
+    "train.eval_every_steps",
+    "train.checkpoint_every_steps",
+    "train.keep_checkpoints",
+    "train.ledger",
+    "train.max_steps",
+    "train.epochs",
+)
+
+
+def load_config(path: str, overrides: list[str] | None = None) -> Config:
+    """Reads a YAML file and applies `section.key=value` overrides.
+
+    Args:
+        path: A local YAML file.
+        overrides: Each `section.key=value`, the value in YAML.
+
+    Raises:
+        ConfigError: The file cannot be read, is not YAML, or does not describe a run.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            raw = yaml.safe_load(file)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot read the configuration: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: a configuration is a mapping of sections; `dpo-ray config --template` prints one")
+    for override in overrides or []:
+        _apply_override(raw, override)
+    return parse_config(raw, source=path)
+
+
+def parse_config(raw: Mapping[str, Any], source: str = "configuration") -> Config:
+    """Validates a mapping.
+
+    Raises:
+        ConfigError: One message with all that is wrong, each with its key, value and the way to mend it.
+    """
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        lines = [_explain(dict(problem)) for problem in error.errors(include_url=False)]
+        raise ConfigError(f"{source}: " + "\n".join(lines)) from None
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"--set {override!r}: write section.key=value")
+    *sections, last = key.split(".")
+    node = raw
+    for section in sections:
+        node = node.setdefault(section, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"--set {override!r}: {section} is not a section")
+    try:
+        node[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override!r}: the value is not valid YAML: {error}") from None
+    # YAML 1.1 reads 1e-6 as a string; people write learning rates so.
+    if isinstance(node[last], str):
+        try:
+            node[last] = float(node[last])
+        except ValueError:
+            return
+
+
+def _explain(problem: dict[str, Any]) -> str:
+    location = [str(part) for part in problem["loc"]]
+    key = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        known = list(_section_at(location[:-1]).model_fields)
+        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean {'.'.join([*location[:-1], near[0]])}?" if near else f"known here: {', '.join(known)}"
+        return f"unknown key {key}: {hint}"
+    if problem["type"] == "missing":
+        return f"{key} is required"
+    if problem["type"] == "value_error":
+        return str(problem["ctx"]["error"])
+    return f"{key} is {problem['input']!r}: {problem['msg']}"
+
+
+def _section_at(location: list[str]) -> type[Section]:
+    section: type[Section] = Config
+    for part in location:
+        section = section.model_fields[part].annotation  # type: ignore[assignment]
+    return section
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def fingerprint(value: Any) -> str:
+    """A digest of anything JSON can hold: 24 hex digits of SHA-256 over its canonical form."""
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:24]
+
+
+def changed_keys(old: Mapping[str, Any], new: Config) -> list[str]:
+    """Keys that differ between a run's stored configuration and a new one, and may not while it goes on.
+
+    Args:
+        old: The stored configuration, as plain data.
+        new: The configuration given now.
+
+    Returns:
+        Lines such as `optimizer.learning_rate: 1e-06 -> 1e-05`.
+    """
+    before, after = dict(_leaves(dict(old))), dict(_leaves(new.model_dump(mode="json")))
+    different = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    frozen = [key for key in different if not any(key == may or key.startswith(may + ".") for may in MAY_CHANGE)]
+    return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in frozen]
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def template() -> str:
+    """A commented configuration to start from: required keys to fill in, every other key with its default."""
+    lines = ["# A dpo-ray run: fill in what stands between < and >, then: dpo-ray train THIS_FILE"]
+    for name, field in Config.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            lines += ["", f"# {(field.annotation.__doc__ or '').strip()}", f"{name}:"]
+            for key, inner in field.annotation.model_fields.items():
+                lines += [f"  # {inner.description}", f"  {key}: {_default(key, inner)}"]
+        else:
+            lines += [f"# {field.description}", f"{name}: {_default(name, field)}"]
+    return "\n".join(lines) + "\n"
+
+
+_EXAMPLES = {
+    "name": "<my-run>",
+    "storage_path": "<s3://bucket/dpo>",
+    "path": "<path/of/the/model>",
+    "train": '["<pairs/*.jsonl.gz>"]',
+}
+
+
+def _default(key: str, field: FieldInfo) -> str:
+    if field.is_required():
+        return _EXAMPLES[key]
+    value = field.default
+    return json.dumps(list(value) if isinstance(value, tuple) else value)

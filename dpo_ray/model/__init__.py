@@ -1,0 +1,1 @@
+"""Loading, sharding, running and exporting models: no data, no Ray."""

@@ -1,0 +1,1 @@
+"""From logits to a loss: log-probabilities, losses and implicit rewards. Torch only, plain arguments."""

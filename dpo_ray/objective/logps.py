@@ -1,0 +1,104 @@
+"""Log-probabilities of completions.
+
+The only label shift is here: logits at position t predict the token at position t + 1, so `completion_positions` gives
+the positions to take logits from, and everything after it sees logits and targets side by side.
+
+Shapes: N completion tokens, A answers, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+_BLOCK_ELEMENTS = 2**24
+
+
+def completion_positions(prompt_length: int, answer_length: int) -> range:
+    """Positions of the sequence prompt + answer whose logits predict the answer's tokens.
+
+    Args:
+        prompt_length: Tokens before the answer, at least 1.
+        answer_length: Tokens of the answer.
+
+    Returns:
+        `answer_length` positions; the target of position t is token t + 1.
+
+    Raises:
+        ValueError: Nothing stands before the answer, so that nothing predicts its first token.
+    """
+    if prompt_length < 1:
+        raise ValueError(f"an answer needs at least 1 token before it to be predicted from, got {prompt_length}")
+    return range(prompt_length - 1, prompt_length + answer_length - 1)
+
+
+def token_logps(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Log-probability of each target token.
+
+    Besides the logits, only N numbers are kept for the backward pass: the full-precision copy that a softmax over
+    bfloat16 logits needs exists for a block of rows at a time, forward and backward.
+
+    Args:
+        logits: Shape (N, V), any floating dtype: the scores at the positions that predict the targets.
+        targets: Shape (N,), int64.
+
+    Returns:
+        Shape (N,), nats; float64 for float64 logits, else float32.
+    """
+    return _TokenLogps.apply(logits, targets)  # type: ignore[no-any-return,no-untyped-call,unused-ignore]
+
+
+def sum_by_answer(token_logps: torch.Tensor, answer: torch.Tensor, num_answers: int) -> torch.Tensor:
+    """Summed completion log-probability of each answer.
+
+    Accumulates in float64 and in a fixed order, so that an answer's sum does not depend on what stands around it and
+    is the same at every run.
+
+    Args:
+        token_logps: Shape (N,), float32 or float64, nats.
+        answer: Shape (N,), int64: the answer each token belongs to, 0 .. num_answers - 1.
+        num_answers: A.
+
+    Returns:
+        Shape (A,), the dtype of `token_logps`, nats; 0 for an answer without tokens.
+    """
+    sums = torch.zeros(num_answers, dtype=torch.float64, device=token_logps.device)
+    values = token_logps.double()
+    if values.is_cuda:
+        # index_add is atomic there; index_put sorts by index first.
+        return sums.index_put((answer,), values, accumulate=True).to(token_logps.dtype)
+    return sums.index_add(0, answer, values).to(token_logps.dtype)
+
+
+class _TokenLogps(torch.autograd.Function):
+    """log p(target) = logit(target) - logsumexp(logits), a block of rows at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        log_normalizers = torch.empty(len(logits), dtype=dtype, device=logits.device)
+        for rows in _row_blocks(logits):
+            log_normalizers[rows] = torch.logsumexp(logits[rows].to(dtype), dim=-1)
+        ctx.save_for_backward(logits, targets, log_normalizers)
+        return logits.gather(-1, targets[:, None])[:, 0].to(dtype) - log_normalizers
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator,unused-ignore]
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, None]:
+        logits, targets, log_normalizers = ctx.saved_tensors
+        grad_logits = torch.empty_like(logits)
+        for rows in _row_blocks(logits):
+            probs = (logits[rows].to(log_normalizers.dtype) - log_normalizers[rows, None]).exp_()
+            block = probs.mul_(-grad_output[rows, None])
+            block[torch.arange(len(block), device=block.device), targets[rows]] += grad_output[rows]
+            grad_logits[rows] = block
+        return grad_logits, None
+
+
+def _row_blocks(logits: torch.Tensor) -> Iterator[slice]:
+    height = max(1, _BLOCK_ELEMENTS // logits.shape[1])
+    for start in range(0, len(logits), height):
+        yield slice(start, start + height)

@@ -1,0 +1,260 @@
+"""The main job: pair store, reference filler and Ray Train's worker group, put together."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import ray.train
+import yaml
+from ray.train import FailureConfig, RunConfig
+from ray.train.torch import TorchTrainer
+from ray.util.queue import Empty, Queue
+
+from dpo_ray import errors, storage
+from dpo_ray.config import Config, changed_keys
+from dpo_ray.errors import ConfigError, UserError
+from dpo_ray.orchestration.prepare import prepare
+from dpo_ray.orchestration.reference_filler import (
+    ReferenceFiller,
+    chunks_in_order_of_need,
+    open_reference_store,
+)
+from dpo_ray.orchestration.stream import LOAD_CPUS, LOADS_IN_FLIGHT, StreamConfig, make_plan
+from dpo_ray.orchestration.worker import stop_uri, user_error, work
+from dpo_ray.pairs.plan import Plan
+from dpo_ray.pairs.store import PairStore
+from dpo_ray.train import checkpoint
+
+Publish = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A finished run.
+
+    Attributes:
+        run_uri: Its folder.
+        export_uri: The trained model, a transformers directory.
+        steps: Optimizer steps done.
+        metrics: The last line of a training step.
+        eval_metrics: The last evaluation, empty without one.
+    """
+
+    run_uri: str
+    export_uri: str
+    steps: int
+    metrics: dict[str, float]
+    eval_metrics: dict[str, float]
+
+
+class Watcher:
+    """What the driver tells while it works; the command line shows it, and nothing depends on it."""
+
+    def phase(self, text: str) -> None:
+        """A phase of the run begins."""
+
+    def planned(self, plan: Plan, position: int) -> None:
+        """Training is about to begin at a position."""
+
+    def line(self, line: dict[str, Any]) -> None:
+        """A line of metrics arrived."""
+
+
+def start_ray(config: Config) -> None:
+    """Connects to the cluster named by RAY_ADDRESS, or starts Ray on this machine."""
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    logging_options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(**logging_options)
+        return
+    wanted = _cpus_wanted(config)
+    # Logical CPUs: on a small machine the actors share the cores instead of waiting for one another for ever.
+    ray.init(
+        address="local",
+        num_cpus=max(os.cpu_count() or 1, int(wanted + 0.999)),
+        include_dashboard=False,
+        **logging_options,
+    )
+
+
+def _cpus_wanted(config: Config) -> float:
+    scaling, reference = config.scaling, config.reference
+    references = reference.replicas * reference.cpus_per_replica if config.needs_reference else 0
+    return scaling.workers * scaling.cpus_per_worker + references + LOAD_CPUS * LOADS_IN_FLIGHT + 1
+
+
+def train(config: Config, watcher: Watcher | None = None) -> Result:
+    """Trains from preference pairs to an exported model; given again, it goes on where the run stands.
+
+    Args:
+        config: The run.
+        watcher: Told what happens; None for silence.
+
+    Raises:
+        UserError: A mistake in configuration, data or storage, with one clear message.
+    """
+    watcher = watcher or Watcher()
+    _refuse_changed_config(config)
+    if finished := finished_run(config):
+        return finished
+    start_ray(config)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    storage.remove(stop_uri(config))
+    watcher.phase("preparing pairs")
+    try:
+        pairs = prepare(config)
+        plan = make_plan(config, pairs)
+        _write_config(config, plan, pairs)
+        found = checkpoint.newest(config.run_uri)
+        position = found[1].step if found else 0
+        filler = _filler(config, plan, pairs, position)
+        watcher.planned(plan, position)
+        if filler is not None:
+            filler.start()
+        _fit(config, watcher.line)
+    except Exception as error:
+        if mistake := user_error(error):
+            raise mistake from None
+        raise
+    _raise_if_stopped(config)
+    if filler is not None:
+        filler.join()
+    result = finished_run(config)
+    assert result is not None, "the worker group ended, but the run has not"
+    return result
+
+
+def finished_run(config: Config) -> Result | None:
+    """The result of a run that has nothing left to do, or None."""
+    found = checkpoint.newest(config.run_uri)
+    described = storage.join(config.run_uri, "config.yaml")
+    export_uri = storage.join(config.run_uri, "export")
+    if found is None or not storage.exists(described):
+        return None
+    stored = yaml.safe_load(storage.read_bytes(described))
+    total = min(stored["about"]["steps_per_epoch"] * config.train.epochs, config.train.max_steps or 2**62)
+    exported = storage.join(export_uri, "exported.json")
+    if found[1].step < total or not storage.exists(exported) or storage.read_json(exported)["step"] != found[1].step:
+        return None
+    lines = storage.read_json_lines(storage.join(config.run_uri, "metrics.jsonl"))
+    steps = [line for line in lines if "loss" in line] or [{}]
+    evaluations = [line for line in lines if "eval_loss" in line] or [{}]
+    return Result(config.run_uri, export_uri, found[1].step, steps[-1], evaluations[-1])
+
+
+def _filler(config: Config, plan: Plan, pairs: PairStore, position: int) -> ReferenceFiller | None:
+    if not config.needs_reference:
+        return None
+    chunks = chunks_in_order_of_need(config, plan, pairs, position)
+    return ReferenceFiller(config, pairs, chunks, open_reference_store(config))
+
+
+def _fit(config: Config, publish: Publish) -> None:
+    """Runs the worker group to its end, handing lines of metrics to `publish` meanwhile."""
+    scaling = config.scaling
+    board = Queue(actor_options={"num_cpus": 0})
+    done = threading.Event()
+    listener = threading.Thread(target=_listen, args=(board, done, publish), daemon=True)
+    listener.start()
+    # Ray Train wants a place of its own, but is given nothing to put there: our manifests are the only truth.
+    scratch = tempfile.mkdtemp(prefix="dpo_ray-train-")
+    trainer = TorchTrainer(
+        work,
+        train_loop_config={"config": config, "board": Board(board)},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=scaling.workers,
+            use_gpu=bool(scaling.gpus_per_worker),
+            resources_per_worker={"CPU": scaling.cpus_per_worker, "GPU": scaling.gpus_per_worker},
+        ),
+        # Replaced by `StreamConfig.configure`, which alone knows the position and the world size.
+        datasets={"train": ray.data.range(1)},
+        dataset_config=StreamConfig(config),
+        run_config=RunConfig(
+            name=config.name, storage_path=scratch, failure_config=FailureConfig(max_failures=scaling.max_failures)
+        ),
+    )
+    try:
+        trainer.fit()
+    finally:
+        done.set()
+        listener.join(timeout=5)
+        board.shutdown(force=True)
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+class Board:
+    """The sending end of the driver's queue of metric lines."""
+
+    def __init__(self, queue: Queue) -> None:
+        """Args: queue: The queue."""
+        self._queue = queue
+
+    def __call__(self, line: dict[str, Any]) -> None:
+        """Sends a line without waiting; it is lost when the driver is gone, and the run does not mind."""
+        self._queue.actor.put_nowait.remote(line)
+
+
+def _listen(board: Queue, done: threading.Event, publish: Publish) -> None:
+    while True:
+        try:
+            publish(board.get(timeout=0.5))
+        except Empty:
+            if done.is_set():
+                return
+        except ray.exceptions.RayError:
+            return
+
+
+def _write_config(config: Config, plan: Plan, pairs: PairStore) -> None:
+    versions = {name: importlib.metadata.version(name) for name in ("dpo_ray", "torch", "transformers", "ray")}
+    about = {"versions": versions, "pairs": pairs.uri, "steps_per_epoch": plan.steps_per_epoch, "counts": pairs.counts}
+    described = {"config": config.model_dump(mode="json"), "about": about}
+    text = yaml.safe_dump(described, sort_keys=False, allow_unicode=True)
+    storage.write_bytes(storage.join(config.run_uri, "config.yaml"), text.encode())
+
+
+def _refuse_changed_config(config: Config) -> None:
+    place = storage.join(config.run_uri, "config.yaml")
+    if not storage.exists(place) or checkpoint.newest(config.run_uri) is None:
+        return
+    changed = changed_keys(yaml.safe_load(storage.read_bytes(place))["config"], config)
+    if changed:
+        raise ConfigError(
+            f"{config.run_uri} is a run with another configuration; going on would not be the same training:\n  "
+            + "\n  ".join(changed)
+            + "\nChange them back, or choose another name"
+        )
+
+
+def _raise_if_stopped(config: Config) -> None:
+    if storage.exists(stop_uri(config)):
+        stopped = storage.read_json(stop_uri(config))
+        kind = getattr(errors, stopped["error"], UserError)
+        raise kind(stopped["message"])
+
+
+def fill_reference(config: Config) -> tuple[int, str]:
+    """Scores all pairs that have no scores yet, training or not.
+
+    Returns:
+        Pairs scored now, and the reference store.
+    """
+    start_ray(config)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    pairs = prepare(config)
+    filler = _filler(config, make_plan(config, pairs), pairs, 0)
+    assert filler is not None, f"objective.loss: {config.objective.loss} uses no reference"
+    filler.start()
+    filler.join()
+    return filler.scored_pairs, open_reference_store(config).uri

@@ -1,0 +1,88 @@
+"""A Ray Train worker: from Ray's context to a `WorkerContext`, then the train loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+
+from dpo_ray import errors, storage
+from dpo_ray.config import Config
+from dpo_ray.orchestration.stream import attempts_uri, eval_feed, make_feed
+from dpo_ray.pairs import pack
+from dpo_ray.pairs.store import open_store
+from dpo_ray.train.loop import train
+from dpo_ray.types import Attempt, GlobalBatch, WorkerContext
+
+
+def work(arguments: dict[str, Any]) -> None:
+    """What each Ray Train worker runs.
+
+    The user's mistakes are written down and end the run; anything else is raised, so that Ray Train starts the group
+    again.
+
+    Args:
+        arguments: `config`, and `board`, which takes lines of metrics to the driver.
+    """
+    config: Config = arguments["config"]
+    if storage.exists(stop_uri(config)):
+        return
+    try:
+        train(config, _context(config, arguments["board"]))
+    except Exception as error:
+        mistake = user_error(error)
+        if mistake is None:
+            raise
+        storage.write_json(stop_uri(config), {"error": type(mistake).__name__, "message": str(mistake)})
+
+
+def stop_uri(config: Config) -> str:
+    """Where a worker leaves the mistake that ended the run."""
+    return storage.join(config.run_uri, "stopped.json")
+
+
+def user_error(error: BaseException | None) -> errors.UserError | None:
+    """The user's mistake behind an exception, through the layers that Ray wraps around it."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, errors.UserError):
+            return error
+        error = getattr(error, "cause", None) or error.__cause__ or error.__context__
+    return None
+
+
+def _context(config: Config, board: Any) -> WorkerContext:
+    ray_context = ray.train.get_context()
+    device = ray.train.torch.get_device()
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, int(config.scaling.cpus_per_worker)))
+    rank, world_size = ray_context.get_world_rank(), ray_context.get_world_size()
+    shard = ray.train.get_dataset_shard("train")  # A barrier: the attempt is on record afterwards.
+    attempt = Attempt(**storage.read_json_lines(attempts_uri(config))[-1])
+    feed = make_feed(config)
+    pairs = open_store(feed.pairs_uri)
+    assert pairs is not None
+    held = eval_feed(config, feed, pairs.eval)
+    return WorkerContext(
+        rank=rank,
+        world_size=world_size,
+        device=device,
+        attempt=attempt,
+        batches=_batches(shard, rank) if attempt.position < feed.plan.total_steps else iter(()),
+        eval_batches=lambda: held.rank_batches(0, rank, world_size),
+        publish=board,
+        total_steps=feed.plan.total_steps,
+        steps_per_epoch=feed.plan.steps_per_epoch,
+    )
+
+
+def _batches(shard: Any, rank: int) -> Iterator[GlobalBatch]:
+    for table in shard.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=2):
+        (row,) = table.to_pylist()
+        assert row["rank"] == rank, f"rank {rank} was given rank {row['rank']}'s part of step {row['step']}"
+        yield pack.global_batch(row)

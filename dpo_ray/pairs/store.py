@@ -1,0 +1,193 @@
+"""The pair store: chunks of tokenized pairs in Parquet, and a manifest written last.
+
+A chunk's bytes depend on the pairs alone: they are sorted by content id, so neither the order of the input files nor
+the parallelism of `prepare` shows in the store.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dpo_ray import storage
+from dpo_ray.errors import DataError
+from dpo_ray.types import TokenizedPair
+
+FORMAT_VERSION = 1
+TOKENS = pa.list_(pa.int32())
+PAIR_SCHEMA = pa.schema([("pair_id", pa.binary(16)), ("prompt", TOKENS), ("answers", pa.list_(TOKENS))])
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One chunk, as the manifest has it.
+
+    Attributes:
+        name: File name in the store.
+        key: Digest of the token content of its pairs: names its reference scores.
+        sha256: Digest of the file.
+        num_pairs: Pairs in it.
+        num_tokens: Tokens in it, prompts counted once per pair.
+    """
+
+    name: str
+    key: str
+    sha256: str
+    num_pairs: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class PairStore:
+    """A finished pair store.
+
+    Attributes:
+        uri: Its folder.
+        train: Chunks to train on, in store order.
+        eval: Held-out chunks.
+        counts: What became of the rows: rows, pairs, eval_pairs, duplicates, identical, rejects, truncated.
+    """
+
+    uri: str
+    train: tuple[Chunk, ...]
+    eval: tuple[Chunk, ...]
+    counts: dict[str, int]
+
+
+def chunk_name(split: str, index: int) -> str:
+    """File name of a chunk."""
+    return f"{split}-{index:06d}.parquet"
+
+
+def num_chunks(num_pairs: int, chunk_pairs: int) -> int:
+    """How many chunks `num_pairs` go to.
+
+    Small data get smaller chunks, down to 64 pairs, so that the first step does not wait for all of them to be scored
+    and several reference actors have work.
+    """
+    target = min(chunk_pairs, max(64, num_pairs // 16))
+    return max(1, -(-num_pairs // target))
+
+
+def chunk_of(pair_id: bytes, chunks: int) -> int:
+    """The chunk that a pair belongs to: its id is uniform, so this shuffles and balances."""
+    return (int.from_bytes(pair_id[:8], "big") * chunks) >> 64
+
+
+def held_out(pair_id: bytes, fraction: float) -> bool:
+    """Whether a pair belongs to the held-out split, by its content alone."""
+    return int.from_bytes(pair_id[8:], "big") < fraction * 2**64
+
+
+def write_chunk(uri: str, name: str, table: pa.Table) -> Chunk:
+    """Writes a chunk.
+
+    Args:
+        uri: The store.
+        name: From `chunk_name`.
+        table: `PAIR_SCHEMA`, ids unique, in any order.
+    """
+    table = table.sort_by("pair_id")
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+    data = sink.getvalue()
+    storage.write_bytes(storage.join(uri, name), data)
+    ids = table["pair_id"].to_pylist()
+    num_tokens = sum(pair.num_tokens for pair in pairs_of(table))
+    return Chunk(name, chunk_key(ids), hashlib.sha256(data).hexdigest(), len(ids), num_tokens)
+
+
+def chunk_key(pair_ids: Iterable[bytes]) -> str:
+    """Digest of a chunk's token content: ids are digests of tokens already."""
+    return hashlib.sha256(b"".join(sorted(pair_ids))).hexdigest()[:32]
+
+
+def read_chunk(uri: str, chunk: Chunk) -> list[TokenizedPair]:
+    """The pairs of a chunk, in store order.
+
+    Raises:
+        DataError: The file is missing or is not the one that the manifest describes.
+    """
+    place = storage.join(uri, chunk.name)
+    try:
+        data = storage.read_bytes(place)
+    except FileNotFoundError:
+        data = b""
+    if hashlib.sha256(data).hexdigest() != chunk.sha256:
+        raise DataError(
+            f"{place}: the chunk is missing or damaged (its SHA-256 is not the manifest's); remove "
+            f"{storage.join(uri, 'manifest.json')} and run `dpo-ray prepare` to make the store anew"
+        )
+    return pairs_of(pq.read_table(io.BytesIO(data)))
+
+
+def pairs_of(table: pa.Table) -> list[TokenizedPair]:
+    """Decodes a table of `PAIR_SCHEMA`; the arrays are views into it."""
+    table = table.combine_chunks()
+    prompts = _split(table["prompt"])
+    answers = table["answers"].combine_chunks()
+    each_answer = _split_array(answers.flatten())
+    bounds = np.concatenate([[0], np.cumsum(answers.value_lengths().to_numpy())])
+    return [
+        TokenizedPair(pair_id, prompt, tuple(each_answer[bounds[row] : bounds[row + 1]]))
+        for row, (pair_id, prompt) in enumerate(zip(table["pair_id"].to_pylist(), prompts, strict=True))
+    ]
+
+
+def table_of(pairs: Iterable[TokenizedPair]) -> pa.Table:
+    """Encodes pairs as a table of `PAIR_SCHEMA`."""
+    rows = list(pairs)
+    return pa.table(
+        {
+            "pair_id": [pair.pair_id for pair in rows],
+            "prompt": [pair.prompt for pair in rows],
+            "answers": [list(pair.answers) for pair in rows],
+        },
+        schema=PAIR_SCHEMA,
+    )
+
+
+def write_manifest(store: PairStore, about: dict[str, Any]) -> None:
+    """Commits a store: without its manifest it does not exist."""
+    storage.write_json(
+        storage.join(store.uri, "manifest.json"),
+        {
+            "format": FORMAT_VERSION,
+            "about": about,
+            "counts": store.counts,
+            "train": [asdict(chunk) for chunk in store.train],
+            "eval": [asdict(chunk) for chunk in store.eval],
+        },
+    )
+
+
+def open_store(uri: str) -> PairStore | None:
+    """The store at a place, or None where there is no finished one.
+
+    Raises:
+        DataError: It was written by another version.
+    """
+    place = storage.join(uri, "manifest.json")
+    if not storage.exists(place):
+        return None
+    manifest = storage.read_json(place)
+    if manifest["format"] != FORMAT_VERSION:
+        raise DataError(f"{place}: format {manifest['format']}, this version reads {FORMAT_VERSION}; run prepare again")
+    train, held = ([Chunk(**chunk) for chunk in manifest[split]] for split in ("train", "eval"))
+    return PairStore(uri, tuple(train), tuple(held), manifest["counts"])
+
+
+def _split(column: pa.ChunkedArray) -> list[np.ndarray]:
+    return _split_array(column.combine_chunks())
+
+
+def _split_array(lists: pa.ListArray) -> list[np.ndarray]:
+    values = lists.flatten().to_numpy()
+    return np.split(values, np.cumsum(lists.value_lengths().to_numpy())[:-1]) if len(lists) else []

@@ -1,0 +1,60 @@
+"""From a window of the plan to packed global batches: what a Ray Data task does, and evaluation and benchmarks do at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from dpo_ray.pairs import pack
+from dpo_ray.pairs.plan import Plan, Window, pair_order
+from dpo_ray.pairs.store import Chunk, read_chunk
+from dpo_ray.reference.store import ReferenceStore
+from dpo_ray.types import GlobalBatch, ScoredPair
+
+
+@dataclass(frozen=True, slots=True)
+class Feed:
+    """Where batches come from.
+
+    Attributes:
+        plan: Which pairs form which batch.
+        pairs_uri: The pair store.
+        reference: The reference store; None where the objective needs no reference.
+        check: Called while waiting for scores; raises when they will never come.
+        tokens_per_microbatch: Budget of one forward and backward pass.
+    """
+
+    plan: Plan
+    pairs_uri: str
+    reference: ReferenceStore | None
+    check: Callable[[], None]
+    tokens_per_microbatch: int
+
+    def rows(self, window: Window, world_size: int) -> Iterator[list[dict[str, Any]]]:
+        """Per global batch of a window, one row per rank (see `pack.RANK_BATCH_SCHEMA`).
+
+        A batch is ready as soon as the chunks that it needs are scored, not when the window's are.
+        """
+        waiting: list[ScoredPair] = []
+        size, step = self.plan.global_batch_pairs, window.first_step
+        for segment in window.segments:
+            waiting += self._load(segment.chunk, window.epoch)[segment.start : segment.stop]
+            while len(waiting) >= size:
+                yield pack.rank_batches(waiting[:size], step, window.epoch, world_size, self.tokens_per_microbatch)
+                waiting, step = waiting[size:], step + 1
+        if waiting:
+            yield pack.rank_batches(waiting, step, window.epoch, world_size, self.tokens_per_microbatch)
+
+    def rank_batches(self, position: int, rank: int, world_size: int) -> Iterator[GlobalBatch]:
+        """One rank's part of every global batch from a position on, without Ray."""
+        for window in self.plan.windows(position):
+            for rows in self.rows(window, world_size):
+                yield pack.global_batch(rows[rank])
+
+    def _load(self, chunk: Chunk, epoch: int) -> list[ScoredPair]:
+        """A chunk's pairs in the epoch's order, joined with their scores."""
+        pairs = read_chunk(self.pairs_uri, chunk)
+        ids = [pair.pair_id for pair in pairs]
+        scores = [None] * len(pairs) if self.reference is None else self.reference.wait(chunk, ids, self.check)
+        return [ScoredPair(pairs[index], scores[index]) for index in pair_order(self.plan.seed, epoch, ids)]

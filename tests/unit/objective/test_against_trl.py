@@ -1,0 +1,174 @@
+"""Loss, gradient and metrics against TRL's own `DPOTrainer` on the same pairs. Needs the extra `bench`.
+
+Both sides have the same tiny float32 Llama as policy and another one as reference. TRL tokenizes, pads and computes as
+it does in training; ours runs each answer alone and unpadded through an untouched copy of the model. What stands
+between the two is rounding: at most 5e-7 of the largest entry of the gradient, 2e-7 of the loss. Longer answers make
+more of it, since the loss takes differences of summed log-probabilities.
+
+Where the two differ on purpose:
+- TRL ignores `label_smoothing` for sigmoid; ours is cDPO then, which `test_losses.py` holds to its closed form.
+- TRL's sft is the mean over the chosen tokens of a microbatch, ours the mean over pairs of each pair's mean, so that it
+  does not depend on how pairs fall into microbatches. The two are one for a batch of one pair.
+"""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from dpo_ray.objective.logps import completion_positions, sum_by_answer, token_logps
+from dpo_ray.objective.losses import LOSSES, AnswerStats
+from dpo_ray.objective.rewards import finish_metrics, metric_sums
+
+trl = pytest.importorskip("trl", reason="needs the extra `bench`")
+datasets = pytest.importorskip("datasets", reason="needs the extra `bench`")
+tokenizers = pytest.importorskip("tokenizers")
+
+pytestmark = pytest.mark.bench
+
+VOCABULARY = 64
+# Prompt and answer tokens of each pair; TRL adds the end-of-sequence token to plain answers.
+LENGTHS = [(3, 3, 1), (5, 1, 4), (1, 2, 2), (8, 5, 2)]
+TOLERANCE = 1e-6
+
+
+def tiny_model(seed: int) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.1,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config).float()
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    words = {"<pad>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, VOCABULARY)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+
+
+def pairs() -> list[dict[str, str]]:
+    generator = torch.Generator().manual_seed(0)
+
+    def words(length: int) -> str:
+        return " ".join(f"w{i}" for i in torch.randint(2, VOCABULARY, (length,), generator=generator).tolist())
+
+    return [
+        {"prompt": words(prompt) + " ", "chosen": words(chosen), "rejected": words(rejected)}
+        for prompt, chosen, rejected in LENGTHS
+    ]
+
+
+@pytest.fixture
+def make_trainer(tmp_path):
+    def make(**objective):
+        args = trl.DPOConfig(
+            output_dir=str(tmp_path),
+            report_to="none",
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            max_length=None,
+            disable_tqdm=True,
+            **objective,
+        )
+        return trl.DPOTrainer(
+            model=tiny_model(seed=1),
+            ref_model=tiny_model(seed=2),
+            args=args,
+            train_dataset=datasets.Dataset.from_list(pairs()),
+            processing_class=tiny_tokenizer(),
+        )
+
+    return make
+
+
+def trl_side(trainer, rows):
+    """TRL's loss, gradient and metrics, with the model in training mode as `training_step` has it."""
+    model = trainer.model.train()
+    model.zero_grad()
+    batch = trainer._prepare_inputs(trainer.data_collator(rows))
+    loss = trainer.compute_loss(model, batch)
+    loss.backward()
+    metrics = {name: values[-1] for name, values in trainer._metrics["train"].items()}
+    return loss.item(), {name: p.grad for name, p in model.named_parameters()}, metrics
+
+
+def our_side(rows, name, beta, setting):
+    """Loss, gradient and metrics of this package over the token ids that TRL made."""
+    model, reference = tiny_model(seed=1), tiny_model(seed=2).requires_grad_(False)
+    answers = [(row["prompt_ids"], row[key]) for row in rows for key in ("chosen_ids", "rejected_ids")]
+    stats = AnswerStats(
+        policy_logps=torch.cat([answer_logp(model, *answer) for answer in answers]),
+        ref_logps=torch.cat([answer_logp(reference, *answer) for answer in answers]),
+        num_tokens=torch.tensor([len(answer) for _, answer in answers]),
+        pair_index=torch.arange(len(rows)).repeat_interleave(2),
+        answer_index=torch.tensor([0, 1]).repeat(len(rows)),
+    )
+    losses = LOSSES[name].fn(stats, **setting)
+    (losses.sum() / len(rows)).backward()
+    metrics = finish_metrics(metric_sums(stats, losses, beta))
+    return metrics["loss"], {name: p.grad for name, p in model.named_parameters()}, metrics
+
+
+def answer_logp(model, prompt, answer):
+    sequence = torch.tensor(prompt + answer)
+    positions = torch.tensor(completion_positions(len(prompt), len(answer)))
+    logits = model(input_ids=sequence[None]).logits[0]
+    values = token_logps(logits[positions], sequence[positions + 1])
+    return sum_by_answer(values, torch.zeros(len(answer), dtype=torch.int64), 1)
+
+
+def assert_same(theirs, ours):
+    """Loss and metrics within 1e-6 relative; gradients within 1e-6 of the largest entry of the whole gradient."""
+    (their_loss, their_gradient, their_metrics), (our_loss, our_gradient, our_metrics) = theirs, ours
+    assert our_loss == pytest.approx(their_loss, rel=TOLERANCE)
+    scale = max(gradient.abs().max().item() for gradient in their_gradient.values())
+    assert scale > 1e-3
+    assert our_gradient.keys() == their_gradient.keys()
+    for name, gradient in their_gradient.items():
+        difference = (our_gradient[name] - gradient).abs().max().item() / scale
+        assert difference <= TOLERANCE, name
+    for name in our_metrics.keys() - {"loss"}:
+        assert our_metrics[name] == pytest.approx(their_metrics[name], rel=TOLERANCE, abs=TOLERANCE), name
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5])
+@pytest.mark.parametrize(
+    ("name", "label_smoothing"),
+    [("sigmoid", 0.0), ("ipo", 0.0), ("hinge", 0.0), ("robust", 0.0), ("robust", 0.1), ("robust", 0.3)],
+)
+def test_loss_gradient_and_metrics_equal_trl(make_trainer, name, label_smoothing, beta):
+    trainer = make_trainer(loss_type=[name], beta=beta, label_smoothing=label_smoothing)
+    rows = list(trainer.train_dataset)
+    values = {"beta": beta, "label_smoothing": label_smoothing}
+    setting = {parameter: values[parameter] for parameter in LOSSES[name].parameters}
+    assert [tuple(len(row[f"{key}_ids"]) for key in ("prompt", "chosen", "rejected")) for row in rows] == [
+        (prompt, chosen + 1, rejected + 1) for prompt, chosen, rejected in LENGTHS
+    ]
+    assert_same(trl_side(trainer, rows), our_side(rows, name, beta, setting))
+
+
+def test_sft_equals_trl_on_each_pair(make_trainer):
+    trainer = make_trainer(loss_type=["sft"])
+    for row in trainer.train_dataset:
+        assert_same(trl_side(trainer, [row]), our_side([row], "sft", 0.1, {}))
+        trainer._metrics["train"].clear()
+
+
+def test_trl_still_ignores_smoothing_for_sigmoid(make_trainer):
+    """The day this fails, compare sigmoid with smoothing too."""
+    losses = []
+    for label_smoothing in (0.0, 0.3):
+        trainer = make_trainer(loss_type=["sigmoid"], label_smoothing=label_smoothing)
+        losses.append(trl_side(trainer, list(trainer.train_dataset))[0])
+    assert losses[0] == losses[1]

@@ -1,0 +1,103 @@
+"""Token log-probabilities against log_softmax, sums over answers, and the one label shift."""
+
+import math
+
+import pytest
+import torch
+
+from dpo_ray.objective import logps
+from dpo_ray.objective.logps import completion_positions, sum_by_answer, token_logps
+
+
+def random_logits(rows: int, vocabulary: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(rows)
+    logits = 5 * torch.randn(rows, vocabulary, generator=generator, dtype=torch.float64)
+    return logits.to(dtype), torch.randint(vocabulary, (rows,), generator=generator)
+
+
+def test_token_logps_of_two_tokens():
+    """Logits log 1 and log 3: the second token has probability 3/4."""
+    logits = torch.tensor([[0.0, math.log(3)]], dtype=torch.float64)
+    assert token_logps(logits, torch.tensor([1])).item() == pytest.approx(math.log(0.75), abs=1e-12)
+
+
+@pytest.mark.parametrize("block_elements", [1, 70, logps._BLOCK_ELEMENTS])
+def test_token_logps_and_gradient_against_log_softmax(block_elements, monkeypatch):
+    monkeypatch.setattr(logps, "_BLOCK_ELEMENTS", block_elements)
+    logits, targets = random_logits(rows=11, vocabulary=23)
+    weights = torch.linspace(-2, 3, 11, dtype=torch.float64)
+    ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    values = token_logps(ours, targets)
+    expected = torch.log_softmax(theirs, dim=-1)[torch.arange(11), targets]
+    torch.testing.assert_close(values, expected, rtol=0, atol=1e-12)
+    (values @ weights).backward()
+    (expected @ weights).backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-12)
+
+
+def test_token_logps_gradcheck():
+    logits, targets = random_logits(rows=4, vocabulary=5)
+    assert torch.autograd.gradcheck(lambda scores: token_logps(scores, targets), logits.requires_grad_())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_token_logps_are_float32_for_narrow_logits(dtype):
+    """The value is that of the rounded logits in float32, and the gradient comes back in the dtype of the logits."""
+    logits, targets = random_logits(rows=7, vocabulary=300, dtype=dtype)
+    logits.requires_grad_()
+    values = token_logps(logits, targets)
+    exact = torch.log_softmax(logits.detach().double(), dim=-1)[torch.arange(7), targets]
+    assert values.dtype == torch.float32
+    torch.testing.assert_close(values.double(), exact, rtol=1e-6, atol=1e-6)
+    values.sum().backward()
+    assert logits.grad.dtype == dtype
+
+
+def test_token_logps_survive_large_logits():
+    logits = torch.tensor([[1e4, 0.0], [-1e4, 0.0]])
+    assert token_logps(logits, torch.tensor([1, 0])).tolist() == [-1e4, -1e4]
+
+
+def test_token_logps_of_no_rows():
+    logits = torch.zeros(0, 5, requires_grad=True)
+    values = token_logps(logits, torch.zeros(0, dtype=torch.int64))
+    assert values.shape == (0,)
+    values.sum().backward()
+    assert logits.grad.shape == (0, 5)
+
+
+def test_token_logps_keep_no_second_copy_of_the_logits():
+    logits, targets = random_logits(rows=8, vocabulary=50, dtype=torch.bfloat16)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        token_logps(logits.requires_grad_(), targets)
+    assert [tensor.dtype for tensor in saved if tensor.ndim == 2] == [torch.bfloat16]
+
+
+def test_sum_by_answer():
+    """Answer 1 has no token; tokens of an answer need not be neighbours."""
+    values = torch.tensor([-1.0, -2.0, -3.0, -4.0], requires_grad=True)
+    sums = sum_by_answer(values, torch.tensor([0, 2, 0, 2]), 3)
+    assert sums.tolist() == [-4.0, 0.0, -6.0]
+    assert sums.dtype == torch.float32
+    (sums @ torch.tensor([10.0, 100.0, 1000.0])).backward()
+    assert values.grad.tolist() == [10.0, 1000.0, 10.0, 1000.0]
+
+
+def test_sum_by_answer_does_not_depend_on_the_neighbours():
+    values = -torch.rand(3000, generator=torch.Generator().manual_seed(0))
+    alone = sum_by_answer(values, torch.zeros(3000, dtype=torch.int64), 1)
+    doubled = sum_by_answer(values.repeat_interleave(2), torch.arange(6000) % 2, 2)
+    assert doubled.tolist() == [alone.item(), alone.item()]
+    assert alone.item() == values.double().sum().float().item()
+
+
+def test_completion_positions_are_one_before_each_answer_token():
+    tokens = ["p0", "p1", "p2", "a0", "a1"]
+    assert [tokens[position + 1] for position in completion_positions(3, 2)] == ["a0", "a1"]
+    assert list(completion_positions(1, 1)) == [0]
+
+
+def test_completion_positions_need_a_prompt():
+    with pytest.raises(ValueError, match="at least 1 token before it"):
+        completion_positions(0, 3)
