@@ -1,8 +1,8 @@
 """Direct Preference Optimization on Ray: exact, fast, fault-tolerant, plain to read.
 
-    from dpo_ray import Config, train
+from dpo_ray import Config, train
 
-    result = train(Config(name="mine", storage_path="runs", model={"path": "model"}, data={"train": ["pairs.jsonl"]}))
+result = train(Config(name="mine", storage_path="runs", model={"path": "model"}, data={"train": ["pairs.jsonl"]}))
 """
 
 from typing import TYPE_CHECKING, Any

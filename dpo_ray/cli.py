@@ -20,7 +20,9 @@ app = typer.Typer(
 )
 console = Console(highlight=False)
 
-ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file; `dpo-ray config --template` prints one.")]
+ConfigPath = Annotated[
+    str, typer.Argument(metavar="CONFIG", help="A YAML file; `dpo-ray config --template` prints one.")
+]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Overrides a key; may be repeated.")
 ]

@@ -105,7 +105,8 @@ class OptimizerConfig(Section):
     """The update."""
 
     name: Literal["adamw", "rmsprop", "adamw_kahan"] = Field(
-        "adamw", description="adamw, rmsprop (the DPO paper's), or adamw_kahan (keeps small updates in bfloat16 weights)"
+        "adamw",
+        description="adamw, rmsprop (the DPO paper's), or adamw_kahan (keeps small updates in bfloat16 weights)",
     )
     learning_rate: PositiveFloat = Field(1e-6, description="peak learning rate")
     schedule: Literal["constant", "constant_with_warmup", "linear", "cosine"] = Field(
@@ -135,7 +136,9 @@ class TrainConfig(Section):
     )
     epochs: PositiveInt = Field(1, description="passes over the pairs")
     max_steps: PositiveInt | None = Field(None, description="stop after this many optimizer steps")
-    eval_every_steps: PositiveInt | None = Field(None, description="evaluate on the held-out pairs this often, and at the end")
+    eval_every_steps: PositiveInt | None = Field(
+        None, description="evaluate on the held-out pairs this often, and at the end"
+    )
     checkpoint_every_steps: PositiveInt = Field(50, description="checkpoint this often, and at the end")
     keep_checkpoints: PositiveInt = Field(2, description="newest checkpoints kept")
     ledger: Literal["digest", "full"] = Field("digest", description="per step a digest of the pair ids, or all of them")
@@ -145,9 +148,13 @@ class ScalingConfig(Section):
     """The policy's workers."""
 
     workers: PositiveInt = Field(1, description="policy workers: the weights are sharded over them")
-    cpus_per_worker: PositiveFloat = Field(1.0, description="CPUs of one worker; also its compute threads without a GPU")
+    cpus_per_worker: PositiveFloat = Field(
+        1.0, description="CPUs of one worker; also its compute threads without a GPU"
+    )
     gpus_per_worker: Literal[0, 1] = Field(0, description="GPUs of one worker")
-    max_failures: int = Field(3, ge=-1, description="restarts of the worker group before the run gives up; -1: no limit")
+    max_failures: int = Field(
+        3, ge=-1, description="restarts of the worker group before the run gives up; -1: no limit"
+    )
 
 
 class ChecksConfig(Section):
@@ -162,7 +169,9 @@ class Config(Section):
     """A whole run."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run, and of its folder")
-    storage_path: str = Field(description="where runs and stores live: a path that all nodes share, or s3://bucket/prefix")
+    storage_path: str = Field(
+        description="where runs and stores live: a path that all nodes share, or s3://bucket/prefix"
+    )
     seed: int = Field(0, ge=0, description="decides the order of the pairs")
     model: ModelConfig
     data: DataConfig
@@ -189,7 +198,9 @@ class Config(Section):
         if self.model.weights_dtype == "bfloat16" and self.model.compute_dtype == "float32":
             raise ValueError("model.weights_dtype: bfloat16 needs model.compute_dtype: bfloat16")
         if self.train.eval_every_steps and not (self.data.eval or self.data.eval_fraction):
-            raise ValueError("train.eval_every_steps is set, but nothing is held out: set data.eval or data.eval_fraction")
+            raise ValueError(
+                "train.eval_every_steps is set, but nothing is held out: set data.eval or data.eval_fraction"
+            )
         return self
 
     @property

@@ -1,4 +1,4 @@
-"""Everything the demo needs and nobody has to download: a tokenizer, a model's shape, and pairs whose rule code can check.
+"""What the demo needs and nobody has to download: a tokenizer, a model's shape, pairs whose rule code can check.
 
 The rule: say what was asked, in the language that was asked for, to the person named, with at most one
 exclamation mark. Both answers of a pair may break it; the one that breaks it less is chosen. So supervised
@@ -38,10 +38,11 @@ REQUESTS = (
     "In {language}: {act} {name}.",
     "Now in {language}, {act} {name}!",
 )
-NAMES = (
-    "Ada Bruno Carla Diego Emma Felix Greta Hugo Ines Jonas Kira Lena Mara Nils Olga Paula Quentin Rosa Samir Theo "
-    "Uma Vera Wanda Xenia Yara Zoe"
-).split()
+_NAMES = """
+Ada Bruno Carla Diego Emma Felix Greta Hugo Ines Jonas Kira Lena Mara Nils Olga Paula Quentin Rosa Samir Theo Uma Vera
+Wanda Xenia Yara Zoe
+"""
+NAMES = tuple(_NAMES.split())
 
 # How often a drawn answer ignores the language, and how many exclamation marks it has.
 ENGLISH_SHARE = 0.3

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import glob
 import os
 import secrets
@@ -19,7 +18,6 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import pytest
 
@@ -43,35 +41,38 @@ class S3Server:
         return f"s3://{self.bucket}/{prefix}".rstrip("/")
 
 
-def _can_bind(port: int) -> bool:
-    with socket.socket() as probe:
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True
-
-
 @contextlib.contextmanager
 def _free_ports(num: int) -> Iterator[list[int]]:
-    """Ports that are free, together with those at GRPC_OFFSET, and that no other test run takes meanwhile."""
+    """Ports that are free, together with those at GRPC_OFFSET, and that no other test run takes meanwhile.
+
+    The first port of a block is its lock: held open here, so that it goes with this process.
+    """
     blocks = list(PORT_BLOCKS)
-    start = os.getpid() % len(blocks)
-    for base in blocks[start:] + blocks[:start]:
-        lock: IO[bytes] = open(Path(tempfile.gettempdir()) / f"dpo-ray-test-ports-{os.getuid()}-{base}.lock", "wb")  # noqa: SIM115
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                continue
-            try:
-                ports = list(range(base, base + num))
-                if all(_can_bind(port) and _can_bind(port + GRPC_OFFSET) for port in ports):
-                    yield ports
-                    return
-            finally:
-                Path(lock.name).unlink()
-    raise RuntimeError(f"no {num} free ports between {PORT_BLOCKS.start} and {PORT_BLOCKS.stop}")
+    first = os.getpid() % len(blocks)
+    for base in blocks[first:] + blocks[:first]:
+        ports = list(range(base + 1, base + 1 + num))
+        with contextlib.ExitStack() as held, contextlib.suppress(OSError):
+            held.enter_context(_bound(base))
+            for port in ports:
+                with _bound(port), _bound(port + GRPC_OFFSET):
+                    pass
+            held = held.pop_all()
+            break
+    else:
+        raise RuntimeError(f"no {num} free ports between {PORT_BLOCKS.start} and {PORT_BLOCKS.stop}")
+    with held:
+        yield ports
+
+
+def _bound(port: int) -> socket.socket:
+    """A socket bound to a port of loopback. Raises OSError where the port is taken."""
+    bound = socket.socket()
+    try:
+        bound.bind(("127.0.0.1", port))
+    except OSError:
+        bound.close()
+        raise
+    return bound
 
 
 def _wait_until_ready(endpoint: str, process: subprocess.Popen[bytes], log: Path) -> None:

@@ -11,7 +11,8 @@ from transformers import GenerationConfig
 
 from dpo_ray import storage
 from dpo_ray.config import Config
-from dpo_ray.model.load import DTYPES, empty_model, load_tokenizer, localize
+from dpo_ray.model.files import load_tokenizer, localize
+from dpo_ray.model.load import DTYPES, empty_model
 from dpo_ray.model.shard import gathered_state_dict
 
 

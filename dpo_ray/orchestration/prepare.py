@@ -18,13 +18,14 @@ import ray
 from dpo_ray import storage
 from dpo_ray.config import Config, fingerprint
 from dpo_ray.errors import DataError, RowError
-from dpo_ray.model.load import check_vocabulary, load_tokenizer
+from dpo_ray.model.files import check_vocabulary, load_tokenizer
 from dpo_ray.pairs import store
 from dpo_ray.pairs.formats import parse_row
 from dpo_ray.pairs.store import PairStore
 from dpo_ray.pairs.tokenize import PairTokenizer, tokenizer_digest
 
 ROWS_PER_READ = 1000
+MAX_PARTITIONS = 256
 # Marks in the column `reason` of rows that are neither pairs nor rejects, and the groups of what is not in a chunk.
 _END, _IDENTICAL = "end of file", "identical"
 _REJECTS, _DROPPED = "rejects", "dropped"
@@ -214,11 +215,15 @@ def _count(tokenized: ray.data.Dataset) -> dict[str, int]:
     def count(batch: pa.Table) -> pa.Table:
         found = Counter(zip(batch["reason"].to_pylist(), batch["split"].to_pylist(), strict=True))
         good = {split: found.pop((None, split), 0) for split in ("train", "eval")}
-        nothing, identical = (sum(n for (reason, _), n in found.items() if reason == mark) for mark in (_END, _IDENTICAL))
+        nothing, identical = (
+            sum(n for (reason, _), n in found.items() if reason == mark) for mark in (_END, _IDENTICAL)
+        )
         rows = batch.num_rows - nothing
         rejects = rows - identical - sum(good.values())
         values = {"rows": rows, "rejects": rejects, "identical": identical}
-        return pa.table({name: [value] for name, value in {**values, **{f"good_{k}": v for k, v in good.items()}}.items()})
+        return pa.table(
+            {name: [value] for name, value in {**values, **{f"good_{k}": v for k, v in good.items()}}.items()}
+        )
 
     total: Counter[str] = Counter()
     for row in tokenized.map_batches(count, batch_format="pyarrow", batch_size=None).iter_rows():
@@ -254,7 +259,9 @@ def _write(tokenized: ray.data.Dataset, counts: dict[str, int], uri: str, chunk_
         return pa.table({"chunk": [json.dumps(asdict(store.write_chunk(uri, key, table)))]})
 
     keyed = tokenized.map_batches(add_key, batch_format="pyarrow", batch_size=None)
-    written = keyed.groupby("key").map_groups(write, batch_format="pyarrow")
+    written = keyed.groupby("key", num_partitions=min(sum(chunks.values()) + 2, MAX_PARTITIONS)).map_groups(
+        write, batch_format="pyarrow"
+    )
     found = [store.Chunk(**json.loads(row["chunk"])) for row in written.iter_rows() if row["chunk"]]
     return sorted(found, key=lambda chunk: chunk.name)
 
@@ -263,7 +270,9 @@ def _held_out_ids(tokenized: ray.data.Dataset) -> set[bytes]:
     def select(batch: pa.Table) -> pa.Table:
         return batch.filter(pc.and_(pc.is_null(batch["reason"]), pc.equal(batch["split"], "eval"))).select(["pair_id"])
 
-    return {row["pair_id"] for row in tokenized.map_batches(select, batch_format="pyarrow", batch_size=None).iter_rows()}
+    return {
+        row["pair_id"] for row in tokenized.map_batches(select, batch_format="pyarrow", batch_size=None).iter_rows()
+    }
 
 
 def _leftover(reason: str) -> str:

@@ -6,6 +6,7 @@ that a restart of the trainer leaves it alone, and it ends, releasing its device
 
 from __future__ import annotations
 
+import pickle
 import threading
 from collections.abc import Sequence
 from functools import partial
@@ -17,11 +18,11 @@ import torch
 from dpo_ray import storage
 from dpo_ray.config import Config
 from dpo_ray.errors import ReferenceFillError
-from dpo_ray.model.load import weights_digest
+from dpo_ray.model.files import weights_digest
 from dpo_ray.pairs.plan import Plan
 from dpo_ray.pairs.store import Chunk, PairStore, read_chunk
 from dpo_ray.reference.scorer import Scorer
-from dpo_ray.reference.store import ReferenceStore, store_fingerprint
+from dpo_ray.reference.store import ReferenceStore, raise_if_stopped, store_fingerprint
 
 
 def open_reference_store(config: Config) -> ReferenceStore:
@@ -69,7 +70,7 @@ class _ScoreChunks:
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         counts = []
-        for chunk in batch["item"]:
+        for chunk in map(pickle.loads, batch["item"]):
             pairs = read_chunk(self._pairs_uri, chunk)
             self._reference.put(chunk, [pair.pair_id for pair in pairs], self._scorer.score(pairs))
             counts.append(len(pairs))
@@ -115,7 +116,8 @@ class ReferenceFiller:
         options = self._config.reference
         try:
             # One chunk a block, and no more blocks in flight than actors: chunks are then scored in order of need.
-            job = ray.data.from_items(self.missing, override_num_blocks=len(self.missing)).map_batches(
+            chunks = [pickle.dumps(chunk) for chunk in self.missing]
+            job = ray.data.from_items(chunks, override_num_blocks=len(chunks)).map_batches(
                 _ScoreChunks,
                 fn_constructor_args=(self._config, self._pairs_uri, self._reference),
                 batch_size=1,
@@ -138,12 +140,7 @@ class ReferenceFiller:
 
 def fill_check(config: Config) -> Any:
     """A picklable check for those who wait for scores: raises when the filler has stopped with an error."""
-    return partial(_raise_if_stopped, _error_place(config))
-
-
-def _raise_if_stopped(place: str) -> None:
-    if storage.exists(place):
-        raise ReferenceFillError(f"the reference stopped: {storage.read_json(place)['error']}")
+    return partial(raise_if_stopped, _error_place(config))
 
 
 def _error_place(config: Config) -> str:

@@ -5,6 +5,7 @@ Ray Data keeps no position, so every start of a worker group gets a pipeline tha
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
@@ -19,7 +20,7 @@ from dpo_ray.errors import DataError
 from dpo_ray.orchestration.prepare import locate
 from dpo_ray.orchestration.reference_filler import fill_check, open_reference_store
 from dpo_ray.pairs import pack
-from dpo_ray.pairs.plan import Plan, steps_per_epoch
+from dpo_ray.pairs.plan import Plan, Window, steps_per_epoch
 from dpo_ray.pairs.store import Chunk, PairStore, open_store
 from dpo_ray.train import checkpoint
 from dpo_ray.train.feed import Feed
@@ -91,7 +92,7 @@ class StreamConfig(ray.train.DataConfig):
         return [dict.fromkeys(datasets, split) for split in splits]
 
 
-def stream(feed: Feed, windows: list[Any], world_size: int) -> ray.data.Dataset:
+def stream(feed: Feed, windows: list[Window], world_size: int) -> ray.data.Dataset:
     """A dataset with one row per rank and step, in order.
 
     `streaming_split(equal=True)` drops rows that do not divide; the rows here are whole multiples of the world size.
@@ -99,10 +100,10 @@ def stream(feed: Feed, windows: list[Any], world_size: int) -> ray.data.Dataset:
 
     def load(batch: dict[str, Any]) -> Iterator[pa.Table]:
         for window in batch["item"]:
-            for rows in feed.rows(window, world_size):
+            for rows in feed.rows(pickle.loads(window), world_size):
                 yield pack.table_of(rows)
 
-    rows = ray.data.from_items(windows, override_num_blocks=max(1, len(windows)))
+    rows = ray.data.from_items([pickle.dumps(window) for window in windows], override_num_blocks=max(1, len(windows)))
     # One row a block: a step is handed on when it is packed, and consecutive rows go to consecutive ranks.
     rows.context.target_max_block_size = 1
     rows = rows.map_batches(load, batch_size=1, num_cpus=LOAD_CPUS, concurrency=LOADS_IN_FLIGHT)

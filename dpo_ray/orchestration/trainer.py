@@ -71,9 +71,12 @@ class Watcher:
 
 def start_ray(config: Config) -> None:
     """Connects to the cluster named by RAY_ADDRESS, or starts Ray on this machine."""
+    ray.data.DataContext.get_current().enable_progress_bars = False
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    for name in ("ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     logging_options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**logging_options)
@@ -109,7 +112,6 @@ def train(config: Config, watcher: Watcher | None = None) -> Result:
     if finished := finished_run(config):
         return finished
     start_ray(config)
-    ray.data.DataContext.get_current().enable_progress_bars = False
     storage.remove(stop_uri(config))
     watcher.phase("preparing pairs")
     try:
@@ -251,7 +253,6 @@ def fill_reference(config: Config) -> tuple[int, str]:
         Pairs scored now, and the reference store.
     """
     start_ray(config)
-    ray.data.DataContext.get_current().enable_progress_bars = False
     pairs = prepare(config)
     filler = _filler(config, make_plan(config, pairs), pairs, 0)
     assert filler is not None, f"objective.loss: {config.objective.loss} uses no reference"

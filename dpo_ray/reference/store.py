@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from dpo_ray import storage
 from dpo_ray.config import fingerprint
-from dpo_ray.errors import ReferenceMismatchError
+from dpo_ray.errors import ReferenceFillError, ReferenceMismatchError
 from dpo_ray.pairs.store import Chunk
 
 FORMAT_VERSION = 1
@@ -92,3 +92,13 @@ class ReferenceStore:
 
     def _place(self, chunk: Chunk) -> str:
         return storage.join(self.uri, f"{chunk.key}.parquet")
+
+
+def raise_if_stopped(place: str) -> None:
+    """Raises when a filler has left its error at `place`.
+
+    Raises:
+        ReferenceFillError: Nobody will score what is missing.
+    """
+    if storage.exists(place):
+        raise ReferenceFillError(f"the reference stopped: {storage.read_json(place)['error']}")

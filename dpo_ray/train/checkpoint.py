@@ -164,7 +164,9 @@ class _VerifiedReader(FileSystemReader):
 
 def _prune(run_uri: str, keep: int) -> None:
     folder = storage.join(run_uri, "checkpoints")
-    committed = [name for name in storage.list_names(folder) if storage.exists(storage.join(folder, name, "manifest.json"))]
+    committed = [
+        name for name in storage.list_names(folder) if storage.exists(storage.join(folder, name, "manifest.json"))
+    ]
     for name in committed[:-keep]:
         # The manifest first: what is left of a removal cut short must not look like a checkpoint.
         storage.remove(storage.join(folder, name, "manifest.json"))

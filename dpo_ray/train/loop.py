@@ -59,9 +59,7 @@ def train(config: Config, context: WorkerContext) -> None:
         waited = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(state.step)
-        result = train_step(
-            model, optimizer, batch, loss, config.objective.beta, config.optimizer.max_grad_norm
-        )
+        result = train_step(model, optimizer, batch, loss, config.objective.beta, config.optimizer.max_grad_norm)
         state.step, state.num_tokens = batch.step, state.num_tokens + int(result.num_tokens)
         line = _line(config, state, batch, result, learning_rate(batch.step - 1), context.steps_per_epoch)
         if state.step == 1 and config.checks.first_step:

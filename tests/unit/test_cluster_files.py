@@ -42,7 +42,9 @@ def test_reference_devices_are_spot_and_the_policy_cannot_take_them(cluster: dic
 
 
 def test_everything_goes_to_zero_when_idle(cluster: dict[str, Any]) -> None:
-    workers = {name: node for name, node in cluster["available_node_types"].items() if name != cluster["head_node_type"]}
+    workers = {
+        name: node for name, node in cluster["available_node_types"].items() if name != cluster["head_node_type"]
+    }
     assert all(node["min_workers"] == 0 < node["max_workers"] for node in workers.values())
     assert cluster["idle_timeout_minutes"] > 0
 

@@ -176,6 +176,7 @@ def test_hinge_is_zero_beyond_a_margin_of_one_over_beta():
         ([0, 0, 0, 1], [0, 1, 2, 0]),  # three answers and one
         ([0, 1, 0, 1], [0, 0, 1, 1]),  # all chosen first
         ([0, 0, 0, 0], [0, 1, 0, 1]),  # four answers of one pair
+        ([0, 1, 2, 3], [0, 1, 0, 1]),  # one answer each
         ([1, 1, 0, 0], [0, 1, 0, 1]),  # not in order
         ([0, 0, 0], [0, 1, 2]),  # a ranking of three
     ],

@@ -1,0 +1,115 @@
+"""Where a model's files are: on this machine, or fetched once per node; its tokenizer and the digest of its weights.
+
+Tasks that only tokenize import this and not the models, which take seconds to import.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+from dpo_ray import storage
+from dpo_ray.errors import ConfigError
+
+_TOKENIZER_FILES = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template", "spiece")
+
+
+def localize(uri: str) -> str:
+    """A local folder with the files of a model; a remote one is copied once per node and content.
+
+    Raises:
+        ConfigError: There is no model at this place.
+    """
+    if not storage.exists(storage.join(uri, "config.json")):
+        raise ConfigError(f"{uri}: no config.json there; model.path is a transformers directory (local or s3://)")
+    if storage.is_local(uri):
+        return storage.filesystem(uri)[1]
+    files = _model_files(uri)
+    content = hashlib.sha256(repr(_identities(uri, files)).encode()).hexdigest()[:24]
+    cache = os.environ.get("DPO_RAY_CACHE") or os.path.join(tempfile.gettempdir(), f"dpo_ray-{os.getuid()}")
+    folder = os.path.join(cache, "models", content)
+    for name in files:
+        if not os.path.exists(os.path.join(folder, name)):
+            storage.download(storage.join(uri, name), os.path.join(folder, name))
+    return folder
+
+
+def load_tokenizer(uri: str) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(localize(uri))
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"{uri}: cannot load a tokenizer: {first_line(error)}; set model.tokenizer") from None
+
+
+def weights_digest(uri: str, cache_uri: str) -> str:
+    """Digest of a model's content: its configuration and weights, wherever they lie.
+
+    Args:
+        uri: transformers directory.
+        cache_uri: Folder that remembers digests by what changes when the files do.
+    """
+    files = [name for name in _model_files(uri) if name == "config.json" or name.endswith(".safetensors")]
+    known = storage.join(cache_uri, hashlib.sha256(repr([uri, _identities(uri, files)]).encode()).hexdigest()[:32])
+    if storage.exists(known):
+        return str(storage.read_json(known)["digest"])
+    folder = Path(localize(uri))
+    parts = [f"{name}:{storage.sha256_of_file(str(folder / name))}" for name in files]
+    digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    storage.write_json(known, {"uri": uri, "digest": digest})
+    return digest
+
+
+def check_vocabulary(uri: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses a tokenizer whose ids the model's embedding does not have.
+
+    Raises:
+        ConfigError: The vocabulary is larger than the embedding.
+    """
+    size = model_config(localize(uri)).get_text_config().vocab_size
+    if len(tokenizer) > size:
+        raise ConfigError(
+            f"{uri}: the tokenizer has {len(tokenizer)} tokens, the model's embedding {size} rows; "
+            "model.tokenizer must be the one that the model was trained with"
+        )
+
+
+def model_config(folder: str) -> PretrainedConfig:
+    """A model's configuration, dropout off.
+
+    Raises:
+        ConfigError: It cannot be read.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"{folder}: cannot read the model's config.json: {first_line(error)}") from None
+    for name, value in vars(config).items():
+        if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float):
+            setattr(config, name, 0.0)
+    return config
+
+
+def _model_files(uri: str) -> list[str]:
+    names = storage.list_names(uri)
+    wanted = [name for name in names if name.endswith((".safetensors", ".json")) or name.startswith(_TOKENIZER_FILES)]
+    if not any(name.endswith(".safetensors") for name in wanted):
+        raise ConfigError(f"{uri}: no .safetensors file there; other weight formats can execute code and are not read")
+    return wanted
+
+
+def _identities(uri: str, files: list[str]) -> list[tuple[str, str]]:
+    return [(name, storage.identity(storage.join(uri, name))) for name in files]
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without the pages that follow."""
+    return (str(error) or type(error).__name__).splitlines()[0]
