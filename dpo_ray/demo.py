@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from dpo_ray.config import Config, parse_config
 from dpo_ray.demo_data import all_requests, byte_tokenizer, follows_rule, make_pairs, tiny_llama_config
@@ -34,6 +35,7 @@ def run_demo(folder: str, console: Console) -> bool:
     Returns:
         Whether held-out accuracy after DPO reached the goal.
     """
+    disable_progress_bar()
     shutil.rmtree(folder, ignore_errors=True)
     folder = os.path.abspath(folder)
     _write_inputs(folder)
@@ -55,23 +57,26 @@ def run_demo(folder: str, console: Console) -> bool:
 
 def _config(folder: str, name: str, loss: str) -> Config:
     first = loss == "sft"
+    steps = 200 if first else 94
     return parse_config(
         {
             "name": name,
             "storage_path": folder,
-            "model": {
-                "path": f"{folder}/model" if first else f"{folder}/start/export",
-                "compute_dtype": "float32",
-            },
+            "model": {"path": f"{folder}/model" if first else f"{folder}/start/export", "compute_dtype": "float32"},
             "data": {"train": [f"{folder}/pairs/train.jsonl"], "eval": [f"{folder}/pairs/held-out.jsonl"]},
-            "objective": {"loss": loss},
-            "optimizer": {"learning_rate": 3e-3 if first else 1e-3, "schedule": "cosine", "warmup_steps": 10},
+            "objective": {"loss": loss, "beta": 1.0},
+            "optimizer": {
+                "learning_rate": 3e-3 if first else 5e-5,
+                "betas": [0.9, 0.98] if first else [0.9, 0.999],
+                "schedule": "linear",
+                "warmup_steps": 10,
+            },
             "train": {
                 "global_batch_pairs": 32,
-                "max_steps": 150,
-                "epochs": 2,
-                "eval_every_steps": 75,
-                "checkpoint_every_steps": 75,
+                "epochs": 3,
+                "max_steps": steps,
+                "eval_every_steps": steps // 2,
+                "checkpoint_every_steps": steps // 2,
             },
             "scaling": {"workers": 2},
         }

@@ -1,0 +1,47 @@
+"""What several integration tests share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dpo_ray.config import Config, parse_config
+from dpo_ray.demo_data import make_pairs
+
+
+def write_pairs(path: Path, num: int, held_out: bool = False) -> str:
+    """Preference pairs of the demo as JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in make_pairs(num, seed=1, held_out=held_out)))
+    return str(path)
+
+
+def tiny_config(storage_path: str, name: str, model: Path, pairs: str, **sections: dict[str, Any]) -> Config:
+    """A float32 run of 20 steps on the tiny model; `sections` override keys."""
+    raw: dict[str, Any] = {
+        "name": name,
+        "storage_path": storage_path,
+        "model": {"path": str(model), "compute_dtype": "float32"},
+        "data": {"train": [pairs], "eval_fraction": 0.1},
+        "optimizer": {"learning_rate": 1e-3, "warmup_steps": 4},
+        "train": {
+            "global_batch_pairs": 12,
+            "tokens_per_microbatch": 600,
+            "max_steps": 20,
+            "checkpoint_every_steps": 5,
+            "eval_every_steps": 10,
+        },
+    }
+    for section, values in sections.items():
+        raw[section] = {**raw.get(section, {}), **values}
+    return parse_config(raw)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """All lines of a JSON Lines file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def steps_of(run: Path) -> list[dict[str, Any]]:
+    """The training steps of a run."""
+    return [line for line in read_lines(run / "metrics.jsonl") if "loss" in line]

@@ -1,0 +1,68 @@
+"""A driver killed in the middle, and the same command given again: as if nothing had happened."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers import read_lines, steps_of, tiny_config, write_pairs
+
+from dpo_ray.config import to_yaml
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+
+
+def start(config: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-c", "from dpo_ray.cli import main; main()", "train", str(config)]
+    return subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def finish(process: subprocess.Popen[bytes]) -> str:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output.decode()
+    return output.decode()
+
+
+def test_kill_the_driver(tmp_path: Path, tiny_model: Path) -> None:
+    pairs = write_pairs(tmp_path / "pairs.jsonl", 200)
+    files = {}
+    for name in ("undisturbed", "killed"):
+        config = tiny_config(str(tmp_path), name, tiny_model, pairs, scaling={"workers": 2}, train={"epochs": 2})
+        files[name] = tmp_path / f"{name}.yaml"
+        files[name].write_text(to_yaml(config))
+    finish(start(files["undisturbed"]))
+
+    process = start(files["killed"])
+    manifest = tmp_path / "killed" / "checkpoints" / "step-00000005" / "manifest.json"
+    deadline = time.monotonic() + 240
+    while not manifest.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert manifest.exists()
+    assert not (tmp_path / "killed" / "export" / "exported.json").exists()
+
+    finish(start(files["killed"]))
+    expected, found = steps_of(tmp_path / "undisturbed"), steps_of(tmp_path / "killed")
+    assert [line["step"] for line in found] == list(range(1, 21))
+    for name in ("loss", "grad_norm", "rewards/margins", "num_tokens", "learning_rate"):
+        assert [line[name] for line in found] == [line[name] for line in expected], name
+    digests = [[entry["digest"] for entry in read_lines(tmp_path / run / "ledger.jsonl")] for run in ("undisturbed", "killed")]
+    assert digests[0] == digests[1]
+    attempts = read_lines(tmp_path / "killed" / "attempts.jsonl")
+    assert [attempt["position"] for attempt in attempts][0] == 0
+    assert attempts[-1]["position"] in (5, 10, 15)
+    assert attempts[-1]["checkpoint"] == f"step-{attempts[-1]['position']:08d}"
+    weights = [(tmp_path / run / "export" / "model.safetensors").read_bytes() for run in ("undisturbed", "killed")]
+    assert weights[0] == weights[1]
+
+    assert "nothing to do" in finish(start(files["killed"]))
+    files["killed"].write_text(files["killed"].read_text().replace("beta: 0.1", "beta: 0.2"))
+    refused = start(files["killed"])
+    output, _ = refused.communicate(timeout=120)
+    assert refused.returncode == 2
+    assert "objective.beta: 0.1 -> 0.2" in output.decode()
+    assert "Traceback" not in output.decode()

@@ -1,0 +1,66 @@
+"""Packing: the same pairs whatever the world size; every rank the same number of balanced microbatches."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dpo_ray.pairs import pack
+from dpo_ray.types import ScoredPair, TokenizedPair
+
+
+def scored(index: int, prompt: int, *answers: int, ref: bool = True) -> ScoredPair:
+    rng = np.random.default_rng(index)
+    tokens = [rng.integers(0, 100, length, dtype=np.int32) for length in (prompt, *answers)]
+    scores = rng.normal(size=len(answers)).astype(np.float32) if ref else None
+    return ScoredPair(TokenizedPair(bytes([index]) * 16, tokens[0], tuple(tokens[1:])), scores)
+
+
+@given(
+    st.lists(st.integers(1, 300), min_size=1, max_size=60), st.integers(1, 8), st.integers(50, 1000)
+)
+def test_assign(costs: list[int], ranks: int, budget: int) -> None:
+    parts = pack.assign(costs, ranks, budget)
+    assert len(parts) == ranks
+    assert len({len(bins) for bins in parts}) == 1
+    assert sorted(index for bins in parts for bin_ in bins for index in bin_) == list(range(len(costs)))
+    assert all(len(bin_) <= 1 or sum(costs[i] for i in bin_) <= budget for bins in parts for bin_ in bins)
+    assert parts == pack.assign(costs, ranks, budget)
+
+
+def test_assign_balances() -> None:
+    """64 costs of mean 175: 8 ranks must not be further apart than the smallest pair."""
+    costs = np.random.default_rng(0).integers(50, 300, 64).tolist()
+    loads = [sum(costs[i] for bin_ in bins for i in bin_) for bins in pack.assign(costs, 8, 10**6)]
+    assert max(loads) - min(loads) <= 50
+
+
+def test_fewer_pairs_than_ranks_leaves_empty_microbatches() -> None:
+    parts = pack.assign([10, 20], 4, 100)
+    assert sorted(len(bin_) for bins in parts for bin_ in bins) == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+@pytest.mark.parametrize("ref", [True, False])
+def test_rows_survive_arrow(world_size: int, ref: bool) -> None:
+    pairs = [scored(i, 3 + i, 2 + i % 3, 4, ref=ref) for i in range(5)]
+    rows = pack.table_of(pack.rank_batches(pairs, 7, 1, world_size, 30)).to_pylist()
+    got = [pack.global_batch(row) for row in rows]
+    assert all(batch.pair_ids == [pair.pair.pair_id for pair in pairs] for batch in got)
+    assert all((batch.step, batch.epoch, batch.num_pairs) == (7, 1, 5) for batch in got)
+    by_id = {pair.pair.pair_id: pair for pair in pairs}
+    seen = [pair_id for batch in got for ids in batch.microbatch_pair_ids for pair_id in ids]
+    assert sorted(seen) == sorted(by_id)
+    for batch in got:
+        for ids, micro in zip(batch.microbatch_pair_ids, batch.microbatches, strict=True):
+            expected = [by_id[pair_id] for pair_id in ids]
+            flat = [part for p in expected for part in (p.pair.prompt, *p.pair.answers)]
+            assert micro.tokens.tolist() == [token for part in flat for token in part]
+            assert micro.lengths == [[len(p.pair.prompt), *map(len, p.pair.answers)] for p in expected]
+            assert micro.pair_index.tolist() == [i for i, p in enumerate(expected) for _ in p.pair.answers]
+            assert micro.answer_index.tolist() == [0, 1] * len(expected)
+            if ref and expected:
+                assert micro.ref_logps is not None
+                assert micro.ref_logps.tolist() == [float(s) for p in expected for s in p.ref_logps]  # type: ignore[union-attr]
+            else:
+                assert micro.ref_logps is None

@@ -1,0 +1,77 @@
+"""The pair store: bytes that depend on the pairs alone."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dpo_ray.errors import DataError
+from dpo_ray.pairs import store
+from dpo_ray.pairs.tokenize import pair_id
+from dpo_ray.types import TokenizedPair
+
+
+def make_pairs(num: int) -> list[TokenizedPair]:
+    rng = np.random.default_rng(0)
+    pairs = []
+    for _ in range(num):
+        prompt, *answers = (rng.integers(0, 99, rng.integers(1, 9), dtype=np.int32) for _ in range(3))
+        pairs.append(TokenizedPair(pair_id(prompt, tuple(answers)), prompt, tuple(answers)))
+    return pairs
+
+
+def test_same_bytes_whatever_the_order(tmp_path: Path) -> None:
+    pairs = make_pairs(40)
+    one = store.write_chunk(str(tmp_path / "a"), "train-000000.parquet", store.table_of(pairs))
+    two = store.write_chunk(str(tmp_path / "b"), "train-000000.parquet", store.table_of(pairs[::-1]))
+    assert one == two
+    assert (tmp_path / "a" / one.name).read_bytes() == (tmp_path / "b" / two.name).read_bytes()
+    assert one.num_pairs == 40
+    assert one.num_tokens == sum(len(p.prompt) + sum(map(len, p.answers)) for p in pairs)
+
+
+def test_read_back(tmp_path: Path) -> None:
+    pairs = make_pairs(40)
+    chunk = store.write_chunk(str(tmp_path), "train-000000.parquet", store.table_of(pairs))
+    read = store.read_chunk(str(tmp_path), chunk)
+    for expected, got in zip(sorted(pairs, key=lambda p: p.pair_id), read, strict=True):
+        assert got.pair_id == expected.pair_id
+        assert got.prompt.tolist() == expected.prompt.tolist()
+        assert [a.tolist() for a in got.answers] == [a.tolist() for a in expected.answers]
+
+
+@pytest.mark.parametrize("harm", ["flip", "truncate", "remove"])
+def test_a_damaged_chunk_is_refused(tmp_path: Path, harm: str) -> None:
+    chunk = store.write_chunk(str(tmp_path), "train-000000.parquet", store.table_of(make_pairs(40)))
+    path = tmp_path / chunk.name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    {
+        "flip": lambda: path.write_bytes(data),
+        "truncate": lambda: path.write_bytes(data[:100]),
+        "remove": path.unlink,
+    }[harm]()
+    with pytest.raises(DataError, match=chunk.name):
+        store.read_chunk(str(tmp_path), chunk)
+
+
+def test_chunks_hold_about_the_target() -> None:
+    """10,000 uniform ids in 10 chunks: mean 1,000, standard deviation 30; 5 of them is 150."""
+    chunks = store.num_chunks(10_000, 1000)
+    assert chunks == 16  # At least 16 chunks for small data: 10,000 / 625.
+    assert store.num_chunks(10**6, 1024) == 977
+    assert store.num_chunks(2000, 1024) == 16
+    assert store.num_chunks(50, 1024) == 1
+    ids = [np.random.default_rng(i).bytes(16) for i in range(10_000)]
+    counts = np.bincount([store.chunk_of(i, 10) for i in ids], minlength=10)
+    assert counts.sum() == 10_000
+    assert abs(counts - 1000).max() < 150
+    assert abs(sum(store.held_out(i, 0.2) for i in ids) - 2000) < 200
+
+
+def test_a_store_exists_when_its_manifest_does(tmp_path: Path) -> None:
+    chunk = store.write_chunk(str(tmp_path), "train-000000.parquet", store.table_of(make_pairs(5)))
+    assert store.open_store(str(tmp_path)) is None
+    made = store.PairStore(str(tmp_path), (chunk,), (), {"rows": 5})
+    store.write_manifest(made, {})
+    assert store.open_store(str(tmp_path)) == made

@@ -1,0 +1,96 @@
+"""The order of the house: a file imports only files listed above it, and each heavy dependency has its owners."""
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[2] / "dpo_ray"
+
+# The way of a pair. A module may import those above it.
+ORDER = [
+    "errors",
+    "types",
+    "objective.logps",
+    "objective.losses",
+    "objective.rewards",
+    "config",
+    "storage",
+    "pairs.formats",
+    "pairs.tokenize",
+    "pairs.store",
+    "pairs.plan",
+    "pairs.pack",
+    "model.files",
+    "model.load",
+    "model.shard",
+    "model.forward",
+    "model.export",
+    "reference.store",
+    "reference.scorer",
+    "train.feed",
+    "train.optimizer",
+    "train.step",
+    "train.checkpoint",
+    "train.record",
+    "train.loop",
+    "orchestration.prepare",
+    "orchestration.reference_filler",
+    "orchestration.stream",
+    "orchestration.worker",
+    "orchestration.trainer",
+    "display",
+    "demo_data",
+    "demo",
+    "cli",
+]
+OWNERS = {
+    "ray": ("orchestration",),
+    "fsspec": ("storage",),
+    "s3fs": ("storage",),
+    "accelerate": ("model.load", "model.shard"),
+    "pydantic": ("config",),
+    "typer": ("cli",),
+    "rich": ("cli", "display", "demo"),
+    "torch.distributed.fsdp": ("model.shard",),
+    "torch.distributed.checkpoint": ("model.shard", "train.checkpoint"),
+}
+
+
+def modules() -> dict[str, Path]:
+    found = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
+    return {name: path for name, path in found.items() if not name.endswith("__init__")}
+
+
+def imports(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def test_every_module_is_in_the_order() -> None:
+    assert sorted(modules()) == sorted(ORDER)
+
+
+def test_modules_import_only_what_stands_above_them() -> None:
+    for name, path in modules().items():
+        own = {imported.removeprefix("dpo_ray.") for imported in imports(path) if imported.startswith("dpo_ray.")}
+        below = {imported for imported in own if imported in ORDER and ORDER.index(imported) >= ORDER.index(name)}
+        assert not below, f"{name} imports {below}, which stands below it"
+
+
+def test_heavy_dependencies_have_owners() -> None:
+    for name, path in modules().items():
+        for dependency, owners in OWNERS.items():
+            used = any(imported == dependency or imported.startswith(dependency + ".") for imported in imports(path))
+            owned = any(name == owner or name.startswith(owner + ".") for owner in owners)
+            assert not used or owned, f"{name} imports {dependency}, which belongs to {owners}"
+
+
+def test_the_loop_can_be_read_in_a_minute() -> None:
+    tree = ast.parse((PACKAGE / "train" / "loop.py").read_text())
+    (train,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "train")
+    assert train.end_lineno is not None
+    assert train.end_lineno - train.lineno < 65
