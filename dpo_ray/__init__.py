@@ -7,16 +7,19 @@ result = train(Config(name="mine", storage_path="runs", model={"path": "model"},
 
 from typing import TYPE_CHECKING, Any
 
-from dpo_ray.config import Config
-
 if TYPE_CHECKING:
+    from dpo_ray.config import Config
     from dpo_ray.orchestration.trainer import Result, train
 
 __all__ = ["Config", "Result", "train"]
 
 
 def __getattr__(name: str) -> Any:
-    # Ray and torch load only when training is asked for.
+    # Torch and Ray take seconds to import, and many tasks of a run need neither.
+    if name == "Config":
+        from dpo_ray.config import Config
+
+        return Config
     if name in ("Result", "train"):
         from dpo_ray.orchestration import trainer
 

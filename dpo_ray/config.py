@@ -6,7 +6,6 @@ Every field's description is the comment that `dpo-ray config --template` prints
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
@@ -193,7 +192,7 @@ class Config(Section):
             raise ValueError(
                 f"model.weights_dtype: bfloat16 with optimizer.name: {self.optimizer.name} would lose the training: at "
                 "DPO's learning rates nearly every update is smaller than half a bfloat16 step and rounds to nothing; "
-                "use optimizer.name: adamw_kahan, or model.weights_dtype: float32 (compute stays in model.compute_dtype)"
+                "use optimizer.name: adamw_kahan, or model.weights_dtype: float32 (compute can stay in bfloat16)"
             )
         if self.model.weights_dtype == "bfloat16" and self.model.compute_dtype == "float32":
             raise ValueError("model.weights_dtype: bfloat16 needs model.compute_dtype: bfloat16")
@@ -335,12 +334,6 @@ def _section_at(location: list[str]) -> type[Section]:
 def to_yaml(config: Config) -> str:
     """The resolved configuration as YAML."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def fingerprint(value: Any) -> str:
-    """A digest of anything JSON can hold: 24 hex digits of SHA-256 over its canonical form."""
-    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return hashlib.sha256(canonical.encode()).hexdigest()[:24]
 
 
 def changed_keys(old: Mapping[str, Any], new: Config) -> list[str]:

@@ -23,7 +23,7 @@ CLOSING_ROWS = (
 
 
 class ProgressBar(Watcher):
-    """A bar with loss, accuracy, margin, pairs per second and time left; a line now and then where there is no terminal."""
+    """A bar with loss, accuracy, margin, pairs/s and time left; a line now and then where there is no terminal."""
 
     def __init__(self, console: Console) -> None:
         """Args: console: Where to write."""

@@ -1,4 +1,4 @@
-"""Typed errors. Each carries one message, written for the person who must act on it, and survives pickling between actors."""
+"""Typed errors: one message each, for the person who must act on it; they survive pickling between actors."""
 
 
 class DpoRayError(Exception):

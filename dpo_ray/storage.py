@@ -236,3 +236,9 @@ def read_json_lines(uri: str) -> list[dict[str, Any]]:
 def write_json_lines(uri: str, lines: list[dict[str, Any]]) -> None:
     """Writes a JSON Lines object as a whole."""
     write_bytes(uri, "".join(json.dumps(line) + "\n" for line in lines).encode())
+
+
+def fingerprint(value: Any) -> str:
+    """A digest of anything JSON can hold: 24 hex digits of SHA-256 over its canonical form."""
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:24]

@@ -2,41 +2,27 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import ray
 
 from dpo_ray import storage
-from dpo_ray.config import Config, fingerprint
-from dpo_ray.errors import DataError, RowError
+from dpo_ray.config import Config
+from dpo_ray.errors import DataError
 from dpo_ray.model.files import check_vocabulary, load_tokenizer
+from dpo_ray.orchestration import rows
 from dpo_ray.pairs import store
-from dpo_ray.pairs.formats import parse_row
 from dpo_ray.pairs.store import PairStore
 from dpo_ray.pairs.tokenize import PairTokenizer, tokenizer_digest
 
-ROWS_PER_READ = 1000
 MAX_PARTITIONS = 256
-# Marks in the column `reason` of rows that are neither pairs nor rejects, and the groups of what is not in a chunk.
-_END, _IDENTICAL = "end of file", "identical"
+# The groups of what is not in a chunk.
 _REJECTS, _DROPPED = "rejects", "dropped"
-_RAW = pa.schema([("source", pa.string()), ("row", pa.int64()), ("split", pa.string()), ("text", pa.string())])
-_TOKENIZED = pa.schema(
-    [
-        *(_RAW.field(name) for name in ("source", "row", "split", "text")),
-        ("reason", pa.string()),
-        *store.PAIR_SCHEMA,
-    ]
-)
 
 
 def locate(config: Config) -> tuple[str, dict[str, Any]]:
@@ -66,7 +52,7 @@ def locate(config: Config) -> tuple[str, dict[str, Any]]:
         "train": [[uri, storage.identity(uri)] for uri in files],
         "eval": [[uri, storage.identity(uri)] for uri in held],
     }
-    return storage.join(config.store_uri, "pairs", fingerprint(about)), about
+    return storage.join(config.store_uri, "pairs", storage.fingerprint(about)), about
 
 
 def prepare(config: Config) -> PairStore:
@@ -107,123 +93,38 @@ def _make(config: Config, uri: str, about: dict[str, Any]) -> PairStore:
 
 
 def _tokenize(config: Config, about: dict[str, Any]) -> ray.data.Dataset:
-    """One row of `_TOKENIZED` per input row."""
+    """One row of `rows.TOKENIZED` per input row."""
     files = [{"uri": uri, "split": split} for split in ("train", "eval") for uri, _ in about[split]]
     tokenizer_uri = config.model.tokenizer or config.model.path
     # Reading and tokenizing differ in their resources so that they do not fuse: one large file then feeds many tasks.
     lines = ray.data.from_items(files, override_num_blocks=len(files)).map_batches(
-        _read, batch_size=1, num_cpus=0.5, zero_copy_batch=True
+        rows.read, batch_size=1, num_cpus=0.5, zero_copy_batch=True
     )
     lines.context.target_max_block_size = 8 * 2**20
     return lines.map_batches(
-        _tokenize_rows,
-        batch_size=ROWS_PER_READ,
+        rows.tokenize_rows,
+        batch_size=rows.ROWS_PER_READ,
         batch_format="pyarrow",
         num_cpus=1,
         fn_args=(tokenizer_uri, config.data.chat_template, config.data.max_length, config.data.eval_fraction),
     )
 
 
-def _read(files: dict[str, np.ndarray]) -> Iterator[pa.Table]:
-    for uri, split in zip(files["uri"], files["split"], strict=True):
-        yield from _read_file(str(uri), str(split))
-
-
-def _read_file(uri: str, split: str) -> Iterator[pa.Table]:
-    """Rows of a file as JSON text, numbered from 1, some at a time; at the end a row without text.
-
-    With it no block is ever empty: Ray Data forgets the schema of an empty block, and its shuffle then fails.
-    """
-    number, texts = 0, list[str]()
-    try:
-        for text in _parquet_rows(uri) if uri.endswith(".parquet") else _lines(uri):
-            texts.append(text)
-            if len(texts) == ROWS_PER_READ:
-                yield _raw(uri, split, number, texts)
-                number, texts = number + len(texts), []
-    except (OSError, EOFError, pa.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(f"{uri}: cannot read past row {number + len(texts)}: {error}; restore the file") from None
-    yield _raw(uri, split, number, [*texts, None])
-
-
-def _raw(uri: str, split: str, before: int, texts: Sequence[str | None]) -> pa.Table:
-    numbers = range(before + 1, before + 1 + len(texts))
-    return pa.table({"source": [uri] * len(texts), "row": numbers, "split": [split] * len(texts), "text": texts}, _RAW)
-
-
-def _lines(uri: str) -> Iterator[str]:
-    with storage.open_read(uri) as file:
-        for line in file:
-            yield line.decode("utf-8").rstrip("\r\n")
-
-
-def _parquet_rows(uri: str) -> Iterator[str]:
-    with storage.open_read(uri) as file:
-        for batch in pq.ParquetFile(file).iter_batches(batch_size=ROWS_PER_READ):
-            for row in batch.to_pylist():
-                yield json.dumps(row, default=str)
-
-
-@functools.cache
-def _pair_tokenizer(uri: str, chat_template: Any, max_length: int) -> PairTokenizer:
-    return PairTokenizer(load_tokenizer(uri), chat_template, max_length)
-
-
-def _tokenize_rows(
-    batch: pa.Table, tokenizer_uri: str, chat_template: str, max_length: int, eval_fraction: float
-) -> pa.Table:
-    tokenize = _pair_tokenizer(tokenizer_uri, chat_template, max_length)
-    rows: list[dict[str, Any]] = []
-    for raw in batch.to_pylist():
-        if raw["text"] is None or not raw["text"].strip():
-            rows.append({**raw, "reason": _END})
-            continue
-        try:
-            pair = tokenize(parse_row(_object(raw["text"])))
-        except RowError as error:
-            rows.append({**raw, "reason": str(error)})
-            continue
-        identical = len({answer.tobytes() for answer in pair.answers}) < len(pair.answers)
-        split = "eval" if store.held_out(pair.pair_id, eval_fraction) else raw["split"]
-        rows.append(
-            {
-                **raw,
-                "split": split,
-                "text": None,
-                "reason": _IDENTICAL if identical else None,
-                "pair_id": pair.pair_id,
-                "prompt": pair.prompt,
-                "answers": list(pair.answers),
-            }
-        )
-    return pa.table({name: [row.get(name) for row in rows] for name in _TOKENIZED.names}, schema=_TOKENIZED)
-
-
-def _object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise RowError(f"not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise RowError(f"not a JSON object but {type(value).__name__}")
-    return value
-
-
 def _count(tokenized: ray.data.Dataset) -> dict[str, int]:
     """What became of the rows."""
 
     def count(batch: pa.Table) -> pa.Table:
-        found = Counter(zip(batch["reason"].to_pylist(), batch["split"].to_pylist(), strict=True))
-        good = {split: found.pop((None, split), 0) for split in ("train", "eval")}
-        nothing, identical = (
-            sum(n for (reason, _), n in found.items() if reason == mark) for mark in (_END, _IDENTICAL)
-        )
-        rows = batch.num_rows - nothing
-        rejects = rows - identical - sum(good.values())
-        values = {"rows": rows, "rejects": rejects, "identical": identical}
-        return pa.table(
-            {name: [value] for name, value in {**values, **{f"good_{k}": v for k, v in good.items()}}.items()}
-        )
+        reasons = Counter(batch["reason"].to_pylist())
+        good = Counter(batch.filter(pc.is_null(batch["reason"]))["split"].to_pylist())
+        num_rows = batch.num_rows - reasons[rows.END]
+        values = {
+            "rows": num_rows,
+            "rejects": num_rows - reasons[rows.IDENTICAL] - reasons[None],
+            "identical": reasons[rows.IDENTICAL],
+            "good_train": good["train"],
+            "good_eval": good["eval"],
+        }
+        return pa.table({name: [value] for name, value in values.items()})
 
     total: Counter[str] = Counter()
     for row in tokenized.map_batches(count, batch_format="pyarrow", batch_size=None).iter_rows():
@@ -276,7 +177,7 @@ def _held_out_ids(tokenized: ray.data.Dataset) -> set[bytes]:
 
 
 def _leftover(reason: str) -> str:
-    return _DROPPED if reason in (_END, _IDENTICAL) else _REJECTS
+    return _DROPPED if reason in (rows.END, rows.IDENTICAL) else _REJECTS
 
 
 def _write_rejects(uri: str, group: pa.Table) -> None:
@@ -293,6 +194,5 @@ def _check_rejects(config: Config, counts: dict[str, int]) -> None:
         first = json.loads(storage.read_bytes(place).decode().splitlines()[0])
         raise DataError(
             f"{counts['rejects']} of {counts['rows']} rows cannot become a pair, more than data.max_reject_fraction "
-            f"({limit:g}) allows. The first: {first['source']} row {first['row']}: {first['reason']}. All of them, with "
-            f"their reasons: {place}"
+            f"({limit:g}) allows. The first: {first['source']} row {first['row']}: {first['reason']}. All of them: {place}"
         )

@@ -9,11 +9,9 @@ from __future__ import annotations
 import pickle
 import threading
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import ray
-import torch
 
 from dpo_ray import storage
 from dpo_ray.config import Config
@@ -21,8 +19,7 @@ from dpo_ray.errors import ReferenceFillError
 from dpo_ray.model.files import weights_digest
 from dpo_ray.pairs.plan import Plan
 from dpo_ray.pairs.store import Chunk, PairStore, read_chunk
-from dpo_ray.reference.scorer import Scorer
-from dpo_ray.reference.store import ReferenceStore, raise_if_stopped, store_fingerprint
+from dpo_ray.reference.store import ReferenceStore, error_place, store_fingerprint
 
 
 def open_reference_store(config: Config) -> ReferenceStore:
@@ -56,6 +53,10 @@ class _ScoreChunks:
     """One reference actor."""
 
     def __init__(self, config: Config, pairs_uri: str, reference: ReferenceStore) -> None:
+        import torch  # Only the actor needs the model's libraries.
+
+        from dpo_ray.reference.scorer import Scorer
+
         device = torch.device("cuda" if config.reference.gpus_per_replica else "cpu")
         if device.type == "cpu":
             torch.set_num_threads(max(1, int(config.reference.cpus_per_replica)))
@@ -97,7 +98,7 @@ class ReferenceFiller:
 
     def start(self) -> None:
         """Begins; without missing chunks no actor or device is asked for."""
-        storage.remove(_error_place(self._config))
+        storage.remove(error_place(self._config.run_uri))
         if self.missing:
             self._thread.start()
 
@@ -135,13 +136,4 @@ class ReferenceFiller:
         except BaseException as error:
             self.error = error
             # The waiting stream sees only storage.
-            storage.write_json(_error_place(self._config), {"error": str(error).strip().splitlines()[-1]})
-
-
-def fill_check(config: Config) -> Any:
-    """A picklable check for those who wait for scores: raises when the filler has stopped with an error."""
-    return partial(raise_if_stopped, _error_place(config))
-
-
-def _error_place(config: Config) -> str:
-    return storage.join(config.run_uri, "reference_error.json")
+            storage.write_json(error_place(self._config.run_uri), {"error": str(error).strip().splitlines()[-1]})

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -17,12 +17,11 @@ import ray.train
 from dpo_ray import storage
 from dpo_ray.config import Config
 from dpo_ray.errors import DataError
-from dpo_ray.orchestration.prepare import locate
-from dpo_ray.orchestration.reference_filler import fill_check, open_reference_store
 from dpo_ray.pairs import pack
 from dpo_ray.pairs.plan import Plan, Window, steps_per_epoch
 from dpo_ray.pairs.store import Chunk, PairStore, open_store
-from dpo_ray.train import checkpoint
+from dpo_ray.reference.store import ReferenceStore, fill_check
+from dpo_ray.train import manifest
 from dpo_ray.train.feed import Feed
 from dpo_ray.types import Attempt
 
@@ -39,14 +38,33 @@ def make_plan(config: Config, pairs: PairStore) -> Plan:
     return Plan(config.seed, pairs.train, batch, min(total, config.train.max_steps or total))
 
 
-def make_feed(config: Config) -> Feed:
-    """Where batches come from; the pair store must be there."""
-    uri, _ = locate(config)
-    pairs = open_store(uri)
+@dataclass(frozen=True, slots=True)
+class Places:
+    """The stores of a run, found by the driver once.
+
+    Attributes:
+        pairs_uri: The pair store.
+        reference_uri: The reference store; None where the objective needs none.
+    """
+
+    pairs_uri: str
+    reference_uri: str | None
+
+
+def make_feed(config: Config, places: Places) -> tuple[Feed, PairStore]:
+    """Where batches come from.
+
+    Raises:
+        DataError: The pair store is gone.
+    """
+    pairs = open_store(places.pairs_uri)
     if pairs is None:
-        raise DataError(f"{uri}: the pair store is gone; run `dpo-ray prepare`")
-    reference = open_reference_store(config) if config.needs_reference else None
-    return Feed(make_plan(config, pairs), uri, reference, fill_check(config), config.train.tokens_per_microbatch)
+        raise DataError(f"{places.pairs_uri}: the pair store is gone; run `dpo-ray prepare`")
+    reference = ReferenceStore(places.reference_uri) if places.reference_uri else None
+    feed = Feed(
+        make_plan(config, pairs), pairs.uri, reference, fill_check(config.run_uri), config.train.tokens_per_microbatch
+    )
+    return feed, pairs
 
 
 def eval_feed(config: Config, feed: Feed, chunks: tuple[Chunk, ...]) -> Feed:
@@ -66,7 +84,7 @@ def begin_attempt(config: Config, world_size: int) -> Attempt:
     """Fixes, in one record, where a new worker group starts: all ranks and the stream use exactly this."""
     uri = attempts_uri(config)
     past = storage.read_json_lines(uri)
-    found = checkpoint.newest(config.run_uri)
+    found = manifest.newest(config.run_uri)
     reason = "start" if not past else ("continue" if found else "start over: no checkpoint yet")
     attempt = Attempt(len(past), found[1].step if found else 0, found[0] if found else None, world_size, reason)
     storage.write_json_lines(uri, [*past, asdict(attempt)])
@@ -76,17 +94,17 @@ def begin_attempt(config: Config, world_size: int) -> Attempt:
 class StreamConfig(ray.train.DataConfig):
     """Ray Train's hook: called at each start of a worker group, and the only place that knows its size."""
 
-    def __init__(self, config: Config) -> None:
-        """Args: config: The run."""
+    def __init__(self, config: Config, places: Places) -> None:
+        """Args: config: The run; places: its stores."""
         super().__init__()
-        self._config = config
+        self._config, self._places = config, places
 
     def configure(
         self, datasets: dict[str, Any], world_size: int, worker_handles: Any, worker_node_ids: Any, **kwargs: Any
     ) -> list[dict[str, Any]]:
         """One iterator per worker over its rows, from the newest checkpoint's position on."""
         attempt = begin_attempt(self._config, world_size)
-        feed = make_feed(self._config)
+        feed, _ = make_feed(self._config, self._places)
         windows = list(feed.plan.windows(attempt.position))
         splits = stream(feed, windows, world_size).streaming_split(world_size, equal=True)
         return [dict.fromkeys(datasets, split) for split in splits]

@@ -28,11 +28,11 @@ from dpo_ray.orchestration.reference_filler import (
     chunks_in_order_of_need,
     open_reference_store,
 )
-from dpo_ray.orchestration.stream import LOAD_CPUS, LOADS_IN_FLIGHT, StreamConfig, make_plan
+from dpo_ray.orchestration.stream import LOAD_CPUS, LOADS_IN_FLIGHT, Places, StreamConfig, make_plan
 from dpo_ray.orchestration.worker import stop_uri, user_error, work
 from dpo_ray.pairs.plan import Plan
 from dpo_ray.pairs.store import PairStore
-from dpo_ray.train import checkpoint
+from dpo_ray.train import manifest
 
 Publish = Callable[[dict[str, Any]], None]
 
@@ -114,17 +114,19 @@ def train(config: Config, watcher: Watcher | None = None) -> Result:
     start_ray(config)
     storage.remove(stop_uri(config))
     watcher.phase("preparing pairs")
+    filler = None
     try:
         pairs = prepare(config)
         plan = make_plan(config, pairs)
         _write_config(config, plan, pairs)
-        found = checkpoint.newest(config.run_uri)
+        found = manifest.newest(config.run_uri)
         position = found[1].step if found else 0
-        filler = _filler(config, plan, pairs, position)
+        reference = open_reference_store(config) if config.needs_reference else None
         watcher.planned(plan, position)
-        if filler is not None:
+        if reference is not None:
+            filler = ReferenceFiller(config, pairs, chunks_in_order_of_need(config, plan, pairs, position), reference)
             filler.start()
-        _fit(config, watcher.line)
+        _fit(config, Places(pairs.uri, reference.uri if reference else None), watcher.line)
     except Exception as error:
         if mistake := user_error(error):
             raise mistake from None
@@ -139,7 +141,7 @@ def train(config: Config, watcher: Watcher | None = None) -> Result:
 
 def finished_run(config: Config) -> Result | None:
     """The result of a run that has nothing left to do, or None."""
-    found = checkpoint.newest(config.run_uri)
+    found = manifest.newest(config.run_uri)
     described = storage.join(config.run_uri, "config.yaml")
     export_uri = storage.join(config.run_uri, "export")
     if found is None or not storage.exists(described):
@@ -155,14 +157,7 @@ def finished_run(config: Config) -> Result | None:
     return Result(config.run_uri, export_uri, found[1].step, steps[-1], evaluations[-1])
 
 
-def _filler(config: Config, plan: Plan, pairs: PairStore, position: int) -> ReferenceFiller | None:
-    if not config.needs_reference:
-        return None
-    chunks = chunks_in_order_of_need(config, plan, pairs, position)
-    return ReferenceFiller(config, pairs, chunks, open_reference_store(config))
-
-
-def _fit(config: Config, publish: Publish) -> None:
+def _fit(config: Config, places: Places, publish: Publish) -> None:
     """Runs the worker group to its end, handing lines of metrics to `publish` meanwhile."""
     scaling = config.scaling
     board = Queue(actor_options={"num_cpus": 0})
@@ -173,7 +168,7 @@ def _fit(config: Config, publish: Publish) -> None:
     scratch = tempfile.mkdtemp(prefix="dpo_ray-train-")
     trainer = TorchTrainer(
         work,
-        train_loop_config={"config": config, "board": Board(board)},
+        train_loop_config={"config": config, "places": places, "board": Board(board)},
         scaling_config=ray.train.ScalingConfig(
             num_workers=scaling.workers,
             use_gpu=bool(scaling.gpus_per_worker),
@@ -181,7 +176,7 @@ def _fit(config: Config, publish: Publish) -> None:
         ),
         # Replaced by `StreamConfig.configure`, which alone knows the position and the world size.
         datasets={"train": ray.data.range(1)},
-        dataset_config=StreamConfig(config),
+        dataset_config=StreamConfig(config, places),
         run_config=RunConfig(
             name=config.name, storage_path=scratch, failure_config=FailureConfig(max_failures=scaling.max_failures)
         ),
@@ -228,7 +223,7 @@ def _write_config(config: Config, plan: Plan, pairs: PairStore) -> None:
 
 def _refuse_changed_config(config: Config) -> None:
     place = storage.join(config.run_uri, "config.yaml")
-    if not storage.exists(place) or checkpoint.newest(config.run_uri) is None:
+    if not storage.exists(place) or manifest.newest(config.run_uri) is None:
         return
     changed = changed_keys(yaml.safe_load(storage.read_bytes(place))["config"], config)
     if changed:
@@ -254,8 +249,9 @@ def fill_reference(config: Config) -> tuple[int, str]:
     """
     start_ray(config)
     pairs = prepare(config)
-    filler = _filler(config, make_plan(config, pairs), pairs, 0)
-    assert filler is not None, f"objective.loss: {config.objective.loss} uses no reference"
+    reference = open_reference_store(config)
+    chunks = chunks_in_order_of_need(config, make_plan(config, pairs), pairs, 0)
+    filler = ReferenceFiller(config, pairs, chunks, reference)
     filler.start()
     filler.join()
-    return filler.scored_pairs, open_reference_store(config).uri
+    return filler.scored_pairs, reference.uri

@@ -5,17 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import ray
-import ray.train
-import ray.train.torch
-import torch
-
 from dpo_ray import errors, storage
 from dpo_ray.config import Config
-from dpo_ray.orchestration.stream import attempts_uri, eval_feed, make_feed
+from dpo_ray.orchestration.stream import Places, attempts_uri, eval_feed, make_feed
 from dpo_ray.pairs import pack
-from dpo_ray.pairs.store import open_store
-from dpo_ray.train.loop import train
 from dpo_ray.types import Attempt, GlobalBatch, WorkerContext
 
 
@@ -26,13 +19,15 @@ def work(arguments: dict[str, Any]) -> None:
     again.
 
     Args:
-        arguments: `config`, and `board`, which takes lines of metrics to the driver.
+        arguments: `config`, `places`, and `board`, which takes lines of metrics to the driver.
     """
+    from dpo_ray.train.loop import train  # Ray Train's controller imports this file too, and needs no model.
+
     config: Config = arguments["config"]
     if storage.exists(stop_uri(config)):
         return
     try:
-        train(config, _context(config, arguments["board"]))
+        train(config, _context(config, arguments["places"], arguments["board"]))
     except Exception as error:
         mistake = user_error(error)
         if mistake is None:
@@ -56,7 +51,10 @@ def user_error(error: BaseException | None) -> errors.UserError | None:
     return None
 
 
-def _context(config: Config, board: Any) -> WorkerContext:
+def _context(config: Config, places: Places, board: Any) -> WorkerContext:
+    import ray.train.torch
+    import torch
+
     ray_context = ray.train.get_context()
     device = ray.train.torch.get_device()
     if device.type == "cpu":
@@ -64,9 +62,7 @@ def _context(config: Config, board: Any) -> WorkerContext:
     rank, world_size = ray_context.get_world_rank(), ray_context.get_world_size()
     shard = ray.train.get_dataset_shard("train")  # A barrier: the attempt is on record afterwards.
     attempt = Attempt(**storage.read_json_lines(attempts_uri(config))[-1])
-    feed = make_feed(config)
-    pairs = open_store(feed.pairs_uri)
-    assert pairs is not None
+    feed, pairs = make_feed(config, places)
     held = eval_feed(config, feed, pairs.eval)
     return WorkerContext(
         rank=rank,

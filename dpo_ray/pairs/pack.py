@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from dpo_ray.types import GlobalBatch, Microbatch, ScoredPair, TokenizedPair
+
+if TYPE_CHECKING:
+    import torch
 
 IDS = pa.list_(pa.binary(16))
 RANK_BATCH_SCHEMA = pa.schema(
@@ -70,6 +72,8 @@ def assign(costs: Sequence[int], num_ranks: int, budget: int) -> list[list[list[
 
 def microbatch(pairs: Sequence[ScoredPair]) -> Microbatch:
     """Lays pairs out one after the other; without pairs, an empty microbatch."""
+    import torch  # Only here: the tasks that pack need not wait seconds for it.
+
     lengths = [[len(scored.pair.prompt), *map(len, scored.pair.answers)] for scored in pairs]
     parts = [part for scored in pairs for part in (scored.pair.prompt, *scored.pair.answers)]
     scores = [scored.ref_logps for scored in pairs if scored.ref_logps is not None]
@@ -146,4 +150,6 @@ def global_batch(row: dict[str, Any]) -> GlobalBatch:
 
 
 def _indices(values: Any) -> torch.Tensor:
+    import torch
+
     return torch.tensor(list(values), dtype=torch.int64)

@@ -8,13 +8,13 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dpo_ray import storage
-from dpo_ray.config import fingerprint
 from dpo_ray.errors import ReferenceFillError, ReferenceMismatchError
 from dpo_ray.pairs.store import Chunk
 
@@ -24,7 +24,9 @@ _SCHEMA = pa.schema([("pair_id", pa.binary(16)), ("ref_logps", pa.list_(pa.float
 
 def store_fingerprint(weights_digest: str, dtype: str, attention: str) -> str:
     """Names the store of one reference: what decides its scores, and nothing that does not."""
-    return fingerprint({"format": FORMAT_VERSION, "weights": weights_digest, "dtype": dtype, "attention": attention})
+    return storage.fingerprint(
+        {"format": FORMAT_VERSION, "weights": weights_digest, "dtype": dtype, "attention": attention}
+    )
 
 
 class ReferenceStore:
@@ -94,11 +96,16 @@ class ReferenceStore:
         return storage.join(self.uri, f"{chunk.key}.parquet")
 
 
-def raise_if_stopped(place: str) -> None:
-    """Raises when a filler has left its error at `place`.
+def error_place(run_uri: str) -> str:
+    """Where a run's filler leaves the error that stopped it: those who wait for scores see only storage."""
+    return storage.join(run_uri, "reference_error.json")
 
-    Raises:
-        ReferenceFillError: Nobody will score what is missing.
-    """
+
+def fill_check(run_uri: str) -> Callable[[], None]:
+    """A picklable check for those who wait for scores: raises when nobody will make them any more."""
+    return partial(_raise_if_stopped, error_place(run_uri))
+
+
+def _raise_if_stopped(place: str) -> None:
     if storage.exists(place):
         raise ReferenceFillError(f"the reference stopped: {storage.read_json(place)['error']}")

@@ -24,41 +24,8 @@ from torch.optim import Optimizer
 
 from dpo_ray import storage
 from dpo_ray.errors import CheckpointError
+from dpo_ray.train.manifest import FORMAT_VERSION, checkpoint_name, prune, read_manifest, set_aside
 from dpo_ray.types import TrainState
-
-FORMAT_VERSION = 1
-
-
-def checkpoint_name(step: int) -> str:
-    """Folder name of the checkpoint after `step` optimizer steps."""
-    return f"step-{step:08d}"
-
-
-def newest(run_uri: str) -> tuple[str, TrainState] | None:
-    """Name and state of the newest committed checkpoint that has not been set aside."""
-    folder = storage.join(run_uri, "checkpoints")
-    for name in reversed(storage.list_names(folder)):
-        files = storage.list_names(storage.join(folder, name))
-        if "manifest.json" in files and "set_aside.json" not in files:
-            return name, TrainState(**read_manifest(run_uri, name)["state"])
-    return None
-
-
-def read_manifest(run_uri: str, name: str) -> dict[str, Any]:
-    """The manifest of a checkpoint.
-
-    Raises:
-        CheckpointError: It is damaged, or written by another version.
-    """
-    place = storage.join(run_uri, "checkpoints", name, "manifest.json")
-    try:
-        manifest = storage.read_json(place)
-        version = manifest["format"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{place}: damaged: {error}") from None
-    if version != FORMAT_VERSION:
-        raise CheckpointError(f"{place}: format {version}, this version reads {FORMAT_VERSION}")
-    return dict(manifest)
 
 
 def save(run_uri: str, model: nn.Module, optimizer: Optimizer, state: TrainState, attempt: int, keep: int) -> str:
@@ -98,7 +65,7 @@ def save(run_uri: str, model: nn.Module, optimizer: Optimizer, state: TrainState
             "files": {file: about for rank_files in everyones for file, about in rank_files.items()},
         }
         storage.write_json(storage.join(folder, "manifest.json"), manifest)
-        _prune(run_uri, keep)
+        prune(run_uri, keep)
     dist.barrier()
     return name
 
@@ -121,9 +88,7 @@ def load(run_uri: str, name: str, model: nn.Module, optimizer: Optimizer) -> Tra
         except BaseException as error:  # DCP's CheckpointException is no Exception.
             if reader.problem is None:
                 raise
-            storage.write_json(
-                storage.join(run_uri, "checkpoints", name, "set_aside.json"), {"reason": str(reader.problem)}
-            )
+            set_aside(run_uri, name, str(reader.problem))
             raise CheckpointError(str(reader.problem)) from error
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
     return TrainState(**manifest["state"])
@@ -160,14 +125,3 @@ class _VerifiedReader(FileSystemReader):
         if storage.sha256_of_file(path) != about["sha256"]:
             self.problem = CheckpointError(f"{place}: damaged (SHA-256 differs); the checkpoint is set aside")
             raise self.problem
-
-
-def _prune(run_uri: str, keep: int) -> None:
-    folder = storage.join(run_uri, "checkpoints")
-    committed = [
-        name for name in storage.list_names(folder) if storage.exists(storage.join(folder, name, "manifest.json"))
-    ]
-    for name in committed[:-keep]:
-        # The manifest first: what is left of a removal cut short must not look like a checkpoint.
-        storage.remove(storage.join(folder, name, "manifest.json"))
-        storage.remove(storage.join(folder, name))

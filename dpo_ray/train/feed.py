@@ -1,4 +1,4 @@
-"""From a window of the plan to packed global batches: what a Ray Data task does, and evaluation and benchmarks do at once."""
+"""From a window of the plan to packed global batches: the work of a Ray Data task, here without Ray."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class StepResult:
 def train_step(
     model: nn.Module, optimizer: Optimizer, batch: GlobalBatch, loss: Loss, beta: float, max_grad_norm: float | None
 ) -> StepResult:
-    """One optimizer update: the mean loss over the global batch's pairs, whatever ranks and microbatches they fall into.
+    """One optimizer update: the mean loss over the global batch's pairs, whatever ranks and microbatches they are in.
 
     Collective: all ranks.
     """

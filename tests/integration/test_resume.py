@@ -50,7 +50,9 @@ def test_kill_the_driver(tmp_path: Path, tiny_model: Path) -> None:
     assert [line["step"] for line in found] == list(range(1, 21))
     for name in ("loss", "grad_norm", "rewards/margins", "num_tokens", "learning_rate"):
         assert [line[name] for line in found] == [line[name] for line in expected], name
-    digests = [[entry["digest"] for entry in read_lines(tmp_path / run / "ledger.jsonl")] for run in ("undisturbed", "killed")]
+    digests = [
+        [entry["digest"] for entry in read_lines(tmp_path / run / "ledger.jsonl")] for run in ("undisturbed", "killed")
+    ]
     assert digests[0] == digests[1]
     attempts = read_lines(tmp_path / "killed" / "attempts.jsonl")
     assert [attempt["position"] for attempt in attempts][0] == 0

@@ -15,12 +15,17 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 
 def test_worlds(tmp_path: Path, tiny_model: Path, local_ray: None) -> None:
-    """200 pairs, about 180 to train on, batches of 12: 15 or 16 steps an epoch, so that 20 steps pass an epoch's end."""
+    """200 pairs, about 180 to train on, batches of 12: 15 or 16 steps an epoch: 20 steps pass an epoch's end."""
     pairs = write_pairs(tmp_path / "pairs.jsonl", 200)
     stores = set()
     for workers in (1, 2, 3, 4):
         config = tiny_config(
-            str(tmp_path), f"w{workers}", tiny_model, pairs, scaling={"workers": workers}, train={"epochs": 2, "ledger": "full"}
+            str(tmp_path),
+            f"w{workers}",
+            tiny_model,
+            pairs,
+            scaling={"workers": workers},
+            train={"epochs": 2, "ledger": "full"},
         )
         result = train(config)
         assert result.steps == 20

@@ -16,7 +16,9 @@ def tiny(kind: str) -> PreTrainedModel:
     sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 61, "n_positions": 128} if kind == "gpt2" else SIZES
     extra = {"num_key_value_heads": 2} if kind in ("llama", "qwen2", "mistral", "gemma2") else {}
     extra |= {"head_dim": 8} if kind == "gemma2" else {}
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **extra), attn_implementation="eager").eval()
+    return AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(kind, **sizes, **extra), attn_implementation="eager"
+    ).eval()
 
 
 def make_pairs(num: int) -> list[ScoredPair]:
@@ -27,7 +29,8 @@ def make_pairs(num: int) -> list[ScoredPair]:
         return torch.randint(0, 61, (length,), generator=generator, dtype=torch.int32).numpy()
 
     return [
-        ScoredPair(TokenizedPair(bytes([i]) * 16, tokens(1, 20), (tokens(1, 12), tokens(1, 30))), None) for i in range(num)
+        ScoredPair(TokenizedPair(bytes([i]) * 16, tokens(1, 20), (tokens(1, 12), tokens(1, 30))), None)
+        for i in range(num)
     ]
 
 

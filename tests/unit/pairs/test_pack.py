@@ -16,9 +16,7 @@ def scored(index: int, prompt: int, *answers: int, ref: bool = True) -> ScoredPa
     return ScoredPair(TokenizedPair(bytes([index]) * 16, tokens[0], tuple(tokens[1:])), scores)
 
 
-@given(
-    st.lists(st.integers(1, 300), min_size=1, max_size=60), st.integers(1, 8), st.integers(50, 1000)
-)
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=60), st.integers(1, 8), st.integers(50, 1000))
 def test_assign(costs: list[int], ranks: int, budget: int) -> None:
     parts = pack.assign(costs, ranks, budget)
     assert len(parts) == ranks

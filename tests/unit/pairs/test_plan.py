@@ -37,7 +37,9 @@ def test_every_pair_once_per_epoch(sizes: list[int], batch: int) -> None:
         of_epoch = [pairs for _, e, pairs in found if e == epoch]
         assert [len(pairs) for pairs in of_epoch] == [batch] * (steps - 1) + [num - (steps - 1) * batch]
         seen = [pair for pairs in of_epoch for pair in pairs]
-        assert sorted(seen) == sorted((f"train-{i:06d}.parquet", p) for i, size in enumerate(sizes) for p in range(size))
+        assert sorted(seen) == sorted(
+            (f"train-{i:06d}.parquet", p) for i, size in enumerate(sizes) for p in range(size)
+        )
 
 
 def test_a_start_at_any_position_gives_the_rest_of_the_whole() -> None:
