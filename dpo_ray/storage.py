@@ -115,7 +115,7 @@ def open_read(uri: str) -> Iterator[BinaryIO]:
     with raw:
         if uri.endswith(".gz"):
             with gzip.GzipFile(fileobj=raw) as unzipped:
-                yield io.BufferedReader(unzipped)  # type: ignore[arg-type, misc]
+                yield io.BufferedReader(unzipped)
         else:
             yield raw
 

@@ -53,7 +53,8 @@ def empty_pass(model: nn.Module) -> torch.Tensor:
 
 def _rows(batch: Microbatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Input ids and mask, Shape (A, longest); row and position of every logit that predicts a completion token."""
-    sequences, rows, positions, start = [], [], [], 0
+    sequences, start = list[torch.Tensor](), 0
+    rows, positions = list[int](), list[int]()
     for prompt, *answers in batch.lengths:
         stop = start + prompt
         for length in answers:

@@ -101,4 +101,5 @@ def gathered_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
 
     Collective: all ranks.
     """
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}

@@ -21,8 +21,8 @@ from dpo_ray.pairs import pack
 from dpo_ray.pairs.plan import Plan, Window, steps_per_epoch
 from dpo_ray.pairs.store import Chunk, PairStore, open_store
 from dpo_ray.reference.store import ReferenceStore, fill_check
-from dpo_ray.train import manifest
-from dpo_ray.train.feed import Feed
+from dpo_ray.training import manifest
+from dpo_ray.training.feed import Feed
 from dpo_ray.types import Attempt
 
 # Loading waits for storage and for scores more than it computes.

@@ -32,7 +32,7 @@ from dpo_ray.orchestration.stream import LOAD_CPUS, LOADS_IN_FLIGHT, Places, Str
 from dpo_ray.orchestration.worker import stop_uri, user_error, work
 from dpo_ray.pairs.plan import Plan
 from dpo_ray.pairs.store import PairStore
-from dpo_ray.train import manifest
+from dpo_ray.training import manifest
 
 Publish = Callable[[dict[str, Any]], None]
 

@@ -21,7 +21,7 @@ def work(arguments: dict[str, Any]) -> None:
     Args:
         arguments: `config`, `places`, and `board`, which takes lines of metrics to the driver.
     """
-    from dpo_ray.train.loop import train  # Ray Train's controller imports this file too, and needs no model.
+    from dpo_ray.training.loop import train  # Ray Train's controller imports this file too, and needs no model.
 
     config: Config = arguments["config"]
     if storage.exists(stop_uri(config)):

@@ -28,7 +28,7 @@ class Scorer:
         """
         self.tokens_per_microbatch = tokens_per_microbatch
         self.device = device
-        self.model = load_pretrained(path, dtype, attention).to(device).eval().requires_grad_(False)  # type: ignore[arg-type]
+        self.model = load_pretrained(path, dtype, attention).to(device).eval().requires_grad_(False)
 
     @torch.inference_mode()
     def score(self, pairs: Sequence[TokenizedPair]) -> list[np.ndarray]:

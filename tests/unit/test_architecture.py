@@ -26,13 +26,13 @@ ORDER = [
     "model.export",
     "reference.store",
     "reference.scorer",
-    "train.feed",
-    "train.optimizer",
-    "train.step",
-    "train.manifest",
-    "train.checkpoint",
-    "train.record",
-    "train.loop",
+    "training.feed",
+    "training.optimizer",
+    "training.step",
+    "training.manifest",
+    "training.checkpoint",
+    "training.record",
+    "training.loop",
     "orchestration.rows",
     "orchestration.prepare",
     "orchestration.stream",
@@ -53,7 +53,7 @@ OWNERS = {
     "typer": ("cli",),
     "rich": ("cli", "display", "demo"),
     "torch.distributed.fsdp": ("model.shard",),
-    "torch.distributed.checkpoint": ("model.shard", "train.checkpoint"),
+    "torch.distributed.checkpoint": ("model.shard", "training.checkpoint"),
 }
 
 
@@ -92,7 +92,7 @@ def test_heavy_dependencies_have_owners() -> None:
 
 
 def test_the_loop_can_be_read_in_a_minute() -> None:
-    tree = ast.parse((PACKAGE / "train" / "loop.py").read_text())
+    tree = ast.parse((PACKAGE / "training" / "loop.py").read_text())
     (train,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "train")
     assert train.end_lineno is not None
     assert train.end_lineno - train.lineno < 65

@@ -18,10 +18,10 @@ from dpo_ray.model.export import export
 from dpo_ray.model.shard import sharded_policy
 from dpo_ray.objective.losses import LOSSES
 from dpo_ray.objective.rewards import finish_metrics
-from dpo_ray.train import checkpoint
-from dpo_ray.train.optimizer import build_optimizer, learning_rate_at
-from dpo_ray.train.record import Recorder
-from dpo_ray.train.step import Loss, StepResult, eval_step, train_step
+from dpo_ray.training import checkpoint
+from dpo_ray.training.optimizer import build_optimizer, learning_rate_at
+from dpo_ray.training.record import Recorder
+from dpo_ray.training.step import Loss, StepResult, eval_step, train_step
 from dpo_ray.types import GlobalBatch, TrainState, WorkerContext
 
 # Largest |policy - reference| per token that numerics alone explain at the first step, in nats.

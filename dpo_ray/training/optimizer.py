@@ -37,5 +37,5 @@ def learning_rate_at(config: OptimizerConfig, total_steps: int) -> Callable[[int
     """
     dummy = torch.optim.SGD([torch.zeros(1)], lr=config.learning_rate)
     schedule = get_scheduler(config.schedule, dummy, config.warmup_steps, total_steps)
-    factor = schedule.lr_lambdas[0]  # type: ignore[attr-defined]
+    factor = schedule.lr_lambdas[0]
     return lambda step: config.learning_rate * float(factor(step))

@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 
 from dpo_ray import storage
 from dpo_ray.errors import CheckpointError
-from dpo_ray.train.manifest import FORMAT_VERSION, checkpoint_name, prune, read_manifest, set_aside
+from dpo_ray.training.manifest import FORMAT_VERSION, checkpoint_name, prune, read_manifest, set_aside
 from dpo_ray.types import TrainState
 
 
