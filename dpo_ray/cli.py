@@ -18,7 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Direct Preference Optimization on Ray: from preference pairs on object storage to an aligned model.",
 )
-console = Console(highlight=False)
+console = Console(highlight=False, soft_wrap=True)
 
 ConfigPath = Annotated[
     str, typer.Argument(metavar="CONFIG", help="A YAML file; `dpo-ray config --template` prints one.")

@@ -362,23 +362,27 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 def template() -> str:
     """A commented configuration to start from: required keys to fill in, every other key with its default."""
-    lines = ["# A dpo-ray run: fill in what stands between < and >, then: dpo-ray train THIS_FILE"]
+    lines = ["# A dpo-ray run: fill in what is marked as required, then: dpo-ray train THIS_FILE"]
     for name, field in Config.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             lines += ["", f"# {(field.annotation.__doc__ or '').strip()}", f"{name}:"]
             for key, inner in field.annotation.model_fields.items():
-                lines += [f"  # {inner.description}", f"  {key}: {_default(key, inner)}"]
+                lines += [f"  # {_describe(inner)}", f"  {key}: {_default(key, inner)}"]
         else:
-            lines += [f"# {field.description}", f"{name}: {_default(name, field)}"]
+            lines += [f"# {_describe(field)}", f"{name}: {_default(name, field)}"]
     return "\n".join(lines) + "\n"
 
 
 _EXAMPLES = {
-    "name": "<my-run>",
-    "storage_path": "<s3://bucket/dpo>",
-    "path": "<path/of/the/model>",
-    "train": '["<pairs/*.jsonl.gz>"]',
+    "name": "my-run",
+    "storage_path": "s3://bucket/dpo",
+    "path": "path/of/the/model",
+    "train": '["pairs/*.jsonl.gz"]',
 }
+
+
+def _describe(field: FieldInfo) -> str:
+    return f"{field.description or ''}{' (required)' if field.is_required() else ''}"
 
 
 def _default(key: str, field: FieldInfo) -> str:

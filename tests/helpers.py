@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from dpo_ray.config import Config, parse_config
 from dpo_ray.demo_data import make_pairs
@@ -45,3 +49,19 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def steps_of(run: Path) -> list[dict[str, Any]]:
     """The training steps of a run."""
     return [line for line in read_lines(run / "metrics.jsonl") if "loss" in line]
+
+
+def run_ranks(work: Callable[..., None], world_size: int, folder: Path, *arguments: Any) -> None:
+    """Runs `work(rank, world_size, *arguments)` in processes joined by gloo; a failure in any is a failure here."""
+    torch.multiprocessing.spawn(
+        _rank, (work, world_size, str(folder / f"rendezvous-{uuid.uuid4().hex}"), arguments), nprocs=world_size
+    )
+
+
+def _rank(rank: int, work: Callable[..., None], world_size: int, rendezvous: str, arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
+    try:
+        work(rank, world_size, *arguments)
+    finally:
+        torch.distributed.destroy_process_group()

@@ -194,5 +194,5 @@ def _check_rejects(config: Config, counts: dict[str, int]) -> None:
         first = json.loads(storage.read_bytes(place).decode().splitlines()[0])
         raise DataError(
             f"{counts['rejects']} of {counts['rows']} rows cannot become a pair, more than data.max_reject_fraction "
-            f"({limit:g}) allows. The first: {first['source']} row {first['row']}: {first['reason']}. All of them: {place}"
+            f"({limit:g}) allows. The first: {first['source']} row {first['row']}: {first['reason']}. All: {place}"
         )

@@ -124,6 +124,6 @@ def stream(feed: Feed, windows: list[Window], world_size: int) -> ray.data.Datas
     rows = ray.data.from_items([pickle.dumps(window) for window in windows], override_num_blocks=max(1, len(windows)))
     # One row a block: a step is handed on when it is packed, and consecutive rows go to consecutive ranks.
     rows.context.target_max_block_size = 1
-    rows = rows.map_batches(load, batch_size=1, num_cpus=LOAD_CPUS, concurrency=LOADS_IN_FLIGHT)
+    rows = rows.map_batches(load, batch_size=1, num_cpus=LOAD_CPUS, compute=ray.data.TaskPoolStrategy(LOADS_IN_FLIGHT))
     rows.context.execution_options.preserve_order = True
     return rows

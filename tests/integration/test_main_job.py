@@ -1,0 +1,165 @@
+"""The whole way for real: SmolLM2-135M-Instruct, hh-rlhf on an S3 server, a Ray cluster of several raylets."""
+
+import gzip
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+from conftest import S3Server
+from ray.cluster_utils import Cluster
+from transformers import AutoModelForCausalLM
+
+from dpo_ray import storage, train
+from dpo_ray.config import parse_config
+from dpo_ray.errors import RowError
+from dpo_ray.model.files import load_tokenizer
+from dpo_ray.pairs.formats import parse_row
+from dpo_ray.pairs.store import open_store, read_chunk
+from dpo_ray.pairs.tokenize import PairTokenizer
+
+pytestmark = [pytest.mark.integration, pytest.mark.shared, pytest.mark.timeout(1500)]
+# In float32 a CPU core does some 60 GFLOP/s: a short pair costs it two seconds of training.
+NUM_PAIRS, LONGEST = 120, 110
+
+
+def short_rows(hh_rlhf: Path, model: Path) -> list[dict[str, str]]:
+    """The first rows whose prompt and answers are short together; one that cannot become a pair is among them."""
+    tokenize = PairTokenizer(load_tokenizer(str(model)), "tokenizer", 1024)
+    short, broken = [], []
+    with gzip.open(hh_rlhf, "rt", encoding="utf-8") as file:
+        for line in file:
+            row = json.loads(line)
+            try:
+                if tokenize(parse_row(row)).num_tokens < LONGEST:
+                    short.append(row)
+            except RowError:
+                broken.append(row)
+    return [*short[: NUM_PAIRS - 1], broken[0]]
+
+
+@pytest.fixture
+def cluster() -> Cluster:
+    """Three raylets: a head, one with room for the policy, one for the reference."""
+    if ray.is_initialized():
+        ray.shutdown()
+    made = Cluster()
+    made.add_node(num_cpus=2, include_dashboard=False)
+    made.add_node(num_cpus=4, resources={"policy": 2})
+    made.add_node(num_cpus=2, resources={"reference": 1})
+    ray.init(address=made.address, log_to_driver=False)
+    yield made
+    ray.shutdown()
+    made.shutdown()
+
+
+def test_hh_rlhf_on_s3(s3_server: S3Server, smollm2: Path, hh_rlhf: Path, cluster: Cluster, tmp_path: Path) -> None:
+    rows = short_rows(hh_rlhf, smollm2)
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    storage.write_bytes(s3_server.uri("raw/hh-rlhf.jsonl.gz"), gzip.compress(lines))
+    for path in smollm2.iterdir():
+        storage.upload(str(path), s3_server.uri(f"models/smollm2/{path.name}"))
+    config = parse_config(
+        {
+            "name": "hh",
+            "storage_path": s3_server.uri("dpo"),
+            "model": {"path": s3_server.uri("models/smollm2"), "compute_dtype": "float32"},
+            "data": {
+                "train": [s3_server.uri("raw/*.jsonl.gz")],
+                "eval_fraction": 0.1,
+                "chunk_pairs": 16,
+                "max_reject_fraction": 0.02,
+            },
+            "reference": {"resources_per_replica": {"reference": 1}, "tokens_per_microbatch": 1500},
+            "objective": {"beta": 0.1},
+            "optimizer": {"learning_rate": 2e-5, "warmup_steps": 2},
+            "train": {
+                "global_batch_pairs": 4,
+                "tokens_per_microbatch": 1000,
+                "max_steps": 24,
+                "eval_every_steps": 24,
+                "checkpoint_every_steps": 12,
+            },
+            "scaling": {"workers": 2},
+        }
+    )
+    actors = {}
+
+    class Watcher:
+        def phase(self, text: str) -> None: ...
+        def planned(self, plan: object, position: int) -> None: ...
+
+        def line(self, line: dict[str, float]) -> None:
+            actors.setdefault(line["step"], (time.time(), ray._private.state.actors()))
+
+    result = train(config, Watcher())  # type: ignore[arg-type]
+    assert result.steps == 24
+
+    steps = [x for x in storage.read_json_lines(result.run_uri + "/metrics.jsonl") if "loss" in x]
+    assert [line["step"] for line in steps] == list(range(1, 25))
+    # Policy = reference at step 1 (and at 2: the first update of a warm-up has learning rate 0).
+    assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    early, late = (sum(x["rewards/margins"] for x in part) / len(part) for part in (steps[:6], steps[-6:]))
+    assert late > early + 0.02
+    assert all(math.isfinite(line["loss"]) for line in steps)
+
+    # A policy worker each, and the reference in a process of its own, on the node that has it.
+    first_time, first = actors[1]
+    classes = {actor["ActorClassName"]: actor for actor in first.values() if actor["State"] == "ALIVE"}
+    reference = next(actor for name, actor in classes.items() if "_ScoreChunks" in name)
+    workers = [actor for actor in first.values() if "RayTrainWorker" in actor["ActorClassName"]]
+    assert len({reference["Pid"], *(worker["Pid"] for worker in workers)}) == 3
+    nodes = {node["NodeID"]: node for node in ray.nodes()}
+    assert "reference" in nodes[reference["Address"]["NodeID"]]["Resources"]
+
+    # The first step did not wait until all chunks were scored.
+    scored = storage.expand(storage.join(config.store_uri, "reference"))
+    fs, _ = storage.filesystem(scored[0])
+    times = [fs.info(uri.removeprefix("s3://"))["LastModified"].timestamp() for uri in scored]
+    manifest = next(
+        uri for uri in storage.expand(storage.join(config.store_uri, "pairs")) if uri.endswith("manifest.json")
+    )
+    store = open_store(os.path.dirname(manifest))
+    assert store is not None
+    assert len(scored) == len(store.train) + len(store.eval)
+    assert first_time < max(times)
+    # Both ranks wrote their shards of the checkpoint, of like size: the weights are sharded.
+    files = storage.read_json(result.run_uri + "/checkpoints/step-00000024/manifest.json")["files"]
+    sizes = sorted(about["size"] for name, about in files.items() if name.endswith(".distcp"))
+    assert len(sizes) == 2
+    assert sizes[0] > 0.8 * sizes[1]
+
+    # What became of the rows.
+    counts = store.counts
+    assert counts["rows"] == len(rows)
+    assert counts["pairs"] + counts["eval_pairs"] + counts["rejects"] + counts["duplicates"] + counts[
+        "identical"
+    ] == len(rows)
+    tokenize = PairTokenizer(load_tokenizer(str(smollm2)), "tokenizer", 1024)
+    held = {pair.pair_id for chunk in store.eval for pair in read_chunk(store.uri, chunk)}
+    everything = held | {pair.pair_id for chunk in store.train for pair in read_chunk(store.uri, chunk)}
+    assert tokenize(parse_row(rows[0])).pair_id in everything
+
+    # The export in plain transformers: its log-probabilities are those that the policy had at its last evaluation.
+    folder = tmp_path / "export"
+    for uri in storage.expand(result.export_uri):
+        storage.download(uri, str(folder / os.path.basename(uri)))
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    pairs = [pair for chunk in store.eval for pair in read_chunk(store.uri, chunk)]
+    for index, name in enumerate(("chosen", "rejected")):
+        total = 0.0
+        for pair in pairs:
+            ids = torch.tensor([*pair.prompt, *pair.answers[index]], dtype=torch.int64)
+            with torch.no_grad():
+                logps = model(ids[None]).logits[0].log_softmax(-1)
+            predicted = logps[:-1].gather(1, ids[1:, None])[:, 0]
+            total += float(predicted[len(pair.prompt) - 1 :].double().sum())
+        assert result.eval_metrics[f"eval_logps/{name}"] == pytest.approx(total / len(pairs), rel=1e-5)
+    assert (folder / "chat_template.jinja").exists()
+    assert (folder / "generation_config.json").exists()
+    assert "library_name: transformers" in (folder / "README.md").read_text()

@@ -1,0 +1,113 @@
+"""prepare: the same bytes whatever the parallelism or the order of files; every row accounted for."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import S3Server
+from helpers import tiny_config
+
+from dpo_ray import storage
+from dpo_ray.demo_data import make_pairs
+from dpo_ray.errors import DataError
+from dpo_ray.orchestration.prepare import prepare
+from dpo_ray.pairs.store import read_chunk
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.parquet"))}
+
+
+def test_prepare(tmp_path: Path, tiny_model: Path, local_ray: None, s3_server: S3Server) -> None:
+    rows: list[dict[str, Any]] = make_pairs(300, seed=4)
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+
+    one = tmp_path / "one"
+    one.mkdir()
+    (one / "all.jsonl").write_text(text)
+    made = prepare(tiny_config(str(tmp_path / "a"), "run", tiny_model, str(one / "all.jsonl")))
+    unique = len({json.dumps(row) for row in rows})
+    assert made.counts["rows"] == 300
+    assert made.counts["pairs"] + made.counts["eval_pairs"] == unique
+    assert made.counts["duplicates"] == 300 - unique
+    assert made.counts["rejects"] == made.counts["identical"] == 0
+
+    # The same rows from several files, of other kinds, in another order, on object storage, with duplicates.
+    s3 = s3_server.uri("raw/")
+    storage.write_bytes(s3 + "/z.jsonl.gz", gzip.compress("".join(text.splitlines(True)[200:][::-1]).encode()))
+    table = pa.Table.from_pylist(rows[100:210][::-1])
+    pq.write_table(table, tmp_path / "y.parquet")
+    storage.upload(str(tmp_path / "y.parquet"), s3 + "/y.parquet")
+    storage.write_bytes(s3 + "/a.jsonl", "".join(text.splitlines(True)[:100]).encode())
+    storage.write_bytes(s3 + "/empty.jsonl", b"")
+    config = tiny_config(
+        str(tmp_path / "b"), "run", tiny_model, "", data={"train": [s3 + "/*.jsonl*", s3 + "/*.parquet"]}
+    )
+    other = prepare(config)
+    assert other.counts["rows"] == 310
+    assert other.counts["duplicates"] == 310 - unique
+    assert files(Path(made.uri)) == files(Path(other.uri))
+    assert other.train == made.train
+    assert other.eval == made.eval
+
+    # Found again: nothing is written anew.
+    times = {path: path.stat().st_mtime_ns for path in Path(other.uri).iterdir()}
+    assert prepare(config) == other
+    assert {path: path.stat().st_mtime_ns for path in Path(other.uri).iterdir()} == times
+
+
+def test_rejects(tmp_path: Path, tiny_model: Path, local_ray: None) -> None:
+    good = [json.dumps(row) for row in make_pairs(96, seed=5)]
+    same = json.dumps({"prompt": "Say it.", "chosen": "Yes", "rejected": "Yes"})
+    long = json.dumps({"prompt": "x" * 600, "chosen": "Yes", "rejected": "No"})
+    lines = [
+        *good[:10],
+        "{broken",
+        same,
+        "",
+        long,
+        *good[10:],
+        json.dumps({"prompt": "p", "chosen": " ", "rejected": "b"}),
+    ]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    sections = {"data": {"max_length": 512, "max_reject_fraction": 0.05}}
+    made = prepare(tiny_config(str(tmp_path), "run", tiny_model, str(path), **sections))
+    assert made.counts["rows"] == 100
+    assert made.counts["rejects"] == 3
+    assert made.counts["identical"] == 1
+    rejects = storage.read_json_lines(str(tmp_path / "run" / "rejects" / "rejects.jsonl"))
+    assert [(reject["source"], reject["row"]) for reject in rejects] == [
+        (str(path), 11),
+        (str(path), 14),
+        (str(path), 101),
+    ]
+    assert [reject["text"] for reject in rejects] == [lines[10], lines[13], lines[100]]
+    assert "JSON" in rejects[0]["reason"]
+    assert "max_length" in rejects[1]["reason"]
+    assert "chosen" in rejects[2]["reason"]
+
+    # More than the limit: one message, and no store.
+    with pytest.raises(DataError, match=r"3 of 100 rows .* row 11: not valid JSON"):
+        prepare(tiny_config(str(tmp_path), "strict", tiny_model, str(path), data={"max_length": 512}))
+    assert (tmp_path / "strict" / "rejects" / "rejects.jsonl").exists()
+
+
+def test_held_out_pairs_are_not_trained_on(tmp_path: Path, tiny_model: Path, local_ray: None) -> None:
+    rows = [json.dumps(row) for row in make_pairs(120, seed=6)]
+    (tmp_path / "train.jsonl").write_text("\n".join(rows))
+    (tmp_path / "held.jsonl").write_text("\n".join(rows[100:]))
+    data = {"eval": [str(tmp_path / "held.jsonl")], "eval_fraction": 0.0}
+    made = prepare(tiny_config(str(tmp_path), "run", tiny_model, str(tmp_path / "train.jsonl"), data=data))
+    ids = [
+        {pair.pair_id for chunk in chunks for pair in read_chunk(made.uri, chunk)} for chunks in (made.train, made.eval)
+    ]
+    assert not ids[0] & ids[1]
+    assert len(ids[1]) == len(set(rows[100:]))
+    assert len(ids[0]) + len(ids[1]) == len(set(rows))

@@ -1,0 +1,114 @@
+"""The configuration refuses what cannot work, in one message that names key, value and the way to mend it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from helpers import tiny_config
+
+from dpo_ray import config as configuration
+from dpo_ray.config import Config, changed_keys, load_config, parse_config, to_yaml
+from dpo_ray.errors import ConfigError
+
+MINIMAL: dict[str, Any] = {
+    "name": "run",
+    "storage_path": "runs",
+    "model": {"path": "model"},
+    "data": {"train": ["pairs.jsonl"]},
+}
+
+
+def with_values(**sections: dict[str, Any]) -> dict[str, Any]:
+    return {**MINIMAL, **{name: {**MINIMAL.get(name, {}), **values} for name, values in sections.items()}}
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (
+            with_values(train={"global_batch_pair": 8}),
+            "unknown key train.global_batch_pair: did you mean train.global_batch",
+        ),
+        ({**MINIMAL, "sclaing": {}}, "unknown key sclaing: did you mean scaling"),
+        (with_values(objective={"loss": "sigmod"}), "objective.loss is 'sigmod', known are .*; did you mean 'sigmoid'"),
+        (with_values(objective={"beta": -1}), "objective.beta is -1: Input should be greater than 0"),
+        (with_values(objective={"loss": "hinge", "label_smoothing": 0.1}), "hinge does not use it"),
+        (
+            with_values(objective={"label_smoothing": 0.6}),
+            r"is 0.6, but sigmoid needs it in \[0, 0.5\)",
+        ),
+        (with_values(train={"global_batch_pairs": 2}, scaling={"workers": 3}), "fewer than scaling.workers"),
+        (with_values(model={"weights_dtype": "bfloat16"}), "adamw_kahan"),
+        (with_values(train={"eval_every_steps": 5}), "nothing is held out"),
+        (with_values(data={"eval": ["x"], "eval_fraction": 0.1}), "keep one of them"),
+        (with_values(optimizer={"schedule": "constant", "warmup_steps": 3}), "constant_with_warmup"),
+        ({key: value for key, value in MINIMAL.items() if key != "model"}, "model is required"),
+        ({**MINIMAL, "name": "a/b"}, "name is 'a/b'"),
+    ],
+)
+def test_mistakes(raw: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        parse_config(raw)
+    assert "\n" not in str(caught.value).strip()
+
+
+def test_all_mistakes_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(with_values(train={"epochs": 0}, scaling={"workers": "many"}))
+    assert "train.epochs is 0" in str(caught.value)
+    assert "scaling.workers is 'many'" in str(caught.value)
+
+
+def test_overrides(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    config = load_config(str(path), ["optimizer.learning_rate=1e-6", "scaling.workers=2", "data.eval=[a, b]", "seed=3"])
+    assert (config.optimizer.learning_rate, config.scaling.workers, config.seed) == (1e-6, 2, 3)
+    assert config.data.eval == ["a", "b"]
+    for override, message in (("scaling.workers", "section.key=value"), ("seed.x=1", "seed is not a section")):
+        with pytest.raises(ConfigError, match=message):
+            load_config(str(path), ["seed=3", override])
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1", "\x00"])
+def test_files_that_are_no_configuration(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=str(path)):
+        load_config(str(path))
+    with pytest.raises(ConfigError, match="cannot read"):
+        load_config(str(tmp_path / "none.yaml"))
+
+
+def test_the_template_is_a_configuration_with_all_keys_and_defaults() -> None:
+    raw = yaml.safe_load(configuration.template())
+    config = parse_config(raw)
+    required = {key: raw[key] for key in ("name", "storage_path")}
+    required |= {"model": {"path": raw["model"]["path"]}, "data": {"train": raw["data"]["train"]}}
+    assert config == parse_config(required)
+    assert set(raw) == set(Config.model_fields)
+    for name, section in raw.items():
+        if isinstance(section, dict):
+            assert set(section) == set(type(getattr(config, name)).model_fields), name
+
+
+def test_resolved_configuration_reads_back() -> None:
+    config = parse_config(MINIMAL)
+    assert parse_config(yaml.safe_load(to_yaml(config))) == config
+
+
+def test_what_may_change_when_a_run_goes_on(tmp_path: Path) -> None:
+    before = tiny_config("s", "run", tmp_path, "pairs.jsonl").model_dump(mode="json")
+    allowed = tiny_config(
+        "s", "run", tmp_path, "pairs.jsonl", scaling={"workers": 4}, train={"max_steps": 99}, reference={"replicas": 3}
+    )
+    assert changed_keys(before, allowed) == []
+    changed = tiny_config(
+        "s", "run", tmp_path, "other.jsonl", train={"global_batch_pairs": 13}, objective={"loss": "ipo"}
+    )
+    assert changed_keys(before, changed) == [
+        "data.train: ['pairs.jsonl'] -> ['other.jsonl']",
+        "objective.loss: sigmoid -> ipo",
+        "train.global_batch_pairs: 12 -> 13",
+    ]

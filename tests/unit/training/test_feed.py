@@ -1,0 +1,112 @@
+"""The feed: batches come as soon as their chunks are scored, joined with the right scores."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dpo_ray.errors import ReferenceMismatchError
+from dpo_ray.pairs import store
+from dpo_ray.pairs.plan import Plan, pair_order
+from dpo_ray.pairs.tokenize import pair_id
+from dpo_ray.reference.store import ReferenceStore
+from dpo_ray.training.feed import Feed
+from dpo_ray.types import TokenizedPair
+
+
+class NobodyScores(Exception):
+    """Raised instead of waiting."""
+
+
+def refuse() -> None:
+    raise NobodyScores
+
+
+@pytest.fixture
+def chunks(tmp_path: Path) -> tuple[store.Chunk, ...]:
+    rng = np.random.default_rng(0)
+    made = []
+    for index, size in enumerate((7, 9, 8)):
+        pairs = []
+        for _ in range(size):
+            prompt, *answers = (rng.integers(0, 99, rng.integers(1, 9), dtype=np.int32) for _ in range(3))
+            pairs.append(TokenizedPair(pair_id(prompt, tuple(answers)), prompt, tuple(answers)))
+        made.append(store.write_chunk(str(tmp_path), store.chunk_name("train", index), store.table_of(pairs)))
+    return tuple(made)
+
+
+def score_of(pair: bytes) -> list[float]:
+    """A score that says whose it is."""
+    return [float(pair[0]), -float(pair[1])]
+
+
+def score(reference: ReferenceStore, folder: Path, chunk: store.Chunk) -> None:
+    ids = [pair.pair_id for pair in store.read_chunk(str(folder), chunk)]
+    reference.put(chunk, ids, [np.array(score_of(i), np.float32) for i in ids])
+
+
+def test_a_batch_waits_for_its_own_chunks_only(tmp_path: Path, chunks: tuple[store.Chunk, ...]) -> None:
+    """24 pairs in batches of 4: with the first chunk of the plan scored, exactly the batches within it come."""
+    plan = Plan(5, chunks, 4, 6)
+    reference = ReferenceStore(str(tmp_path / "reference"))
+    feed = Feed(plan, str(tmp_path), reference, refuse, 100)
+    order = plan.chunk_order(0)
+    done = 0
+    for number in range(1, 4):
+        score(reference, tmp_path, order[number - 1])
+        complete = sum(chunk.num_pairs for chunk in order[:number]) // 4
+        batches = feed.rank_batches(done, 0, 1)
+        for step in range(done + 1, complete + 1):
+            assert next(batches).step == step
+        if number < 3:
+            with pytest.raises(NobodyScores):
+                next(batches)
+        done = complete
+    assert reference.missing(chunks) == []
+
+
+def test_scores_belong_to_their_answers(tmp_path: Path, chunks: tuple[store.Chunk, ...]) -> None:
+    reference = ReferenceStore(str(tmp_path / "reference"))
+    for chunk in chunks:
+        score(reference, tmp_path, chunk)
+    feed = Feed(Plan(5, chunks, 5, 5), str(tmp_path), reference, refuse, 60)
+    seen = []
+    for batch in feed.rank_batches(0, 0, 1):
+        for ids, micro in zip(batch.microbatch_pair_ids, batch.microbatches, strict=True):
+            assert micro.ref_logps is not None
+            assert micro.ref_logps.tolist() == [value for i in ids for value in score_of(i)]
+        seen += batch.pair_ids
+    order = feed.plan.chunk_order(0)
+    expected = []
+    for chunk in order:
+        ids = [pair.pair_id for pair in store.read_chunk(str(tmp_path), chunk)]
+        expected += [ids[index] for index in pair_order(5, 0, ids)]
+    assert seen == expected
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_share_a_batch(tmp_path: Path, chunks: tuple[store.Chunk, ...], world_size: int) -> None:
+    feed = Feed(Plan(5, chunks, 5, 5), str(tmp_path), None, refuse, 60)
+    whole = list(feed.rank_batches(0, 0, 1))
+    parts = [list(feed.rank_batches(0, rank, world_size)) for rank in range(world_size)]
+    for step, batch in enumerate(whole):
+        assert all(part[step].pair_ids == batch.pair_ids for part in parts)
+        own = [i for part in parts for ids in part[step].microbatch_pair_ids for i in ids]
+        assert sorted(own) == sorted(batch.pair_ids)
+        assert len({len(part[step].microbatches) for part in parts}) == 1
+
+
+def test_scores_of_other_pairs_are_refused(tmp_path: Path, chunks: tuple[store.Chunk, ...]) -> None:
+    reference = ReferenceStore(str(tmp_path / "reference"))
+    ids = [pair.pair_id for pair in store.read_chunk(str(tmp_path), chunks[0])]
+    scores = [np.zeros(2, np.float32)] * len(ids)
+    reference.put(chunks[0], ids[::-1], scores)
+    with pytest.raises(ReferenceMismatchError, match="other pairs"):
+        reference.get(chunks[0], ids)
+    reference.put(chunks[0], ids, scores)
+    path = tmp_path / "reference" / f"{chunks[0].key}.parquet"
+    data = bytearray(path.read_bytes())
+    data[40] ^= 255
+    path.write_bytes(data)
+    with pytest.raises(ReferenceMismatchError):
+        reference.get(chunks[0], ids)
