@@ -13,40 +13,33 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from dpo_ray.config import ModelConfig
 from dpo_ray.model.load import DTYPES, empty_model, load_pretrained
 
 
-def sharded_policy(
-    path: str,
-    weights_dtype: str,
-    compute_dtype: str,
-    attention: str,
-    gradient_checkpointing: bool,
-    device: torch.device,
-) -> PreTrainedModel:
+def sharded_policy(config: ModelConfig, device: torch.device) -> PreTrainedModel:
     """The policy at its start, every parameter a DTensor sharded over all ranks.
 
     Rank 0 reads the weights; the others begin on the meta device and never hold a whole model.
 
     Args:
-        path: transformers directory.
-        weights_dtype: dtype of the sharded (trained) weights.
-        compute_dtype: dtype of forward and backward; gradients are reduced in float32.
-        attention: transformers' attention implementation.
-        gradient_checkpointing: Recompute activations in backward.
+        config: Where the weights are, and their dtypes: those of the sharded (trained) weights and of forward and
+            backward; gradients are reduced in float32.
         device: This rank's device.
 
     Collective: all ranks.
     """
-    model = empty_model(path, attention).to(DTYPES[weights_dtype])
-    if gradient_checkpointing:
+    model = empty_model(config.path, config.attention).to(DTYPES[config.weights_dtype])
+    if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    shard(model, compute_dtype, device.type)
+    shard(model, config.compute_dtype, device.type)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     model.to_empty(device=device)
     for name, buffer in model.named_buffers():
         buffer.copy_(buffers[name])
-    whole = load_pretrained(path, weights_dtype, attention).state_dict() if dist.get_rank() == 0 else {}
+    whole = {}
+    if dist.get_rank() == 0:
+        whole = load_pretrained(config.path, config.weights_dtype, config.attention).state_dict()
     set_model_state_dict(model, whole, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
     return model.train()
 

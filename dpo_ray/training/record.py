@@ -11,7 +11,9 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from dpo_ray import storage
+from dpo_ray.config import Config
 from dpo_ray.pairs.plan import batch_digest
+from dpo_ray.types import Attempt
 
 FLUSH_INTERVAL_S = 10.0
 
@@ -19,23 +21,19 @@ FLUSH_INTERVAL_S = 10.0
 class Recorder:
     """Records steps and evaluations; `flush` makes all of it durable."""
 
-    def __init__(
-        self, run_uri: str, position: int, attempt: int, world_size: int, ledger: str, publish: Callable[[dict], None]
-    ) -> None:
-        """Drops what was recorded after `position`: those steps are done again.
+    def __init__(self, config: Config, attempt: Attempt, publish: Callable[[dict[str, Any]], None]) -> None:
+        """Drops what was recorded after the attempt's position: those steps are done again.
 
         Args:
-            run_uri: The run directory.
-            position: Global batches done.
-            attempt: Number of this start of the worker group.
-            world_size: Policy workers.
-            ledger: "digest", or "full" to list every pair id.
+            config: The run.
+            attempt: This start of the worker group.
             publish: Called with each line.
         """
+        run_uri, position = config.run_uri, attempt.position
         self._metrics = storage.JsonLines(storage.join(run_uri, "metrics.jsonl"), position)
         self._ledger = storage.JsonLines(storage.join(run_uri, "ledger.jsonl"), position)
-        self._about = {"attempt": attempt, "world_size": world_size}
-        self._full = ledger == "full"
+        self._about = {"attempt": attempt.attempt, "world_size": attempt.world_size}
+        self._full = config.train.ledger == "full"
         self._publish = publish
         self._events_uri = storage.join(run_uri, "tensorboard")
         self._events = tempfile.mkdtemp(prefix="dpo_ray-events-")

@@ -16,7 +16,20 @@ from dpo_ray.objective.losses import AnswerStats
 from dpo_ray.objective.rewards import METRIC_SUMS, metric_sums
 from dpo_ray.types import GlobalBatch, Microbatch
 
-Loss = Callable[[AnswerStats], torch.Tensor]
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """A loss with its hyperparameters filled in.
+
+    Attributes:
+        loss: Answers -> Shape (P,).
+        couples_pairs: Whether it must see all pairs of a global batch at once.
+        beta: For the implicit rewards.
+    """
+
+    loss: Callable[[AnswerStats], torch.Tensor]
+    couples_pairs: bool
+    beta: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,22 +50,27 @@ class StepResult:
 
 
 def train_step(
-    model: nn.Module, optimizer: Optimizer, batch: GlobalBatch, loss: Loss, beta: float, max_grad_norm: float | None
+    model: nn.Module, optimizer: Optimizer, batch: GlobalBatch, objective: Objective, max_grad_norm: float | None
 ) -> StepResult:
     """One optimizer update: the mean loss over the global batch's pairs, whatever ranks and microbatches they are in.
 
     Collective: all ranks.
     """
     local = _Local(next(model.parameters()).device)
+    joint = _joint_losses(model, batch, objective) if objective.couples_pairs else None
     for index, microbatch in enumerate(batch.microbatches):
         set_gradient_sync(model, index == len(batch.microbatches) - 1)
         if not microbatch.lengths:
             empty_pass(model).backward()
             continue
         stats = _answer_stats(model, microbatch)
-        losses = loss(stats)
-        (losses.sum() / batch.num_pairs).backward()
-        local.add(stats, losses, beta, microbatch)
+        if joint is None:
+            losses = objective.loss(stats)
+            (losses.sum() / batch.num_pairs).backward()
+        else:
+            losses, gradient = joint[index]
+            stats.policy_logps.backward(gradient / batch.num_pairs)
+        local.add(stats, losses, objective.beta, microbatch)
     grad_norm = clip_grad_norm(model, max_grad_norm)
     optimizer.step()
     optimizer.zero_grad()
@@ -60,18 +78,19 @@ def train_step(
 
 
 @torch.no_grad()
-def eval_step(model: nn.Module, batch: GlobalBatch, loss: Loss, beta: float) -> StepResult:
+def eval_step(model: nn.Module, batch: GlobalBatch, objective: Objective) -> StepResult:
     """The same sums without gradients.
 
     Collective: all ranks.
     """
     local = _Local(next(model.parameters()).device)
-    for microbatch in batch.microbatches:
+    joint = _joint_losses(model, batch, objective) if objective.couples_pairs else None
+    for index, microbatch in enumerate(batch.microbatches):
         if not microbatch.lengths:
             empty_pass(model)
             continue
         stats = _answer_stats(model, microbatch)
-        local.add(stats, loss(stats), beta, microbatch)
+        local.add(stats, objective.loss(stats) if joint is None else joint[index][0], objective.beta, microbatch)
     return local.reduced(None)
 
 
@@ -106,3 +125,52 @@ def _answer_stats(model: nn.Module, microbatch: Microbatch) -> AnswerStats:
         pair_index=microbatch.pair_index.to(device),
         answer_index=microbatch.answer_index.to(device),
     )
+
+
+def _joint_losses(
+    model: nn.Module, batch: GlobalBatch, objective: Objective
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Losses of all pairs of a global batch at once, for objectives that couple them.
+
+    A first pass without gradients gathers what the loss sees of every rank's answers, in plan order, so that the loss
+    is the same on all ranks and world sizes; its gradient in the log-probabilities then feeds the backward passes.
+
+    Returns:
+        Per microbatch of this rank: losses, Shape (P,), and their gradient in the log-probabilities, Shape (A,).
+
+    Collective: all ranks.
+    """
+    own: dict[bytes, tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]] = {}
+    with torch.no_grad():
+        for microbatch, pair_ids in zip(batch.microbatches, batch.microbatch_pair_ids, strict=True):
+            if not microbatch.lengths:
+                empty_pass(model)
+                continue
+            stats = _answer_stats(model, microbatch)
+            for index, pair_id in enumerate(pair_ids):
+                mine = stats.pair_index == index
+                ref_logps = None if stats.ref_logps is None else stats.ref_logps[mine].cpu()
+                own[pair_id] = stats.policy_logps[mine].cpu(), ref_logps, stats.num_tokens[mine].cpu()
+    gathered: list[dict[bytes, tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]]]
+    gathered = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, own)
+    everyones = {pair_id: values for rank in gathered for pair_id, values in rank.items()}
+    policy, ref, num_tokens = zip(*(everyones[pair_id] for pair_id in batch.pair_ids), strict=True)
+    sizes = [len(values) for values in policy]
+    stats = AnswerStats(
+        policy_logps=torch.cat(policy).requires_grad_(),
+        ref_logps=None if ref[0] is None else torch.cat(ref),
+        num_tokens=torch.cat(num_tokens),
+        pair_index=torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)),
+        answer_index=torch.cat([torch.arange(size) for size in sizes]),
+    )
+    with torch.enable_grad():
+        losses = objective.loss(stats)
+        (gradient,) = torch.autograd.grad(losses.sum(), stats.policy_logps)
+    of_pair = dict(zip(batch.pair_ids, zip(losses.detach(), gradient.split(sizes), strict=True), strict=True))
+    device = next(model.parameters()).device
+    found = []
+    for pair_ids in batch.microbatch_pair_ids:
+        parts = [of_pair[pair_id] for pair_id in pair_ids] or [(torch.zeros(()), torch.zeros(0))]
+        found.append((torch.stack([part[0] for part in parts]).to(device), torch.cat([p[1] for p in parts]).to(device)))
+    return found

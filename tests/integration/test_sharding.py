@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from dpo_ray import storage
-from dpo_ray.config import OptimizerConfig
+from dpo_ray.config import ModelConfig, OptimizerConfig
 from dpo_ray.demo_data import byte_tokenizer, make_pairs
 from dpo_ray.errors import CheckpointError
 from dpo_ray.model.load import load_pretrained
@@ -24,7 +24,7 @@ from dpo_ray.pairs.tokenize import PairTokenizer
 from dpo_ray.reference.scorer import Scorer
 from dpo_ray.training import checkpoint, manifest
 from dpo_ray.training.optimizer import build_optimizer
-from dpo_ray.training.step import train_step
+from dpo_ray.training.step import Objective, train_step
 from dpo_ray.types import ScoredPair, TrainState
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
@@ -43,22 +43,20 @@ def scored_pairs(model: str, num: int = 10, dtype: str = "float32") -> list[Scor
 
 
 def build(model: str, rate: float = 1e-2, **options: Any) -> tuple[Any, Any]:
-    settings = {
-        "weights_dtype": "float32",
-        "compute_dtype": "float32",
-        "attention": "sdpa",
-        "gradient_checkpointing": False,
-    }
-    name = "adamw_kahan" if options.get("weights_dtype") == "bfloat16" else "adamw"
-    policy = sharded_policy(model, **{**settings, **options}, device=CPU)
+    config = ModelConfig(**{"path": model, "compute_dtype": "float32", **options})
+    name = "adamw_kahan" if config.weights_dtype == "bfloat16" else "adamw"
+    policy = sharded_policy(config, CPU)
     return policy, build_optimizer(policy, OptimizerConfig(name=name, learning_rate=rate))
 
 
-def steps(policy: Any, optimizer: Any, pairs: list[ScoredPair], rank: int, world: int, num: int) -> list[float]:
+def steps(
+    policy: Any, optimizer: Any, pairs: list[ScoredPair], rank: int, world: int, num: int, objective: Any = None
+) -> list[float]:
+    objective = objective or Objective(sigmoid, couples_pairs=False, beta=0.1)
     losses = []
     for step in range(1, num + 1):
         rows = pack.table_of(pack.rank_batches(pairs, step, 0, world, 500)).to_pylist()
-        result = train_step(policy, optimizer, pack.global_batch(rows[rank]), sigmoid, 0.1, 1.0)
+        result = train_step(policy, optimizer, pack.global_batch(rows[rank]), objective, 1.0)
         losses.append(float(result.sums[0]) / len(pairs))
     return losses
 
@@ -69,9 +67,8 @@ def sharded(rank: int, world: int, model: str, folder: str) -> None:
     for name, parameter in policy.named_parameters():
         assert isinstance(parameter, DTensor), name
         assert all(placement.is_shard() for placement in parameter.placements), name
-        assert parameter.to_local().numel() <= -(-parameter.shape[0] // world) * (
-            parameter.numel() // parameter.shape[0]
-        )
+        rows = -(-parameter.shape[0] // world)
+        assert parameter.to_local().numel() <= rows * (parameter.numel() // parameter.shape[0])
         assert torch.equal(parameter.full_tensor(), original[name]), name
     pairs = scored_pairs(model)
     losses = steps(policy, optimizer, pairs, rank, world, 3)
@@ -182,3 +179,36 @@ def exported(rank: int, world: int, model: str, folder: str) -> None:
 def test_whole_weights_come_to_rank_0_only(tmp_path: Path, tiny_model: Path) -> None:
     run_ranks(exported, 2, tmp_path, str(tiny_model), str(tmp_path))
     assert AutoModelForCausalLM.from_pretrained(tiny_model).num_parameters() == 35_072
+
+
+def sorted_margins(stats: AnswerStats) -> torch.Tensor:
+    """A loss that couples pairs: each margin against the reference's margin of the same rank in the batch."""
+    chosen, rejected = stats.pairwise(stats.policy_logps)
+    assert stats.ref_logps is not None
+    ref_chosen, ref_rejected = stats.pairwise(stats.ref_logps)
+    difference = torch.sort(chosen - rejected).values - torch.sort(ref_chosen - ref_rejected).values
+    return -torch.nn.functional.logsigmoid(0.1 * difference)
+
+
+def coupled(rank: int, world: int, model: str, folder: str) -> None:
+    pairs = scored_pairs(model, 9)
+    found = {}
+    for name, loss, couples in (
+        ("alone", sigmoid, False),
+        ("at once", sigmoid, True),
+        ("sorted", sorted_margins, True),
+    ):
+        found[name] = steps(*build(model), pairs, rank, world, 4, Objective(loss, couples, 0.1))
+    # A loss that does not couple pairs gives the same either way.
+    assert found["at once"] == pytest.approx(found["alone"], rel=1e-6)
+    assert abs(found["sorted"][3] - found["alone"][3]) > 1e-4
+    if rank == 0:
+        Path(folder, f"coupled-{world}.json").write_text(json.dumps(found))
+
+
+def test_losses_that_couple_pairs_see_the_global_batch(tmp_path: Path, tiny_model: Path) -> None:
+    """Sorting needs all pairs of the batch: the same losses with 1 and 2 ranks."""
+    for world in (1, 2):
+        run_ranks(coupled, world, tmp_path, str(tiny_model), str(tmp_path))
+    one, two = (json.loads((tmp_path / f"coupled-{world}.json").read_text()) for world in (1, 2))
+    assert two["sorted"] == pytest.approx(one["sorted"], rel=1e-5)

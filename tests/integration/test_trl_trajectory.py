@@ -11,7 +11,7 @@ import torch
 from helpers import run_ranks
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpo_ray.config import OptimizerConfig
+from dpo_ray.config import ModelConfig, OptimizerConfig
 from dpo_ray.demo_data import byte_tokenizer, make_pairs
 from dpo_ray.model.shard import sharded_policy
 from dpo_ray.objective.losses import LOSSES, AnswerStats
@@ -21,7 +21,7 @@ from dpo_ray.pairs.formats import parse_row
 from dpo_ray.pairs.tokenize import PairTokenizer
 from dpo_ray.reference.scorer import Scorer
 from dpo_ray.training.optimizer import build_optimizer, learning_rate_at
-from dpo_ray.training.step import train_step
+from dpo_ray.training.step import Objective, train_step
 from dpo_ray.types import ScoredPair
 
 trl = pytest.importorskip("trl", reason="needs the extra `bench`")
@@ -41,7 +41,7 @@ def ours(rank: int, world: int, model: str, rows: list[dict[str, str]], target: 
     pairs = [tokenize(parse_row(row)) for row in rows]
     scores = Scorer(model, "float32", "sdpa", 400, torch.device("cpu")).score(pairs)
     scored = [ScoredPair(pair, score) for pair, score in zip(pairs, scores, strict=True)]
-    policy = sharded_policy(model, "float32", "float32", "sdpa", False, torch.device("cpu"))
+    policy = sharded_policy(ModelConfig(path=model, compute_dtype="float32"), torch.device("cpu"))
     config = OptimizerConfig(learning_rate=RATE, schedule="linear", warmup_steps=WARMUP)
     optimizer, rate = build_optimizer(policy, config), learning_rate_at(config, STEPS)
     lines = []
@@ -50,7 +50,7 @@ def ours(rank: int, world: int, model: str, rows: list[dict[str, str]], target: 
             group["lr"] = rate(step)
         batch = scored[step * BATCH : (step + 1) * BATCH]
         rows_ = pack.table_of(pack.rank_batches(batch, step + 1, 0, world, 400)).to_pylist()
-        result = train_step(policy, optimizer, pack.global_batch(rows_[rank]), sigmoid, BETA, 1.0)
+        result = train_step(policy, optimizer, pack.global_batch(rows_[rank]), Objective(sigmoid, False, BETA), 1.0)
         assert result.grad_norm is not None
         lines.append({**finish_metrics(result.sums), "grad_norm": float(result.grad_norm)})
     if rank == 0:

@@ -29,6 +29,8 @@ ORDER = [
     "training.feed",
     "training.optimizer",
     "training.step",
+    "training.metrics",
+    "training.evaluate",
     "training.manifest",
     "training.checkpoint",
     "training.record",
@@ -92,7 +94,4 @@ def test_heavy_dependencies_have_owners() -> None:
 
 
 def test_the_loop_can_be_read_in_a_minute() -> None:
-    tree = ast.parse((PACKAGE / "training" / "loop.py").read_text())
-    (train,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "train")
-    assert train.end_lineno is not None
-    assert train.end_lineno - train.lineno < 65
+    assert len((PACKAGE / "training" / "loop.py").read_text().splitlines()) <= 100

@@ -1,0 +1,76 @@
+"""From sums over a global batch to a line of metrics.jsonl, and the checks that stop a run that would be wrong."""
+
+from __future__ import annotations
+
+import math
+
+from dpo_ray.config import Config
+from dpo_ray.errors import FirstStepError, NonFiniteLossError
+from dpo_ray.objective.rewards import finish_metrics
+from dpo_ray.training.step import StepResult
+from dpo_ray.types import GlobalBatch, TrainState
+
+# Largest |policy - reference| per token that numerics alone explain at the first step, in nats.
+FIRST_STEP_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.25}
+
+
+def step_line(
+    state: TrainState, batch: GlobalBatch, result: StepResult, learning_rate: float, steps_per_epoch: int
+) -> dict[str, float]:
+    """The metrics of one optimizer step, under TRL's names.
+
+    Raises:
+        NonFiniteLossError: The loss or the gradient is not finite.
+    """
+    metrics = finish_metrics(result.sums)
+    grad_norm = float(result.grad_norm) if result.grad_norm is not None else 0.0
+    if not math.isfinite(metrics["loss"]) or not math.isfinite(grad_norm):
+        raise NonFiniteLossError(
+            f"step {batch.step}: loss {metrics['loss']}, gradient norm {grad_norm}; nothing of this step was kept. "
+            f"Lower optimizer.learning_rate (now {learning_rate:g}) or look at the pairs of this batch: "
+            + ", ".join(pair_id.hex() for pair_id in batch.pair_ids)
+        )
+    return {
+        "step": state.step,
+        "epoch": state.step / steps_per_epoch,
+        **metrics,
+        "grad_norm": grad_norm,
+        "learning_rate": learning_rate,
+        "num_tokens": state.num_tokens,
+    }
+
+
+def speed(batch: GlobalBatch, result: StepResult, step_s: float, data_wait_s: float) -> dict[str, float]:
+    """Throughput.
+
+    Args:
+        batch: The global batch.
+        result: Its sums.
+        step_s: From the end of the step before to the end of this one: waiting for data, evaluation and checkpoint
+            in between included.
+        data_wait_s: Of that, waiting for the batch.
+    """
+    return {
+        "perf/step_s": step_s,
+        "perf/data_wait_s": data_wait_s,
+        "perf/pairs_per_s": batch.num_pairs / step_s,
+        "perf/tokens_per_s": int(result.num_tokens) / step_s,
+    }
+
+
+def check_first_step(config: Config, result: StepResult) -> None:
+    """Refuses a run whose policy does not start as the reference's scores say.
+
+    Raises:
+        FirstStepError: For some answer the two differ by more than numerics explain.
+    """
+    gap = float(result.reference_gap)
+    dtypes = (config.model.compute_dtype, config.reference_dtype)
+    tolerance = FIRST_STEP_TOLERANCE["bfloat16" if "bfloat16" in dtypes else "float32"]
+    if gap > tolerance:
+        raise FirstStepError(
+            f"first step: policy and reference differ by {gap:.3g} nats per token for some answer; numerics explain "
+            f"{tolerance:g}. The reference is not the policy's start ({config.reference_path} against "
+            f"{config.model.path}), or its scores are stale. Mend reference.path, or, where the difference is meant, "
+            "set checks.first_step: false"
+        )
