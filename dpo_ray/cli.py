@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from dpo_ray import config as configuration
-from dpo_ray.errors import ConfigError, UserError
+from dpo_ray.errors import ConfigError, FinalError, UserError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -56,11 +56,12 @@ def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
     Example: dpo-ray prepare jobs/dpo-smollm2-135m-1n0g-fsdp2.yaml
     """
     from dpo_ray.orchestration.prepare import prepare as make
-    from dpo_ray.orchestration.trainer import start_ray
+    from dpo_ray.orchestration.trainer import final_errors, start_ray
 
     parsed = configuration.load_config(config, overrides)
     start_ray(parsed)
-    made = make(parsed)
+    with final_errors():
+        made = make(parsed)
     console.print(f"pair store  {made.uri}\n{json.dumps(made.counts)}")
 
 
@@ -118,6 +119,6 @@ def main() -> None:
     """Entry point of `dpo-ray`."""
     try:
         app()
-    except UserError as error:
+    except FinalError as error:
         Console(stderr=True, highlight=False).print(f"error: {error}", style="red", markup=False, soft_wrap=True)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, UserError) else 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from dpo_ray.orchestration.trainer import Result, Watcher
@@ -30,13 +30,10 @@ class ProgressBar(Watcher):
         self._console = console
         self._total = 0
         self._progress = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=8),
             MofNCompleteColumn(),
             TextColumn("{task.fields[metrics]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(compact=True),
             console=console,
         )
         self._task: Any = None
@@ -74,7 +71,7 @@ class ProgressBar(Watcher):
 def _brief(line: dict[str, Any]) -> str:
     parts = [f"loss {line['loss']:.4f}"]
     if "rewards/margins" in line:
-        parts += [f"accuracy {line['rewards/accuracies']:.3f}", f"margin {line['rewards/margins']:.3f}"]
+        parts += [f"accuracy {line['rewards/accuracies']:.2f}", f"margin {line['rewards/margins']:.3f}"]
     if "perf/pairs_per_s" in line:
         parts.append(f"{line['perf/pairs_per_s']:.1f} pairs/s")
     return "  ".join(parts)

@@ -5,7 +5,11 @@ class DpoRayError(Exception):
     """Base of all errors raised on purpose."""
 
 
-class UserError(DpoRayError):
+class FinalError(DpoRayError):
+    """What would fail again: the run ends with this message instead of starting the workers anew."""
+
+
+class UserError(FinalError):
     """The user's mistake: the command line prints the message without a traceback and exits with code 2."""
 
 
@@ -25,11 +29,11 @@ class RowError(DpoRayError):
     """One row cannot become a pair; the message is the reason written to the rejects."""
 
 
-class ReferenceMismatchError(DpoRayError):
+class ReferenceMismatchError(FinalError):
     """Stored reference scores do not belong to the pairs they were asked for."""
 
 
-class ReferenceFillError(DpoRayError):
+class ReferenceFillError(FinalError):
     """The reference filler stopped before all chunks were scored."""
 
 

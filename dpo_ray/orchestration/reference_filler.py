@@ -78,6 +78,11 @@ class _ScoreChunks:
         return {"num_pairs": counts}
 
 
+def last_line(error: BaseException) -> str:
+    """What an error says, without Ray's traceback before it."""
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]
+
+
 class ReferenceFiller:
     """Fills the reference store in a thread of the driver."""
 
@@ -111,7 +116,7 @@ class ReferenceFiller:
         if self._thread.ident is not None:
             self._thread.join()
         if self.error is not None:
-            raise ReferenceFillError(f"the reference stopped: {self.error}") from self.error
+            raise ReferenceFillError(f"the reference stopped: {last_line(self.error)}") from self.error
 
     def _fill(self) -> None:
         options = self._config.reference
@@ -136,4 +141,4 @@ class ReferenceFiller:
         except BaseException as error:
             self.error = error
             # The waiting stream sees only storage.
-            storage.write_json(error_place(self._config.run_uri), {"error": str(error).strip().splitlines()[-1]})
+            storage.write_json(error_place(self._config.run_uri), {"error": last_line(error)})

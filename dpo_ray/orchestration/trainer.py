@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import logging
 import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ from ray.util.queue import Empty, Queue
 
 from dpo_ray import errors, storage
 from dpo_ray.config import Config, changed_keys
-from dpo_ray.errors import ConfigError, UserError
+from dpo_ray.errors import ConfigError, FinalError
 from dpo_ray.orchestration.prepare import prepare
 from dpo_ray.orchestration.reference_filler import (
     ReferenceFiller,
@@ -29,7 +30,7 @@ from dpo_ray.orchestration.reference_filler import (
     open_reference_store,
 )
 from dpo_ray.orchestration.stream import LOAD_CPUS, LOADS_IN_FLIGHT, Places, StreamConfig, make_plan
-from dpo_ray.orchestration.worker import stop_uri, user_error, work
+from dpo_ray.orchestration.worker import final_error, stop_uri, work
 from dpo_ray.pairs.plan import Plan
 from dpo_ray.pairs.store import PairStore
 from dpo_ray.training import manifest
@@ -71,12 +72,14 @@ class Watcher:
 
 def start_ray(config: Config) -> None:
     """Connects to the cluster named by RAY_ADDRESS, or starts Ray on this machine."""
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.raise_original_map_exception = True  # Our errors carry their own message.
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     for name in ("ray.data", "ray.train"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # What matters is raised, or in the log files.
     logging_options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**logging_options)
@@ -106,6 +109,7 @@ def train(config: Config, watcher: Watcher | None = None) -> Result:
 
     Raises:
         UserError: A mistake in configuration, data or storage, with one clear message.
+        FinalError: Anything else that would fail again.
     """
     watcher = watcher or Watcher()
     _refuse_changed_config(config)
@@ -128,15 +132,29 @@ def train(config: Config, watcher: Watcher | None = None) -> Result:
             filler.start()
         _fit(config, Places(pairs.uri, reference.uri if reference else None), watcher.line)
     except Exception as error:
-        if mistake := user_error(error):
-            raise mistake from None
-        raise
-    _raise_if_stopped(config)
-    if filler is not None:
-        filler.join()
+        # A filler that has stopped is why the stream has.
+        with final_errors():
+            raise (filler and filler.error) or error from None
+    with final_errors():
+        if filler is not None and filler.error is not None:
+            raise filler.error
+        _raise_if_stopped(config)
+        if filler is not None:
+            filler.join()
     result = finished_run(config)
     assert result is not None, "the worker group ended, but the run has not"
     return result
+
+
+@contextlib.contextmanager
+def final_errors() -> Iterator[None]:
+    """Raises the error that would come again in place of what Ray has wrapped around it."""
+    try:
+        yield
+    except Exception as error:
+        if final := final_error(error):
+            raise final from None
+        raise
 
 
 def finished_run(config: Config) -> Result | None:
@@ -237,7 +255,7 @@ def _refuse_changed_config(config: Config) -> None:
 def _raise_if_stopped(config: Config) -> None:
     if storage.exists(stop_uri(config)):
         stopped = storage.read_json(stop_uri(config))
-        kind = getattr(errors, stopped["error"], UserError)
+        kind = getattr(errors, stopped["error"], FinalError)
         raise kind(stopped["message"])
 
 
@@ -248,7 +266,8 @@ def fill_reference(config: Config) -> tuple[int, str]:
         Pairs scored now, and the reference store.
     """
     start_ray(config)
-    pairs = prepare(config)
+    with final_errors():
+        pairs = prepare(config)
     reference = open_reference_store(config)
     chunks = chunks_in_order_of_need(config, make_plan(config, pairs), pairs, 0)
     filler = ReferenceFiller(config, pairs, chunks, reference)

@@ -15,8 +15,8 @@ from dpo_ray.types import Attempt, GlobalBatch, WorkerContext
 def work(arguments: dict[str, Any]) -> None:
     """What each Ray Train worker runs.
 
-    The user's mistakes are written down and end the run; anything else is raised, so that Ray Train starts the group
-    again.
+    An error that would come again is written down and ends the run; anything else is raised, so that Ray Train starts
+    the group again.
 
     Args:
         arguments: `config`, `places`, and `board`, which takes lines of metrics to the driver.
@@ -29,24 +29,26 @@ def work(arguments: dict[str, Any]) -> None:
     try:
         train(config, _context(config, arguments["places"], arguments["board"]))
     except Exception as error:
-        mistake = user_error(error)
-        if mistake is None:
+        final = final_error(error)
+        if final is None:
             raise
-        storage.write_json(stop_uri(config), {"error": type(mistake).__name__, "message": str(mistake)})
+        storage.write_json(stop_uri(config), {"error": type(final).__name__, "message": str(final)})
 
 
 def stop_uri(config: Config) -> str:
-    """Where a worker leaves the mistake that ended the run."""
+    """Where a worker leaves the error that ended the run."""
     return storage.join(config.run_uri, "stopped.json")
 
 
-def user_error(error: BaseException | None) -> errors.UserError | None:
-    """The user's mistake behind an exception, through the layers that Ray wraps around it."""
+def final_error(error: BaseException | None) -> errors.FinalError | None:
+    """The error that would come again behind an exception, through the layers that Ray wraps around it."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
-        if isinstance(error, errors.UserError):
-            return error
+        if isinstance(error, errors.FinalError):
+            # Ray's own class of it carries a traceback in its message.
+            original = getattr(error, "cause", None)
+            return original if isinstance(original, errors.FinalError) else error
         error = getattr(error, "cause", None) or error.__cause__ or error.__context__
     return None
 

@@ -36,8 +36,8 @@ class Recorder:
         self._full = config.train.ledger == "full"
         self._publish = publish
         self._events_uri = storage.join(run_uri, "tensorboard")
-        self._events = tempfile.mkdtemp(prefix="dpo_ray-events-")
-        self._writer = SummaryWriter(self._events, purge_step=position + 1)
+        self._events = tempfile.TemporaryDirectory(prefix="dpo_ray-events-")
+        self._writer = SummaryWriter(self._events.name, purge_step=position + 1)
         self._flushed = time.monotonic()
 
     def step(self, line: dict[str, Any], pair_ids: Sequence[bytes]) -> None:
@@ -63,6 +63,6 @@ class Recorder:
         self._metrics.flush()
         self._ledger.flush()
         self._writer.flush()
-        for name in os.listdir(self._events):
-            storage.upload(os.path.join(self._events, name), storage.join(self._events_uri, name))
+        for name in os.listdir(self._events.name):
+            storage.upload(os.path.join(self._events.name, name), storage.join(self._events_uri, name))
         self._flushed = time.monotonic()

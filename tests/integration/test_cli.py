@@ -70,3 +70,30 @@ def test_the_wrong_reference_is_noticed_at_the_first_step(tmp_path: Path, tiny_m
     assert "first step: policy and reference differ" in done.stderr
     assert "checks.first_step: false" in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
+
+
+def test_broken_files_and_models(tmp_path: Path, tiny_model: Path) -> None:
+    """What breaks inside a task or an actor still ends with one message."""
+    import gzip
+
+    text = Path(write_pairs(tmp_path / "pairs.jsonl", 60)).read_bytes()
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(text)[:-200])
+    config = tiny_config(str(tmp_path / "s"), "run", tiny_model, str(tmp_path / "cut.jsonl.gz"))
+    (tmp_path / "c.yaml").write_text(to_yaml(config))
+    done = run("train", str(tmp_path / "c.yaml"))
+    assert done.returncode == 2, done.stderr
+    assert "cut.jsonl.gz: cannot read past row" in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in tiny_model.iterdir():
+        (broken / path.name).write_bytes(path.read_bytes()[: 2000 if path.suffix == ".safetensors" else None])
+    config = tiny_config(
+        str(tmp_path / "s"), "run", tiny_model, str(tmp_path / "pairs.jsonl"), reference={"path": str(broken)}
+    )
+    (tmp_path / "c.yaml").write_text(to_yaml(config))
+    done = run("train", str(tmp_path / "c.yaml"))
+    assert done.returncode in (1, 2), done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    assert "broken: cannot load a causal language model" in done.stderr or "the reference stopped" in done.stderr
