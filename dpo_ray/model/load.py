@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from accelerate import init_empty_weights
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -33,7 +34,7 @@ def load_pretrained(uri: str, dtype: str, attention: str) -> PreTrainedModel:
             attn_implementation=attention,
             use_safetensors=True,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ConfigError(f"{uri}: cannot load a causal language model: {first_line(error)}") from None
     return without_dropout(model)
 

@@ -17,6 +17,7 @@ from dpo_ray import storage
 from dpo_ray.config import Config
 from dpo_ray.errors import ReferenceFillError
 from dpo_ray.model.files import weights_digest
+from dpo_ray.orchestration.worker import final_error
 from dpo_ray.pairs.plan import Plan
 from dpo_ray.pairs.store import Chunk, PairStore, read_chunk
 from dpo_ray.reference.store import ReferenceStore, error_place, store_fingerprint
@@ -52,35 +53,38 @@ def _until(order: Sequence[Chunk], num_pairs: int) -> list[Chunk]:
 class _ScoreChunks:
     """One reference actor."""
 
-    def __init__(self, config: Config, pairs_uri: str, reference: ReferenceStore) -> None:
-        import torch  # Only the actor needs the model's libraries.
+    def __init__(self) -> None:
+        # Not loaded here: of an actor that fails at its start Ray says more than what went wrong.
+        self._scorer: Any = None
 
-        from dpo_ray.reference.scorer import Scorer
-
-        device = torch.device("cuda" if config.reference.gpus_per_replica else "cpu")
-        if device.type == "cpu":
-            torch.set_num_threads(max(1, int(config.reference.cpus_per_replica)))
-        self._pairs_uri, self._reference = pairs_uri, reference
-        self._scorer = Scorer(
-            config.reference_path,
-            config.reference_dtype,
-            config.model.attention,
-            config.reference.tokens_per_microbatch,
-            device,
-        )
-
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+    def __call__(
+        self, batch: dict[str, Any], config: Config, pairs_uri: str, reference: ReferenceStore
+    ) -> dict[str, Any]:
+        self._scorer = self._scorer or _load_scorer(config)
         counts = []
         for chunk in map(pickle.loads, batch["item"]):
-            pairs = read_chunk(self._pairs_uri, chunk)
-            self._reference.put(chunk, [pair.pair_id for pair in pairs], self._scorer.score(pairs))
+            pairs = read_chunk(pairs_uri, chunk)
+            reference.put(chunk, [pair.pair_id for pair in pairs], self._scorer.score(pairs))
             counts.append(len(pairs))
         return {"num_pairs": counts}
 
 
-def last_line(error: BaseException) -> str:
-    """What an error says, without Ray's traceback before it."""
-    return (str(error).strip() or type(error).__name__).splitlines()[-1]
+def _load_scorer(config: Config) -> Any:
+    import torch  # Only the actor needs the model's libraries.
+
+    from dpo_ray.reference.scorer import Scorer
+
+    options = config.reference
+    device = torch.device("cuda" if options.gpus_per_replica else "cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, int(options.cpus_per_replica)))
+    attention = config.model.attention
+    return Scorer(config.reference_path, config.reference_dtype, attention, options.tokens_per_microbatch, device)
+
+
+def _message(error: BaseException) -> str:
+    """What an error says, without what Ray says around it."""
+    return str(final_error(error) or (str(error).strip() or type(error).__name__).splitlines()[-1])
 
 
 class ReferenceFiller:
@@ -115,8 +119,16 @@ class ReferenceFiller:
         """
         if self._thread.ident is not None:
             self._thread.join()
+        self.check()
+
+    def check(self) -> None:
+        """Raises when the filler has stopped with an error.
+
+        Raises:
+            ReferenceFillError: Not all chunks will be scored.
+        """
         if self.error is not None:
-            raise ReferenceFillError(f"the reference stopped: {last_line(self.error)}") from self.error
+            raise ReferenceFillError(f"the reference stopped: {_message(self.error)}") from self.error
 
     def _fill(self) -> None:
         options = self._config.reference
@@ -125,7 +137,7 @@ class ReferenceFiller:
             chunks = [pickle.dumps(chunk) for chunk in self.missing]
             job = ray.data.from_items(chunks, override_num_blocks=len(chunks)).map_batches(
                 _ScoreChunks,
-                fn_constructor_args=(self._config, self._pairs_uri, self._reference),
+                fn_args=(self._config, self._pairs_uri, self._reference),
                 batch_size=1,
                 compute=ray.data.ActorPoolStrategy(
                     size=min(options.replicas, len(self.missing)), max_tasks_in_flight_per_actor=2
@@ -141,4 +153,4 @@ class ReferenceFiller:
         except BaseException as error:
             self.error = error
             # The waiting stream sees only storage.
-            storage.write_json(error_place(self._config.run_uri), {"error": last_line(error)})
+            storage.write_json(error_place(self._config.run_uri), {"error": _message(error)})

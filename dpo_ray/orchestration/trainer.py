@@ -84,6 +84,8 @@ def start_ray(config: Config) -> None:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**logging_options)
         return
+    # Ray's C++ side writes its errors to the terminal too; what they lead to is raised here.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     wanted = _cpus_wanted(config)
     # Logical CPUs: on a small machine the actors share the cores instead of waiting for one another for ever.
     ray.init(
@@ -132,15 +134,15 @@ def train(config: Config, watcher: Watcher | None = None) -> Result:
             filler.start()
         _fit(config, Places(pairs.uri, reference.uri if reference else None), watcher.line)
     except Exception as error:
-        # A filler that has stopped is why the stream has.
-        with final_errors():
-            raise (filler and filler.error) or error from None
-    with final_errors():
-        if filler is not None and filler.error is not None:
-            raise filler.error
-        _raise_if_stopped(config)
         if filler is not None:
-            filler.join()
+            filler.check()  # A filler that has stopped is why the stream has.
+        with final_errors():
+            raise error from None
+    if filler is not None:
+        filler.check()
+    _raise_if_stopped(config)
+    if filler is not None:
+        filler.join()
     result = finished_run(config)
     assert result is not None, "the worker group ended, but the run has not"
     return result

@@ -6,7 +6,7 @@ import pytest
 import ray
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
     """Ray on this machine, with more logical CPUs than cores so that all actors of a test fit."""
     if ray.is_initialized():
