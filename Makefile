@@ -12,7 +12,7 @@ help: ## list the targets
 
 venv: .venv/dev.stamp ## virtual environment in .venv, with the package and its development tools
 
-demo: .venv/core.stamp ## prepare, supervised training, DPO, export, report: on this machine, in minutes
+demo: .venv/core.stamp ## pairs of its own, a start by likelihood, DPO, a before/after table: in minutes
 	$(BIN)/dpo-ray demo
 
 test: lint ## lint and all tests but those marked slow, shared or bench

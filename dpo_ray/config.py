@@ -7,17 +7,35 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 
 from dpo_ray.errors import ConfigError
 from dpo_ray.objective.losses import LOSSES
 
 Dtype = Literal["float32", "bfloat16"]
+
+
+def _absolute(uri: str) -> str:
+    # Tasks and actors have working directories of their own.
+    return uri if "://" in uri else os.path.abspath(os.path.expanduser(uri))
+
+
+Uri = Annotated[str, AfterValidator(_absolute)]
 
 
 class Section(BaseModel):
@@ -29,8 +47,8 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """The policy, and its start."""
 
-    path: str = Field(description="transformers directory of the policy's start: a local path or s3://bucket/prefix")
-    tokenizer: str | None = Field(None, description="directory of the tokenizer; the model's own when null")
+    path: Uri = Field(description="transformers directory of the policy's start: a local path or s3://bucket/prefix")
+    tokenizer: Uri | None = Field(None, description="directory of the tokenizer; the model's own when null")
     weights_dtype: Dtype = Field(
         "float32", description="dtype of the trained weights; bfloat16 needs optimizer.name: adamw_kahan"
     )
@@ -42,10 +60,10 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Preference pairs."""
 
-    train: list[str] = Field(
+    train: list[Uri] = Field(
         min_length=1, description="files, folders or globs, local or s3://: .jsonl, .jsonl.gz, .parquet"
     )
-    eval: list[str] = Field([], description="held-out pairs, in the same forms")
+    eval: list[Uri] = Field([], description="held-out pairs, in the same forms")
     eval_fraction: float = Field(
         0.0, ge=0.0, lt=1.0, description="share of the training pairs held out, chosen by content id, instead of eval"
     )
@@ -72,7 +90,7 @@ class DataConfig(Section):
 class ReferenceConfig(Section):
     """The reference model, an inference-only service beside the trainer."""
 
-    path: str | None = Field(None, description="transformers directory of the reference; model.path when null")
+    path: Uri | None = Field(None, description="transformers directory of the reference; model.path when null")
     dtype: Dtype | None = Field(None, description="dtype of the scoring; model.compute_dtype when null")
     replicas: PositiveInt = Field(1, description="reference actors while chunks remain to be scored")
     cpus_per_replica: PositiveFloat = Field(1.0, description="CPUs of one reference actor")
@@ -168,7 +186,7 @@ class Config(Section):
     """A whole run."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run, and of its folder")
-    storage_path: str = Field(
+    storage_path: Uri = Field(
         description="where runs and stores live: a path that all nodes share, or s3://bucket/prefix"
     )
     seed: int = Field(0, ge=0, description="decides the order of the pairs")

@@ -80,7 +80,7 @@ def write_bytes(uri: str, data: bytes) -> None:
             fs.pipe_file(path, data)
             return
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=os.path.dirname(path), delete=False) as file:
+        with tempfile.NamedTemporaryFile(dir=os.path.dirname(path), prefix=".writing-", delete=False) as file:
             try:
                 file.write(data)
                 file.flush()

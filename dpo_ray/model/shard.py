@@ -61,6 +61,9 @@ def shard(model: PreTrainedModel, compute_dtype: str, device_type: str) -> None:
         # A plain sum on every backend; gloo has no scaled reduction.
         module.set_force_sum_reduction_for_comms(True)
         module.set_gradient_divide_factor(1.0)
+    for name, parameter in model.named_parameters():
+        assert isinstance(parameter, DTensor), f"{name} is not sharded"
+        assert all(placement.is_shard() for placement in parameter.placements), f"{name} is {parameter.placements}"
 
 
 def set_gradient_sync(model: nn.Module, sync: bool) -> None:

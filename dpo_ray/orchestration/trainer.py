@@ -123,6 +123,11 @@ def train(config: Config, watcher: Watcher | None = None) -> Result:
     filler = None
     try:
         pairs = prepare(config)
+        if config.train.eval_every_steps and not pairs.eval:
+            raise ConfigError(
+                f"train.eval_every_steps is set, but of {pairs.counts['rows']} rows none was held out: "
+                "raise data.eval_fraction, name files in data.eval, or set train.eval_every_steps: null"
+            )
         plan = make_plan(config, pairs)
         _write_config(config, plan, pairs)
         found = manifest.newest(config.run_uri)

@@ -1,5 +1,6 @@
 """The configuration refuses what cannot work, in one message that names key, value and the way to mend it."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def test_overrides(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump(MINIMAL))
     config = load_config(str(path), ["optimizer.learning_rate=1e-6", "scaling.workers=2", "data.eval=[a, b]", "seed=3"])
     assert (config.optimizer.learning_rate, config.scaling.workers, config.seed) == (1e-6, 2, 3)
-    assert config.data.eval == ["a", "b"]
+    assert config.data.eval == [os.path.abspath("a"), os.path.abspath("b")]
     for override, message in (("scaling.workers", "section.key=value"), ("seed.x=1", "seed is not a section")):
         with pytest.raises(ConfigError, match=message):
             load_config(str(path), ["seed=3", override])
@@ -99,16 +100,16 @@ def test_resolved_configuration_reads_back() -> None:
 
 
 def test_what_may_change_when_a_run_goes_on(tmp_path: Path) -> None:
-    before = tiny_config("s", "run", tmp_path, "pairs.jsonl").model_dump(mode="json")
+    before = tiny_config("s", "run", tmp_path, "/pairs.jsonl").model_dump(mode="json")
     allowed = tiny_config(
-        "s", "run", tmp_path, "pairs.jsonl", scaling={"workers": 4}, train={"max_steps": 99}, reference={"replicas": 3}
+        "s", "run", tmp_path, "/pairs.jsonl", scaling={"workers": 4}, train={"max_steps": 99}, reference={"replicas": 3}
     )
     assert changed_keys(before, allowed) == []
     changed = tiny_config(
-        "s", "run", tmp_path, "other.jsonl", train={"global_batch_pairs": 13}, objective={"loss": "ipo"}
+        "s", "run", tmp_path, "s3://other.jsonl", train={"global_batch_pairs": 13}, objective={"loss": "ipo"}
     )
     assert changed_keys(before, changed) == [
-        "data.train: ['pairs.jsonl'] -> ['other.jsonl']",
+        "data.train: ['/pairs.jsonl'] -> ['s3://other.jsonl']",
         "objective.loss: sigmoid -> ipo",
         "train.global_batch_pairs: 12 -> 13",
     ]
