@@ -23,6 +23,7 @@ def test_assign(costs: list[int], ranks: int, budget: int) -> None:
     assert len({len(bins) for bins in parts}) == 1
     assert sorted(index for bins in parts for bin_ in bins for index in bin_) == list(range(len(costs)))
     assert all(len(bin_) <= 1 or sum(costs[i] for i in bin_) <= budget for bins in parts for bin_ in bins)
+    assert all(bin_ == sorted(bin_) for bins in parts for bin_ in bins)
     assert parts == pack.assign(costs, ranks, budget)
 
 
