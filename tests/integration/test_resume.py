@@ -1,12 +1,12 @@
 """A driver killed in the middle, and the same command given again: as if nothing had happened."""
 
-import os
-import signal
+import contextlib
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from helpers import read_lines, steps_of, tiny_config, write_pairs
 
@@ -18,6 +18,16 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 def start(config: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-c", "from dpo_ray.cli import main; main()", "train", str(config)]
     return subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def kill_with_all_it_started(process: subprocess.Popen[bytes]) -> None:
+    """The driver first, then at once its Ray processes: left alone, these would train on for some seconds."""
+    started = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    for child in started:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+    process.wait()
 
 
 def finish(process: subprocess.Popen[bytes]) -> str:
@@ -40,8 +50,7 @@ def test_kill_the_driver(tmp_path: Path, tiny_model: Path) -> None:
     deadline = time.monotonic() + 240
     while not manifest.exists() and time.monotonic() < deadline:
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    kill_with_all_it_started(process)
     assert manifest.exists()
     assert not (tmp_path / "killed" / "export" / "exported.json").exists()
 
