@@ -38,12 +38,8 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
     from dpo_ray.orchestration import trainer
 
     parsed = configuration.load_config(config, overrides)
-    if finished := trainer.finished_run(parsed):
-        console.print(f"{parsed.run_uri} is finished: nothing to do.")
-        result = finished
-    else:
-        with ProgressBar(console) as watcher:
-            result = trainer.train(parsed, watcher)
+    with ProgressBar(console) as watcher:
+        result = trainer.train(parsed, watcher)
     console.print(closing_table(result))
     console.print(f"model    {result.export_uri}\nmetrics  {result.run_uri}/metrics.jsonl")
     console.print(f"curves   tensorboard --logdir {result.run_uri}/tensorboard")

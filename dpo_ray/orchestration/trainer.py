@@ -116,6 +116,7 @@ def train(config: Config, watcher: Watcher | None = None) -> Result:
     watcher = watcher or Watcher()
     _refuse_changed_config(config)
     if finished := finished_run(config):
+        watcher.phase(f"{config.run_uri} is finished: nothing to do")
         return finished
     start_ray(config)
     storage.remove(stop_uri(config))
