@@ -38,10 +38,12 @@ def test_what_matters_misses(tmp_path: Path, tiny_model: Path) -> None:
     weights = load_file(other / "model.safetensors")
     weights["model.norm.weight"][0] += 1e-3
     save_file(weights, other / "model.safetensors", {"format": "pt"})
+    config = tiny_config(str(tmp_path), "run", tiny_model, "pairs.jsonl")
+    eager = config.model_copy(update={"model": config.model.model_copy(update={"attention": "eager"})})
     places = {
         place(tmp_path, tiny_model),
         place(tmp_path, other),
         place(tmp_path, tiny_model, reference={"dtype": "bfloat16"}),
-        place(tmp_path, tiny_model, model={"attention": "eager"}),
+        open_reference_store(eager).uri,
     }
     assert len(places) == 4
