@@ -65,11 +65,8 @@ def prepare(config: Config) -> PairStore:
     uri, about = locate(config)
     made = store.open_store(uri)
     if made is None:
-        made = _make(config, uri, about)
-    rejects = storage.join(uri, "rejects.jsonl")
-    if made.counts["rejects"]:
-        storage.write_bytes(storage.join(config.run_uri, "rejects", "rejects.jsonl"), storage.read_bytes(rejects))
-    _check_rejects(config, made.counts)
+        return _make(config, uri, about)
+    _show_rejects(config, uri, made.counts)
     return made
 
 
@@ -77,10 +74,7 @@ def _make(config: Config, uri: str, about: dict[str, Any]) -> PairStore:
     tokenized = _tokenize(config, about).materialize()
     counts = _count(tokenized)
     chunks = _write(tokenized, counts, uri, config.data.chunk_pairs)
-    if counts["rejects"]:
-        rejects = storage.read_bytes(storage.join(uri, "rejects.jsonl"))
-        storage.write_bytes(storage.join(config.run_uri, "rejects", "rejects.jsonl"), rejects)
-    _check_rejects(config, counts)
+    _show_rejects(config, uri, counts)
     train, held = (tuple(chunk for chunk in chunks if chunk.name.startswith(split)) for split in ("train", "eval"))
     counts["pairs"] = sum(chunk.num_pairs for chunk in train)
     counts["eval_pairs"] = sum(chunk.num_pairs for chunk in held)
@@ -93,7 +87,7 @@ def _make(config: Config, uri: str, about: dict[str, Any]) -> PairStore:
 
 
 def _tokenize(config: Config, about: dict[str, Any]) -> ray.data.Dataset:
-    """One row of `rows.TOKENIZED` per input row."""
+    """One row per input row: its tokens, or the reason why it has none."""
     files = [{"uri": uri, "split": split} for split in ("train", "eval") for uri, _ in about[split]]
     tokenizer_uri = config.model.tokenizer or config.model.path
     # Reading and tokenizing differ in their resources so that they do not fuse: one large file then feeds many tasks.
@@ -187,11 +181,16 @@ def _write_rejects(uri: str, group: pa.Table) -> None:
     storage.write_bytes(storage.join(uri, "rejects.jsonl"), lines.encode())
 
 
-def _check_rejects(config: Config, counts: dict[str, int]) -> None:
+def _show_rejects(config: Config, uri: str, counts: dict[str, int]) -> None:
+    """Copies the rejects beside the run, and stops when they are too many."""
+    if not counts["rejects"]:
+        return
+    place = storage.join(config.run_uri, "rejects", "rejects.jsonl")
+    rejects = storage.read_bytes(storage.join(uri, "rejects.jsonl"))
+    storage.write_bytes(place, rejects)
     limit = config.data.max_reject_fraction
     if counts["rejects"] > limit * counts["rows"]:
-        place = storage.join(config.run_uri, "rejects", "rejects.jsonl")
-        first = json.loads(storage.read_bytes(place).decode().splitlines()[0])
+        first = json.loads(rejects.decode().splitlines()[0])
         raise DataError(
             f"{counts['rejects']} of {counts['rows']} rows cannot become a pair, more than data.max_reject_fraction "
             f"({limit:g}) allows. The first: {first['source']} row {first['row']}: {first['reason']}. All: {place}"

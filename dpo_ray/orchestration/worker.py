@@ -30,7 +30,8 @@ def work(arguments: dict[str, Any]) -> None:
         train(config, _context(config, arguments["places"], arguments["board"]))
     except Exception as error:
         final = final_error(error)
-        if final is None:
+        # Storage that does not answer now may answer the next attempt.
+        if final is None or isinstance(final, errors.StorageError):
             raise
         storage.write_json(stop_uri(config), {"error": type(final).__name__, "message": str(final)})
 
