@@ -52,9 +52,14 @@ class TokenizedPair:
     answers: tuple[np.ndarray, ...]
 
     @property
+    def parts(self) -> tuple[np.ndarray, ...]:
+        """The prompt, once, and the answers, in the order in which they are laid out."""
+        return (self.prompt, *self.answers)
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of the prompt, counted once, and of all answers."""
-        return len(self.prompt) + sum(len(answer) for answer in self.answers)
+        return sum(map(len, self.parts))
 
 
 @dataclass(frozen=True, slots=True)

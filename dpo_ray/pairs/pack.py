@@ -74,8 +74,8 @@ def microbatch(pairs: Sequence[ScoredPair]) -> Microbatch:
     """Lays pairs out one after the other; without pairs, an empty microbatch."""
     import torch  # Only here: the tasks that pack need not wait seconds for it.
 
-    lengths = [[len(scored.pair.prompt), *map(len, scored.pair.answers)] for scored in pairs]
-    parts = [part for scored in pairs for part in (scored.pair.prompt, *scored.pair.answers)]
+    lengths = [list(map(len, scored.pair.parts)) for scored in pairs]
+    parts = [part for scored in pairs for part in scored.pair.parts]
     scores = [scored.ref_logps for scored in pairs if scored.ref_logps is not None]
     return Microbatch(
         tokens=torch.from_numpy(np.concatenate(parts).astype(np.int64)) if parts else torch.zeros(0, dtype=torch.int64),
@@ -103,7 +103,7 @@ def rank_batches(
     rows = []
     for rank, bins in enumerate(assign([scored.pair.num_tokens for scored in pairs], num_ranks, budget)):
         own = [pairs[index] for bin_ in bins for index in bin_]
-        parts = [part for scored in own for part in (scored.pair.prompt, *scored.pair.answers)]
+        parts = [part for scored in own for part in scored.pair.parts]
         scores = [scored.ref_logps for scored in own if scored.ref_logps is not None]
         rows.append(
             {
@@ -113,7 +113,7 @@ def rank_batches(
                 "pair_ids": pair_ids,
                 "microbatch_pairs": [len(bin_) for bin_ in bins],
                 "own_ids": [scored.pair.pair_id for scored in own],
-                "lengths": [[len(scored.pair.prompt), *map(len, scored.pair.answers)] for scored in own],
+                "lengths": [list(map(len, scored.pair.parts)) for scored in own],
                 "tokens": np.concatenate(parts) if parts else np.zeros(0, np.int32),
                 "ref_logps": np.concatenate(scores) if len(scores) == len(own) and scores else None,
             }
