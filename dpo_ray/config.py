@@ -26,6 +26,7 @@ from pydantic.fields import FieldInfo
 
 from dpo_ray.errors import ConfigError
 from dpo_ray.objective.losses import LOSSES
+from dpo_ray.pairs.formats import FORMATS, Role
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -61,17 +62,34 @@ class DataConfig(Section):
     """Preference pairs."""
 
     train: list[Uri] = Field(
-        min_length=1, description="files, folders or globs, local or s3://: .jsonl, .jsonl.gz, .parquet"
+        min_length=1,
+        description="files, folders or globs, local or of any fsspec URI: .jsonl, .jsonl.gz, .jsonl.zst, .parquet",
     )
     eval: list[Uri] = Field([], description="held-out pairs, in the same forms")
     eval_fraction: float = Field(
         0.0, ge=0.0, lt=1.0, description="share of the training pairs held out, chosen by content id, instead of eval"
     )
+    format: str = Field("auto", description="auto: recognised from the columns; or one of: " + ", ".join(FORMATS))
+    columns: dict[Role, str | None] = Field(
+        {}, description="columns with other names, e.g. {prompt: question, chosen: good}; null: leave the column out"
+    )
     chat_template: Literal["tokenizer", "none"] = Field(
         "tokenizer", description="render conversations with the tokenizer's template, or take text as it is"
     )
     max_length: PositiveInt = Field(
-        1024, description="tokens of prompt + answer; a longer answer is cut at its end, a prompt that long is rejected"
+        1024, description="tokens of prompt + answer: the answer is cut to fit; a prompt that long is rejected"
+    )
+    max_prompt_length: PositiveInt | None = Field(
+        None, description="cut longer prompts to this many tokens; null: a prompt is never cut"
+    )
+    max_completion_length: PositiveInt | None = Field(
+        None, description="cut longer answers to this many tokens; null: only max_length cuts them"
+    )
+    prompt_truncation_side: Literal["left", "right"] = Field(
+        "left", description="the side that a prompt loses when it is cut; a BOS token stays"
+    )
+    completion_truncation_side: Literal["left", "right"] = Field(
+        "right", description="the side that an answer loses when it is cut"
     )
     chunk_pairs: PositiveInt = Field(
         1024, description="about how many pairs a chunk holds: the unit of reading and of reference scoring"
@@ -182,6 +200,15 @@ class ChecksConfig(Section):
     )
 
 
+class TrackingConfig(Section):
+    """Where metrics go besides metrics.jsonl."""
+
+    trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(
+        ["tensorboard"], description="tensorboard, wandb, mlflow; credentials come from their own environment variables"
+    )
+    project: str = Field("dpo_ray", description="W&B project, MLflow experiment")
+
+
 class Config(Section):
     """A whole run."""
 
@@ -198,6 +225,7 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     scaling: ScalingConfig = ScalingConfig()
     checks: ChecksConfig = ChecksConfig()
+    tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Config:
@@ -251,6 +279,7 @@ MAY_CHANGE = (
     "storage_path",
     "scaling",
     "checks",
+    "tracking",
     "reference.replicas",
     "reference.cpus_per_replica",
     "reference.gpus_per_replica",

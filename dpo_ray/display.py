@@ -5,12 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
-from dpo_ray.orchestration.trainer import Result, Watcher
+from dpo_ray.orchestration.trainer import Result
+from dpo_ray.orchestration.watch import SourcePreview, Watcher
 from dpo_ray.pairs.plan import Plan
+from dpo_ray.pairs.store import COUNTS, PairStore
 
+LINES_PER_PHASE = 20
+SHOWN_CHARS = 600
 CLOSING_ROWS = (
     "loss",
     "rewards/chosen",
@@ -23,20 +28,20 @@ CLOSING_ROWS = (
 
 
 class ProgressBar(Watcher):
-    """A bar with loss, accuracy, margin, pairs/s and time left; a line now and then where there is no terminal."""
+    """A bar for what takes long, with time left; a line now and then where there is no terminal."""
 
     def __init__(self, console: Console) -> None:
         """Args: console: Where to write."""
         self._console = console
-        self._total = 0
         self._progress = Progress(
+            TextColumn("{task.description}"),
             BarColumn(bar_width=8),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[metrics]}"),
+            TextColumn("{task.fields[count]}{task.fields[metrics]}"),
             TimeRemainingColumn(compact=True),
             console=console,
         )
-        self._task: Any = None
+        self._tasks: dict[str, TaskID] = {}
+        self._told: dict[str, int] = {}
 
     def __enter__(self) -> ProgressBar:
         self._progress.start()
@@ -47,25 +52,96 @@ class ProgressBar(Watcher):
 
     def phase(self, text: str) -> None:
         """Shows what the driver is doing."""
-        self._console.print(f"[dim]{text} ...[/dim]")
+        self._console.print(Text(f"{text} ...", style="dim"))
+
+    def warning(self, text: str) -> None:
+        """Shows a warning."""
+        self._console.print(Text(f"warning: {text}", style="yellow"))
+
+    def source(self, preview: SourcePreview) -> None:
+        """Shows how a source is read, with the first pairs as the model will see them."""
+        self._console.print(source_table(preview))
+        if preview.problem is not None:
+            self.warning(f"{preview.pattern}: the first row that cannot become a pair: {preview.problem}")
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        """Moves the bar of a phase; it goes when all is done."""
+        task = self._bar(what, total)
+        self._progress.update(task, completed=done, count=f"{done:,}/{total:,}")
+        if not self._console.is_terminal and self._due(what, done, total):
+            left = self._progress.tasks[self._progress.task_ids.index(task)].time_remaining
+            self._console.print(f"{what} {done:,}/{total:,}" + (f"  {left:.0f} s left" if left else ""))
+        if done == total:
+            self._progress.update(task, visible=False)
 
     def planned(self, plan: Plan, position: int) -> None:
-        """Starts the bar."""
-        self._total = plan.total_steps
+        """Starts the bar of the training."""
         if position:
             self.phase(f"going on after step {position} of {plan.total_steps}")
-        self._task = self._progress.add_task("training", total=plan.total_steps, completed=position, metrics="")
+        self._progress.update(self._bar("training", plan.total_steps), completed=position)
 
     def line(self, line: dict[str, Any]) -> None:
-        """Moves the bar."""
-        if "loss" in line:
-            self._progress.update(self._task, completed=line["step"], metrics=_brief(line))
-            every = max(1, self._total // 20)
-            if not self._console.is_terminal and (line["step"] % every == 0 or line["step"] == 1):
-                self._console.print(f"step {line['step']}/{self._total}  {_brief(line)}")
+        """Moves the bar of the training."""
+        if "warning" in line:
+            self.warning(line["warning"])
+        elif "loss" in line:
+            task = self._tasks["training"]
+            total = int(self._progress.tasks[self._progress.task_ids.index(task)].total or 0)
+            count = f"{line['step']}/{total}"
+            self._progress.update(task, completed=line["step"], count=count, metrics=f" {_brief(line)}")
+            if not self._console.is_terminal and (self._due("training", line["step"], total) or line["step"] == 1):
+                self._console.print(f"step {count}  {_brief(line)}")
         elif "eval_loss" in line:
             held_out = {name.removeprefix("eval_"): value for name, value in line.items()}
             self._console.print(f"held-out pairs after step {line['step']}: {_brief(held_out)}")
+
+    def _bar(self, what: str, total: int) -> TaskID:
+        if what not in self._tasks:
+            self._tasks[what] = self._progress.add_task(what, total=total, count=f"0/{total:,}", metrics="")
+        return self._tasks[what]
+
+    def _due(self, what: str, done: int, total: int) -> bool:
+        """Whether another twentieth is done."""
+        share = done * LINES_PER_PHASE // max(1, total)
+        due = share > self._told.get(what, 0)
+        self._told[what] = share
+        return due
+
+
+def source_table(preview: SourcePreview) -> Table:
+    """How a source is read: its format, its columns, and the first pairs, every token of an answer being trained."""
+    reading = preview.reading
+    columns = ", ".join(role if role == name else f"{role} = {name!r}" for role, name in reading.columns.items())
+    files = f"{preview.num_files} file{'s' if preview.num_files > 1 else ''}, {preview.num_bytes:,} bytes"
+    table = Table(title=f"{preview.pattern}: {files}\nformat {reading.format}, columns {columns}", title_justify="left")
+    table.add_column("tokens", justify="right", no_wrap=True)
+    table.add_column("")
+    table.add_column("as the model sees it; the answers' tokens, all of them, are trained", overflow="fold")
+    for example in preview.examples:
+        texts = (example.prompt, *example.answers)
+        for name, text, count in zip(("prompt", "chosen", "rejected"), texts, example.num_tokens, strict=True):
+            style = {"prompt": "dim", "chosen": "green", "rejected": "red"}[name]
+            table.add_row(str(count), name, Text(_shortened(text), style=style), end_section=name == "rejected")
+    return table
+
+
+def _shortened(text: str) -> str:
+    shown = text if len(text) <= SHOWN_CHARS else f"{text[: SHOWN_CHARS // 2]} [...] {text[-SHOWN_CHARS // 2 :]}"
+    return shown.replace("\n", "\u23ce\n")
+
+
+def pairs_table(pairs: PairStore) -> Table:
+    """What became of the rows."""
+    table = Table(title="rows", title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    names = {name: name.replace("_", " ") for name in COUNTS}
+    for name, shown in {**names, "pairs": "pairs to train on", "eval_pairs": "held-out pairs"}.items():
+        if pairs.counts[name] or name in ("rows", "pairs"):
+            table.add_row(shown, f"{pairs.counts[name]:,}")
+    chunks = (*pairs.train, *pairs.eval)
+    table.add_row("tokens (prompts once per pair)", f"{sum(chunk.num_tokens for chunk in chunks):,}")
+    return table
 
 
 def _brief(line: dict[str, Any]) -> str:

@@ -29,12 +29,20 @@ class PreferencePair:
 
     `layout` says how the row was written, and so how it reads without a chat template: `text` is a plain
     prompt and plain answers, `dialogue` an hh-rlhf transcript, `messages` a list of turns (which has no
-    reading without a template).
+    reading without a template), `raw` two texts with a common beginning (which have none with a template).
     """
 
     prompt: tuple[Message, ...]
     answers: tuple[tuple[Message, ...], ...]
-    layout: Literal["text", "dialogue", "messages"]
+    layout: Literal["text", "dialogue", "messages", "raw"]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRow:
+    """A prompt and its answers, best first, that came as token ids: nothing is added to them."""
+
+    prompt: list[int]
+    answers: tuple[list[int], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +171,7 @@ class WorkerContext:
         publish: Called on rank 0 with each line of metrics.
         total_steps: Where training ends.
         steps_per_epoch: Global batches of one epoch.
+        sources: Where the pairs of a step come from, by id, for people to read.
     """
 
     rank: int
@@ -174,3 +183,4 @@ class WorkerContext:
     publish: Callable[[dict[str, Any]], None]
     total_steps: int
     steps_per_epoch: int
+    sources: Callable[[int], dict[bytes, str]]

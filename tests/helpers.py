@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
 
 from dpo_ray.config import Config, parse_config
 from dpo_ray.demo_data import make_pairs
+from dpo_ray.pairs import store
+from dpo_ray.types import TokenizedPair
 
 
 def write_pairs(path: Path, num: int, held_out: bool = False) -> str:
@@ -39,6 +45,21 @@ def tiny_config(storage_path: str, name: str, model: Path, pairs: str, **section
     for section, values in sections.items():
         raw[section] = {**raw.get(section, {}), **values}
     return parse_config(raw)
+
+
+def chunk_table(pairs: Sequence[TokenizedPair], source: str = "source") -> pa.Table:
+    """Pairs as a chunk is written: sorted by id, each with the row of `source` that it came from."""
+    ordered = sorted(pairs, key=lambda pair: pair.pair_id)
+    table = store.table_of(ordered).append_column("source", pa.array([source] * len(ordered), pa.string()))
+    return table.append_column("row", pa.array(range(len(ordered)), pa.int64()))
+
+
+def dpo_ray_command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs the command line as a user has it, with more environment variables."""
+    command = [sys.executable, "-c", "from dpo_ray.cli import main; main()", *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=240, check=False, env={**os.environ, **environment}
+    )
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -68,13 +68,18 @@ def weights_digest(uri: str, cache_uri: str) -> str:
     return digest
 
 
+def vocabulary_size(uri: str) -> int:
+    """Rows of a model's embedding."""
+    return int(model_config(localize(uri)).get_text_config().vocab_size)
+
+
 def check_vocabulary(uri: str, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuses a tokenizer whose ids the model's embedding does not have.
 
     Raises:
         ConfigError: The vocabulary is larger than the embedding.
     """
-    size = model_config(localize(uri)).get_text_config().vocab_size
+    size = vocabulary_size(uri)
     if len(tokenizer) > size:
         raise ConfigError(
             f"{uri}: the tokenizer has {len(tokenizer)} tokens, the model's embedding {size} rows; "

@@ -1,28 +1,43 @@
-"""Raw rows -> pair store, with Ray Data: read, parse, tokenize, send each pair to its chunk, write."""
+"""Raw rows -> pair store, with Ray Data, in two passes over storage: an external sort by content id.
+
+1. Read files, tokenize blocks of rows, write each block's pairs as a run sorted by id (`pairs/runs.py`).
+2. Merge the same range of ids from all runs into its chunks.
+
+Memory depends on the size of a block and of a range, not on the data. Ray's own shuffle keeps all of it in the object
+store and its aggregators. What pass 1 has finished is on storage, so that a `prepare` that was killed goes on there.
+"""
 
 from __future__ import annotations
 
 import json
+import pickle
 from collections import Counter
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import ray
 
 from dpo_ray import storage
 from dpo_ray.config import Config
-from dpo_ray.errors import DataError
-from dpo_ray.model.files import check_vocabulary, load_tokenizer
+from dpo_ray.errors import DataError, RowError
+from dpo_ray.model.files import check_vocabulary, load_tokenizer, vocabulary_size
 from dpo_ray.orchestration import rows
-from dpo_ray.pairs import store
-from dpo_ray.pairs.store import PairStore
-from dpo_ray.pairs.tokenize import PairTokenizer, tokenizer_digest
+from dpo_ray.orchestration.rows import Job, Merge, SourceFile
+from dpo_ray.orchestration.watch import Example, SourcePreview, Watcher
+from dpo_ray.pairs import runs, store
+from dpo_ray.pairs.formats import Reading, parse_row, recognise
+from dpo_ray.pairs.runs import Run
+from dpo_ray.pairs.store import Chunk, PairStore
+from dpo_ray.pairs.tokenize import Limits, PairTokenizer, Tokenized, tokenizer_digest
 
-MAX_PARTITIONS = 256
-# The groups of what is not in a chunk.
-_REJECTS, _DROPPED = "rejects", "dropped"
+# Raw text of a block, and token data of a range: what one task holds, several times over, while it works.
+BLOCK_BYTES = 16 * 2**20
+MERGE_BYTES = 64 * 2**20
+SAMPLE_ROWS = 100
+EXAMPLES_SHOWN = 3
+REJECTS_SHOWN = 5
 
 
 def locate(config: Config) -> tuple[str, dict[str, Any]]:
@@ -33,165 +48,272 @@ def locate(config: Config) -> tuple[str, dict[str, Any]]:
         ConfigError: The tokenizer cannot be loaded or does not fit.
     """
     data = config.data
-    tokenizer_uri = config.model.tokenizer or config.model.path
-    tokenizer = load_tokenizer(tokenizer_uri)
+    tokenizer = load_tokenizer(_tokenizer_uri(config))
     check_vocabulary(config.model.path, tokenizer)
-    PairTokenizer(tokenizer, data.chat_template, data.max_length)
-    files = sorted({uri for pattern in data.train for uri in storage.expand(pattern)})
-    held = sorted({uri for pattern in data.eval for uri in storage.expand(pattern)})
-    for uri in [*files, *held]:
-        if not uri.endswith((".jsonl", ".jsonl.gz", ".parquet")):
-            raise DataError(f"{uri}: unknown kind of file; known are .jsonl, .jsonl.gz and .parquet")
+    PairTokenizer(tokenizer, data.chat_template, _limits(config))
     about = {
         "format": store.FORMAT_VERSION,
         "tokenizer": tokenizer_digest(tokenizer),
-        "chat_template": data.chat_template,
-        "max_length": data.max_length,
-        "chunk_pairs": data.chunk_pairs,
-        "eval_fraction": data.eval_fraction,
-        "train": [[uri, storage.identity(uri)] for uri in files],
-        "eval": [[uri, storage.identity(uri)] for uri in held],
+        **data.model_dump(exclude={"train", "eval", "max_reject_fraction"}),
+        "train": [[uri, storage.identity(uri)] for uri in _files(data.train)],
+        "eval": [[uri, storage.identity(uri)] for uri in _files(data.eval)],
     }
     return storage.join(config.store_uri, "pairs", storage.fingerprint(about)), about
 
 
-def prepare(config: Config) -> PairStore:
-    """Makes the pair store, or opens it where it is there already.
+def _tokenizer_uri(config: Config) -> str:
+    return config.model.tokenizer or config.model.path
+
+
+def _limits(config: Config) -> Limits:
+    data = config.data
+    return Limits(
+        data.max_length,
+        data.max_prompt_length,
+        data.max_completion_length,
+        data.prompt_truncation_side,
+        data.completion_truncation_side,
+    )
+
+
+def _files(patterns: list[str]) -> list[str]:
+    found = sorted({uri for pattern in patterns for uri in storage.expand(pattern)})
+    for uri in found:
+        if not uri.endswith(rows.SUFFIXES):
+            raise DataError(f"{uri}: unknown kind of file; known are {', '.join(rows.SUFFIXES)}")
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What there is to do, found before anything runs on the cluster.
+
+    Attributes:
+        uri: The pair store.
+        about: What it is made from.
+        made: The store, where it is there already.
+        job: How it will be made, otherwise.
+    """
+
+    uri: str
+    about: dict[str, Any]
+    made: PairStore | None
+    job: Job | None
+
+
+def survey(config: Config, watcher: Watcher | None = None) -> Survey:
+    """Looks at tokenizer and data, and recognises how the data are written. Needs no Ray.
+
+    Args:
+        config: The run.
+        watcher: Told how each source will be read.
 
     Raises:
-        DataError: A file cannot be read, too many rows are rejects, or nothing is left to train on. The rejects
-            stand in `<run>/rejects/rejects.jsonl`.
+        DataError: A file is missing, of an unknown kind, or damaged where it begins; or it has no known format.
+        ConfigError: The tokenizer cannot be loaded or does not fit.
     """
     uri, about = locate(config)
     made = store.open_store(uri)
-    if made is None:
-        return _make(config, uri, about)
-    _show_rejects(config, uri, made.counts)
+    return Survey(uri, about, made, _job(config, uri, watcher or Watcher()) if made is None else None)
+
+
+def prepare(config: Config, watcher: Watcher | None = None, found: Survey | None = None) -> PairStore:
+    """Makes the pair store, or opens it where it is there already.
+
+    Args:
+        config: The run.
+        watcher: Told how the data are read, and how far the work is.
+        found: What `survey` found; when None, it is asked.
+
+    Raises:
+        DataError: A file cannot be read, too many rows are rejects, or nothing is left to train on. The rejects
+            stand in `<run>/rejects/`.
+    """
+    watcher = watcher or Watcher()
+    found = found or survey(config, watcher)
+    made = found.made
+    if found.job is not None:
+        try:
+            return _make(config, found.job, found.about, watcher)
+        except Exception:
+            # Another run may have made the same store meanwhile, and removed its runs.
+            made = store.open_store(found.uri)
+            if made is None:
+                raise
+    assert made is not None
+    _check_rejects(config, made.counts, _show_rejects(config, found.uri))
     return made
 
 
-def _make(config: Config, uri: str, about: dict[str, Any]) -> PairStore:
-    tokenized = _tokenize(config, about).materialize()
-    counts = _count(tokenized)
-    chunks = _write(tokenized, counts, uri, config.data.chunk_pairs)
-    _show_rejects(config, uri, counts)
-    train, held = (tuple(chunk for chunk in chunks if chunk.name.startswith(split)) for split in ("train", "eval"))
-    counts["pairs"] = sum(chunk.num_pairs for chunk in train)
-    counts["eval_pairs"] = sum(chunk.num_pairs for chunk in held)
-    counts["duplicates"] = counts.pop("good_train") + counts.pop("good_eval") - counts["pairs"] - counts["eval_pairs"]
-    if not counts["pairs"]:
-        raise DataError(f"{', '.join(config.data.train)}: no pair is left to train on; counts: {json.dumps(counts)}")
-    made = PairStore(uri, train, held, counts)
-    store.write_manifest(made, about)
-    return made
-
-
-def _tokenize(config: Config, about: dict[str, Any]) -> ray.data.Dataset:
-    """One row per input row: its tokens, or the reason why it has none."""
-    files = [{"uri": uri, "split": split} for split in ("train", "eval") for uri, _ in about[split]]
-    tokenizer_uri = config.model.tokenizer or config.model.path
-    # Reading and tokenizing differ in their resources so that they do not fuse: one large file then feeds many tasks.
-    lines = ray.data.from_items(files, override_num_blocks=len(files)).map_batches(
-        rows.read, batch_size=1, num_cpus=0.5, zero_copy_batch=True
-    )
-    lines.context.target_max_block_size = 8 * 2**20
-    return lines.map_batches(
-        rows.tokenize_rows,
-        batch_size=rows.ROWS_PER_READ,
-        batch_format="pyarrow",
-        num_cpus=1,
-        fn_args=(tokenizer_uri, config.data.chat_template, config.data.max_length, config.data.eval_fraction),
-    )
-
-
-def _count(tokenized: ray.data.Dataset) -> dict[str, int]:
-    """What became of the rows."""
-
-    def count(batch: pa.Table) -> pa.Table:
-        reasons = Counter(batch["reason"].to_pylist())
-        good = Counter(batch.filter(pc.is_null(batch["reason"]))["split"].to_pylist())
-        num_rows = batch.num_rows - reasons[rows.END]
-        values = {
-            "rows": num_rows,
-            "rejects": num_rows - reasons[rows.IDENTICAL] - reasons[None],
-            "identical": reasons[rows.IDENTICAL],
-            "good_train": good["train"],
-            "good_eval": good["eval"],
-        }
-        return pa.table({name: [value] for name, value in values.items()})
-
+def _make(config: Config, job: Job, about: dict[str, Any], watcher: Watcher) -> PairStore:
+    uri = job.uri
     total: Counter[str] = Counter()
-    for row in tokenized.map_batches(count, batch_format="pyarrow", batch_size=None).iter_rows():
-        total.update({name: int(value) for name, value in row.items()})
-    return dict(total)
+    written: dict[str, list[Run]] = {"train": [], "eval": []}
+    for record in _make_runs(job, watcher):
+        total.update(record["counts"])
+        for split, run in record["runs"].items():
+            written[split].append(Run(**run))
+    counts = {name: total[name] for name in store.COUNTS}
+    shown = _show_rejects(config, uri)
+    try:
+        _check_rejects(config, counts, shown)
+    except DataError:
+        storage.remove(uri)
+        raise
+    good = {split: total[f"good_{split}"] for split in written}
+    if not good["train"]:
+        storage.remove(uri)
+        raise DataError(f"{', '.join(config.data.train)}: no pair to train on; of the rows: {json.dumps(counts)}")
+    chunks = _write_chunks(uri, written, good, config.data.chunk_pairs, watcher)
+    counts["pairs"], counts["eval_pairs"] = (sum(chunk.num_pairs for chunk in chunks[split]) for split in written)
+    counts["duplicates"] = sum(good.values()) - counts["pairs"] - counts["eval_pairs"]
+    made = PairStore(uri, tuple(chunks["train"]), tuple(chunks["eval"]), counts)
+    if not made.train:
+        raise DataError(f"{', '.join(config.data.train)}: every pair is held out too; {json.dumps(counts)}")
+    about = {**about, "readings": [[file.uri, asdict(file.reading)] for file in job.files]}
+    store.write_manifest(made, about)
+    storage.remove(storage.join(uri, "runs"))
+    return made
 
 
-def _write(tokenized: ray.data.Dataset, counts: dict[str, int], uri: str, chunk_pairs: int) -> list[store.Chunk]:
-    """One exchange: each pair to its chunk, the rejects to their file. Returns the chunks in order."""
-    chunks = {split: store.num_chunks(counts[f"good_{split}"], chunk_pairs) for split in ("train", "eval")}
-    held_out = _held_out_ids(tokenized) if counts["good_eval"] else set()
+def _job(config: Config, uri: str, watcher: Watcher) -> Job:
+    """Recognises each source, shows it, and lists its files."""
+    data = config.data
+    vocab_size = vocabulary_size(config.model.path)
+    tokenizer = load_tokenizer(_tokenizer_uri(config))
+    pair_tokenizer = PairTokenizer(tokenizer, data.chat_template, _limits(config), vocab_size)
+    files: dict[str, SourceFile] = {}
+    for split, pattern in [*(("train", entry) for entry in data.train), *(("eval", entry) for entry in data.eval)]:
+        uris = _files([pattern])
+        sizes = [storage.size(file) for file in uris]
+        sample = _sample(pattern, uris)
+        try:
+            reading = recognise([row for _, row in sample if isinstance(row, dict)], data.format, data.columns)
+        except DataError as error:
+            raise DataError(f"{pattern}: {error}") from None
+        watcher.source(_preview((pattern, sizes), sample, reading, pair_tokenizer, tokenizer.decode))
+        for file, num_bytes in zip(uris, sizes, strict=True):
+            if files.setdefault(file, SourceFile(file, num_bytes, split, reading)).split != split:
+                raise DataError(f"{file} is in data.train and in data.eval: keep it in one of them")
+    ordered = tuple(files[file] for file in sorted(files))
+    tokenizer_uri, fraction = _tokenizer_uri(config), data.eval_fraction
+    return Job(uri, ordered, tokenizer_uri, data.chat_template, _limits(config), vocab_size, fraction)
 
-    def add_key(batch: pa.Table) -> pa.Table:
-        rows = zip(*(batch[name].to_pylist() for name in ("reason", "split", "pair_id")), strict=True)
-        keys = [
-            store.chunk_name(split, store.chunk_of(pair_id, chunks[split])) if reason is None else _leftover(reason)
-            for reason, split, pair_id in rows
-        ]
-        return batch.append_column("key", pa.array(keys, pa.string()))
 
-    def write(group: pa.Table) -> pa.Table:
-        key = group["key"][0].as_py()
-        if key == _REJECTS:
-            _write_rejects(uri, group)
-        if key in (_REJECTS, _DROPPED):
-            return pa.table({"chunk": [""]})
-        # A held-out pair that also stands among the training pairs is held out.
-        drop = held_out if key.startswith("train") else set()
-        first = {pair_id: row for row, pair_id in enumerate(group["pair_id"].to_pylist()) if pair_id not in drop}
-        if not first:
-            return pa.table({"chunk": [""]})
-        table = group.take(list(first.values())).select(store.PAIR_SCHEMA.names).cast(store.PAIR_SCHEMA)
-        return pa.table({"chunk": [json.dumps(asdict(store.write_chunk(uri, key, table)))]})
+def _sample(pattern: str, uris: list[str]) -> list[tuple[str, dict[str, Any] | RowError]]:
+    """The first rows of a source, each with its file and number."""
+    found = list[tuple[str, dict[str, Any] | RowError]]()
+    texts = ((uri, part) for uri in uris for part, _ in rows.open_rows(uri))
+    numbers: Counter[str] = Counter()
+    for uri, part in texts:
+        for text in part:
+            numbers[uri] += 1
+            if text.strip() and len(found) < SAMPLE_ROWS:
+                found.append((f"{uri} row {numbers[uri]}", _object_or_error(text)))
+        if len(found) == SAMPLE_ROWS:
+            break
+    if not any(isinstance(row, dict) for _, row in found):
+        what = f"{found[0][0]}: {found[0][1]}" if found else f"{pattern}: there is no row in it"
+        raise DataError(f"{what}; give files with a JSON object on each line, or Parquet")
+    return found
 
-    keyed = tokenized.map_batches(add_key, batch_format="pyarrow", batch_size=None)
-    written = keyed.groupby("key", num_partitions=min(sum(chunks.values()) + 2, MAX_PARTITIONS)).map_groups(
-        write, batch_format="pyarrow"
+
+def _object_or_error(text: bytes) -> dict[str, Any] | RowError:
+    try:
+        return rows.json_object(text)
+    except RowError as error:
+        return error
+
+
+def _preview(
+    source: tuple[str, list[int]],
+    sample: list[tuple[str, dict[str, Any] | RowError]],
+    reading: Reading,
+    tokenizer: PairTokenizer,
+    decode: Callable[[Any], str],
+) -> SourcePreview:
+    examples, problem = list[Example](), None
+    for place, row in sample:
+        if len(examples) == EXAMPLES_SHOWN:
+            break
+        made = row if isinstance(row, RowError) else _tokenized(row, reading, tokenizer)
+        if isinstance(made, RowError):
+            problem = problem or f"{place}: {made}"
+            continue
+        prompt, *answers = map(decode, made.pair.parts)
+        examples.append(Example(prompt, tuple(answers), tuple(map(len, made.pair.parts))))
+    pattern, sizes = source
+    return SourcePreview(pattern, len(sizes), sum(sizes), reading, tuple(examples), problem)
+
+
+def _tokenized(row: dict[str, Any], reading: Reading, tokenizer: PairTokenizer) -> Tokenized | RowError:
+    try:
+        return tokenizer([parse_row(row, reading)])[0]
+    except RowError as error:
+        return error
+
+
+def _make_runs(job: Job, watcher: Watcher) -> Iterator[dict[str, Any]]:
+    """Pass 1. Yields the record of each block."""
+    files = range(len(job.files))
+    # Reading and tokenizing differ in their resources so that they do not fuse: one large file then feeds many tasks.
+    texts = ray.data.from_items(list(files), override_num_blocks=len(files)).map_batches(
+        rows.read, batch_size=1, num_cpus=0.5, fn_args=(job,)
     )
-    found = [store.Chunk(**json.loads(row["chunk"])) for row in written.iter_rows() if row["chunk"]]
-    return sorted(found, key=lambda chunk: chunk.name)
+    texts.context.target_max_block_size = BLOCK_BYTES
+    made = texts.map_batches(rows.make_runs, batch_size=None, batch_format="pyarrow", num_cpus=1, fn_args=(job,))
+    done, total = 0, sum(file.num_bytes for file in job.files)
+    for row in made.iter_rows():
+        record = json.loads(row["record"])
+        done += record["num_bytes"]
+        watcher.progress("tokenizing (bytes)", done, total)
+        yield record
 
 
-def _held_out_ids(tokenized: ray.data.Dataset) -> set[bytes]:
-    def select(batch: pa.Table) -> pa.Table:
-        return batch.filter(pc.and_(pc.is_null(batch["reason"]), pc.equal(batch["split"], "eval"))).select(["pair_id"])
+def _write_chunks(
+    uri: str, written: dict[str, list[Run]], good: dict[str, int], chunk_pairs: int, watcher: Watcher
+) -> dict[str, list[Chunk]]:
+    """Pass 2. Returns the chunks of each split, in order."""
+    merges = []
+    for split, its_runs in written.items():
+        if not good[split]:
+            continue
+        chunks = store.num_chunks(good[split], chunk_pairs)
+        tasks = min(chunks, -(-sum(run.num_bytes for run in its_runs) // MERGE_BYTES))
+        for task in range(tasks):
+            first, stop = (chunks * bound // tasks for bound in (task, task + 1))
+            ids = store.chunk_start(first, chunks), store.chunk_start(stop, chunks)
+            held_out = runs.extents(written["eval"], *ids) if split == "train" else []
+            merges.append(Merge(split, chunks, first, stop, runs.extents(its_runs, *ids), held_out))
 
-    return {
-        row["pair_id"] for row in tokenized.map_batches(select, batch_format="pyarrow", batch_size=None).iter_rows()
-    }
+    def write(batch: dict[str, Any]) -> pa.Table:
+        chunks = [asdict(chunk) for item in batch["item"] for chunk in rows.write_chunks(pickle.loads(item), uri)]
+        return pa.table({"chunks": [json.dumps(chunks)]})
+
+    blocks = ray.data.from_items([pickle.dumps(merge) for merge in merges], override_num_blocks=len(merges))
+    found: dict[str, list[Chunk]] = {split: [] for split in written}
+    for done, row in enumerate(blocks.map_batches(write, batch_size=1, num_cpus=1).iter_rows(), start=1):
+        for chunk in json.loads(row["chunks"]):
+            found[chunk["name"].split("-")[0]].append(Chunk(**chunk))
+        watcher.progress("writing chunks", done, len(merges))
+    return {split: sorted(chunks, key=lambda chunk: chunk.name) for split, chunks in found.items()}
 
 
-def _leftover(reason: str) -> str:
-    return _DROPPED if reason in (rows.END, rows.IDENTICAL) else _REJECTS
+def _show_rejects(config: Config, uri: str) -> list[dict[str, Any]]:
+    """Copies the rejects beside the run, and returns the first of them."""
+    shown = list[dict[str, Any]]()
+    for name in storage.list_names(storage.join(uri, "rejects")):
+        part = storage.read_bytes(storage.join(uri, "rejects", name))
+        storage.write_bytes(storage.join(config.run_uri, "rejects", name), part)
+        shown += [json.loads(line) for line in part.splitlines()[: REJECTS_SHOWN - len(shown)]]
+    return shown
 
 
-def _write_rejects(uri: str, group: pa.Table) -> None:
-    """The rejected rows as JSON lines, in the order of their sources."""
-    rows = group.select(["source", "row", "reason", "text"]).sort_by([("source", "ascending"), ("row", "ascending")])
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows.to_pylist())
-    storage.write_bytes(storage.join(uri, "rejects.jsonl"), lines.encode())
-
-
-def _show_rejects(config: Config, uri: str, counts: dict[str, int]) -> None:
-    """Copies the rejects beside the run, and stops when they are too many."""
-    if not counts["rejects"]:
-        return
-    place = storage.join(config.run_uri, "rejects", "rejects.jsonl")
-    rejects = storage.read_bytes(storage.join(uri, "rejects.jsonl"))
-    storage.write_bytes(place, rejects)
+def _check_rejects(config: Config, counts: dict[str, int], shown: list[dict[str, Any]]) -> None:
     limit = config.data.max_reject_fraction
     if counts["rejects"] > limit * counts["rows"]:
-        first = json.loads(rejects.decode().splitlines()[0])
+        first = "\n".join(f"  {reject['source']} row {reject['row']}: {reject['reason']}" for reject in shown)
         raise DataError(
             f"{counts['rejects']} of {counts['rows']} rows cannot become a pair, more than data.max_reject_fraction "
-            f"({limit:g}) allows. The first: {first['source']} row {first['row']}: {first['reason']}. All: {place}"
+            f"({limit:g}) allows:\n{first}\nAll of them: {config.run_uri}/rejects/"
         )

@@ -1,112 +1,273 @@
-"""What the tasks of `prepare` do to rows: read, parse, tokenize. Light to import, for every task imports it."""
+"""What the tasks of `prepare` do: read rows, tokenize them into sorted runs, merge runs into chunks.
+
+Light to import, for every task imports it.
+"""
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator, Sequence
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dpo_ray import storage
 from dpo_ray.errors import DataError, RowError
 from dpo_ray.model.files import load_tokenizer
-from dpo_ray.pairs import store
-from dpo_ray.pairs.formats import parse_row
-from dpo_ray.pairs.tokenize import PairTokenizer
+from dpo_ray.pairs import runs, store
+from dpo_ray.pairs.formats import Reading, parse_row
+from dpo_ray.pairs.tokenize import Limits, PairTokenizer, Tokenized
+from dpo_ray.types import PreferencePair, TokenRow
 
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 ROWS_PER_READ = 1000
-# Marks in the column `reason` of rows that are neither pairs nor rejects.
-END, IDENTICAL = "end of file", "identical"
-_RAW = pa.schema([("source", pa.string()), ("row", pa.int64()), ("split", pa.string()), ("text", pa.string())])
-_TOKENIZED = pa.schema([*_RAW, ("reason", pa.string()), *store.PAIR_SCHEMA])
+RAW_SCHEMA = pa.schema(
+    [("file", pa.int64()), ("row", pa.int64()), ("text", pa.large_binary()), ("num_bytes", pa.int64())]
+)
+_REJECTS_SHOWN = 5
 
 
-def read(files: dict[str, np.ndarray]) -> Iterator[pa.Table]:
-    """Rows of files as JSON text."""
-    for uri, split in zip(files["uri"], files["split"], strict=True):
-        yield from _read_file(str(uri), str(split))
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """One input file.
 
-
-def _read_file(uri: str, split: str) -> Iterator[pa.Table]:
-    """Rows of a file as JSON text, numbered from 1, some at a time; at the end a row without text.
-
-    With it no block is ever empty: Ray Data forgets the schema of an empty block, and its shuffle then fails.
+    Attributes:
+        uri: The file.
+        num_bytes: Its size.
+        split: "train" or "eval".
+        reading: How its rows are read.
     """
-    number, texts = 0, list[str]()
+
+    uri: str
+    num_bytes: int
+    split: str
+    reading: Reading
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What all tasks of one `prepare` know.
+
+    Attributes:
+        uri: The store that is being made.
+        files: The input, in the order of their URIs.
+        tokenizer_uri: Directory of the tokenizer.
+        chat_template: As in the configuration.
+        limits: As in the configuration.
+        vocab_size: Rows of the model's embedding.
+        eval_fraction: As in the configuration.
+    """
+
+    uri: str
+    files: tuple[SourceFile, ...]
+    tokenizer_uri: str
+    chat_template: str
+    limits: Limits
+    vocab_size: int
+    eval_fraction: float
+
+
+def open_rows(uri: str, columns: Sequence[str] | None = None) -> Iterator[tuple[list[bytes], float]]:
+    """The rows of a file as JSON text, some at a time, with the share of the file that is read by then.
+
+    Args:
+        uri: A file with one of `SUFFIXES`.
+        columns: Columns of a Parquet file to read; all when None.
+
+    Raises:
+        DataError: The file is gone, damaged, or not what its name says.
+    """
+    number = 0
     try:
-        for text in _parquet_rows(uri) if uri.endswith(".parquet") else _lines(uri):
-            texts.append(text)
-            if len(texts) == ROWS_PER_READ:
-                yield _raw(uri, split, number, texts)
-                number, texts = number + len(texts), []
-    except (OSError, EOFError, pa.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(f"{uri}: cannot read past row {number + len(texts)}: {error}; restore the file") from None
-    yield _raw(uri, split, number, [*texts, None])
+        for rows, share in _parquet_rows(uri, columns) if uri.endswith(".parquet") else _lines(uri):
+            yield rows, share
+            number += len(rows)
+    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
+        raise DataError(f"{uri}: cannot read past row {number}: {error}; restore the file") from None
 
 
-def _raw(uri: str, split: str, before: int, texts: Sequence[str | None]) -> pa.Table:
-    numbers = range(before + 1, before + 1 + len(texts))
-    return pa.table({"source": [uri] * len(texts), "row": numbers, "split": [split] * len(texts), "text": texts}, _RAW)
-
-
-def _lines(uri: str) -> Iterator[str]:
-    with storage.open_read(uri) as file:
+def _lines(uri: str) -> Iterator[tuple[list[bytes], float]]:
+    total = max(1, storage.size(uri))
+    with storage.open_read(uri) as (file, position):
+        rows = list[bytes]()
         for line in file:
-            yield line.decode("utf-8").rstrip("\r\n")
+            rows.append(line.rstrip(b"\r\n"))
+            if len(rows) == ROWS_PER_READ:
+                yield rows, position() / total
+                rows = []
+        yield rows, 1.0
 
 
-def _parquet_rows(uri: str) -> Iterator[str]:
-    with storage.open_read(uri) as file:
-        for batch in pq.ParquetFile(file).iter_batches(batch_size=ROWS_PER_READ):
-            for row in batch.to_pylist():
-                yield json.dumps(row, default=str)
+def _parquet_rows(uri: str, columns: Sequence[str] | None) -> Iterator[tuple[list[bytes], float]]:
+    with storage.open_read(uri) as (file, _):
+        parquet = pq.ParquetFile(file)
+        there = set(parquet.schema_arrow.names)
+        wanted = None if columns is None else [name for name in columns if name in there]
+        number, total = 0, max(1, parquet.metadata.num_rows)
+        for batch in parquet.iter_batches(batch_size=ROWS_PER_READ, columns=wanted):
+            number += batch.num_rows
+            yield [json.dumps(row, default=str).encode() for row in batch.to_pylist()], number / total
+        if not number:
+            yield [], 1.0
+
+
+def read(batch: Mapping[str, Any], job: Job) -> Iterator[pa.Table]:
+    """Rows of files, some at a time, numbered from 1; the size of the file is shared out among them."""
+    for index in map(int, batch["item"]):
+        file = job.files[index]
+        number = told = 0
+        for texts, share in open_rows(file.uri, list(file.reading.columns.values())):
+            now = int(share * file.num_bytes)
+            yield _raw(index, number, texts, now - told)
+            number, told = number + len(texts), now
+
+
+def _raw(file: int, before: int, texts: list[bytes], num_bytes: int) -> pa.Table:
+    # A file without rows gives one row without text, so that no block is empty and its bytes are counted.
+    found: list[bytes | None] = [*texts] or [None]
+    sizes = [num_bytes] + [0] * (len(found) - 1)
+    numbers = range(before + 1, before + 1 + len(found))
+    return pa.table({"file": [file] * len(found), "row": numbers, "text": found, "num_bytes": sizes}, RAW_SCHEMA)
+
+
+def make_runs(block: pa.Table, job: Job) -> pa.Table:
+    """Tokenizes a block of rows into sorted runs on storage.
+
+    What is made is on record when it is whole, so that a `prepare` that was killed does not tokenize it again.
+
+    Returns:
+        One row: the record, as JSON.
+    """
+    first, last = (f"{block['file'][row].as_py():06d}-{block['row'][row].as_py():012d}" for row in (0, -1))
+    place = storage.join(job.uri, "runs", f"{first}-{last}")
+    num_bytes = sum(block["num_bytes"].to_pylist())
+    try:
+        record = json.loads(storage.read_bytes(f"{place}.json"))
+    except FileNotFoundError:
+        record = _make_runs(block, job, place, first)
+        storage.write_json(f"{place}.json", record)
+    return pa.table({"record": [json.dumps({**record, "num_bytes": num_bytes})]})
+
+
+def _make_runs(block: pa.Table, job: Job, place: str, first: str) -> dict[str, Any]:
+    good: dict[str, list[tuple[Tokenized, str, int]]] = {"train": [], "eval": []}
+    rejects, counts = list[dict[str, Any]](), Counter[str]()
+    for start in range(0, block.num_rows, ROWS_PER_READ):
+        for file, row, text, made in _tokenize(block.slice(start, ROWS_PER_READ), job):
+            counts["rows"] += 1
+            if isinstance(made, RowError):
+                shown = text.decode("utf-8", errors="backslashreplace")
+                rejects.append({"source": file.uri, "row": row, "reason": str(made), "text": shown})
+            elif len({answer.tobytes() for answer in made.pair.answers}) < len(made.pair.answers):
+                counts["identical"] += 1
+            else:
+                split = "eval" if store.held_out(made.pair.pair_id, job.eval_fraction) else file.split
+                good[split].append((made, file.uri, row))
+                counts["prompts_cut"] += made.prompt_tokens_cut > 0
+                counts["answers_cut"] += sum(cut > 0 for cut in made.answer_tokens_cut)
+                counts["tokens_cut"] += made.prompt_tokens_cut + sum(made.answer_tokens_cut)
+                counts["prompts_differ"] += made.prompt_differs
+    counts["rejects"] = len(rejects)
+    counts |= {f"good_{split}": len(made) for split, made in good.items()}
+    if rejects:
+        storage.write_json_lines(storage.join(job.uri, "rejects", f"{first}.jsonl"), rejects)
+    written = {
+        split: asdict(runs.write_run(f"{place}.{split}.arrow", _run_table(made)))
+        for split, made in good.items()
+        if made
+    }
+    first_rejects = [{**reject, "text": ""} for reject in rejects[:_REJECTS_SHOWN]]
+    return {"counts": counts, "runs": written, "rejects": first_rejects}
+
+
+def _tokenize(block: pa.Table, job: Job) -> Iterator[tuple[SourceFile, int, bytes, Tokenized | RowError]]:
+    rows = [
+        (job.files[file], number, text)
+        for file, number, text in zip(*(block[name].to_pylist() for name in ("file", "row", "text")), strict=True)
+        if text is not None and text.strip()
+    ]
+    parsed = [_parsed(text, file.reading) for file, _, text in rows]
+    tokenizer = _pair_tokenizer(job.tokenizer_uri, job.chat_template, job.limits, job.vocab_size)
+    tokenized = iter(tokenizer([pair for pair in parsed if not isinstance(pair, RowError)]))
+    for (file, number, text), pair in zip(rows, parsed, strict=True):
+        yield file, number, text, pair if isinstance(pair, RowError) else next(tokenized)
 
 
 @functools.cache
-def _pair_tokenizer(uri: str, chat_template: Any, max_length: int) -> PairTokenizer:
-    return PairTokenizer(load_tokenizer(uri), chat_template, max_length)
+def _pair_tokenizer(uri: str, chat_template: Any, limits: Limits, vocab_size: int) -> PairTokenizer:
+    return PairTokenizer(load_tokenizer(uri), chat_template, limits, vocab_size)
 
 
-def tokenize_rows(
-    batch: pa.Table, tokenizer_uri: str, chat_template: str, max_length: int, eval_fraction: float
-) -> pa.Table:
-    """Pairs as tokens; a row that cannot become one keeps its text and gets a reason."""
-    tokenize = _pair_tokenizer(tokenizer_uri, chat_template, max_length)
-    rows: list[dict[str, Any]] = []
-    for raw in batch.to_pylist():
-        if raw["text"] is None or not raw["text"].strip():
-            rows.append({**raw, "reason": END})
-            continue
-        try:
-            pair = tokenize(parse_row(_object(raw["text"])))
-        except RowError as error:
-            rows.append({**raw, "reason": str(error)})
-            continue
-        identical = len({answer.tobytes() for answer in pair.answers}) < len(pair.answers)
-        split = "eval" if store.held_out(pair.pair_id, eval_fraction) else raw["split"]
-        rows.append(
-            {
-                **raw,
-                "split": split,
-                "text": None,
-                "reason": IDENTICAL if identical else None,
-                "pair_id": pair.pair_id,
-                "prompt": pair.prompt,
-                "answers": list(pair.answers),
-            }
-        )
-    return pa.table({name: [row.get(name) for row in rows] for name in _TOKENIZED.names}, schema=_TOKENIZED)
-
-
-def _object(text: str) -> dict[str, Any]:
+def _parsed(text: bytes, reading: Reading) -> PreferencePair | TokenRow | RowError:
     try:
-        value = json.loads(text)
+        return parse_row(json_object(text), reading)
+    except RowError as error:
+        return error
+
+
+def json_object(text: bytes) -> dict[str, Any]:
+    """The object that a row of JSON holds.
+
+    Raises:
+        RowError: It is not UTF-8, not JSON, or no object.
+    """
+    try:
+        value = json.loads(text.decode("utf-8-sig"))  # Editors on Windows begin a file with a byte order mark.
+    except UnicodeDecodeError as error:
+        raise RowError(
+            f"not UTF-8: byte {error.object[error.start]:#04x} at position {error.start}; save the file as UTF-8"
+        ) from None
     except ValueError as error:
-        raise RowError(f"not valid JSON: {error}") from None
+        raise RowError(f"not valid JSON: {error}; mend the line, or leave it out") from None
     if not isinstance(value, dict):
-        raise RowError(f"not a JSON object but {type(value).__name__}")
+        kind = type(value).__name__
+        raise RowError(f"not a JSON object but a {kind}: write one object {{...}} with the row's columns on each line")
     return value
+
+
+def _run_table(made: list[tuple[Tokenized, str, int]]) -> pa.Table:
+    table = store.table_of([tokenized.pair for tokenized, _, _ in made])
+    sources = pa.array([source for _, source, _ in made], pa.string())
+    numbers = pa.array([row for _, _, row in made], pa.int64())
+    return table.append_column("source", sources).append_column("row", numbers)
+
+
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """Consecutive chunks of one split that one task writes.
+
+    Attributes:
+        split: "train" or "eval".
+        chunks: How many chunks the split has.
+        first: The first to write.
+        stop: The one after the last to write.
+        parts: Where the pairs are.
+        held_out: Where held-out pairs with ids of this range are: what stands there is not trained on.
+    """
+
+    split: str
+    chunks: int
+    first: int
+    stop: int
+    parts: list[runs.Extent]
+    held_out: list[runs.Extent]
+
+
+def write_chunks(merge: Merge, uri: str) -> Iterator[store.Chunk]:
+    """Merges runs into the chunks of a range of ids."""
+    starts = [store.chunk_start(index, merge.chunks) for index in range(merge.first, merge.stop + 1)]
+    table = runs.read_range(merge.parts, starts[0], starts[-1])
+    if merge.held_out:
+        ids = runs.read_range(merge.held_out, starts[0], starts[-1])["pair_id"]
+        table = table.filter(pc.invert(pc.is_in(table["pair_id"], value_set=ids.combine_chunks())))
+    bounds = [0, *runs.id_heads(table).searchsorted(np.array(starts[1:-1], dtype=np.uint64)).tolist(), table.num_rows]
+    for index, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False), start=merge.first):
+        if stop > start:
+            yield store.write_chunk(uri, store.chunk_name(merge.split, index), table.slice(start, stop - start))

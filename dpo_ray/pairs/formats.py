@@ -1,33 +1,42 @@
 """Raw row -> PreferencePair.
 
-To add a format: write its `matches` and `parse` functions and put one entry into `FORMATS`; the first entry
-that matches a row parses it. A column that is null counts as absent.
+How a data source is read is decided once, from a sample of its rows: its format, and the column of each role. To add a
+format: write its two functions in `parsers` and put one entry into `FORMATS`. A column that is null counts as absent.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+import difflib
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, get_args
 
-import numpy as np
+from dpo_ray.errors import ConfigError, DataError, RowError
+from dpo_ray.pairs import parsers
+from dpo_ray.pairs.parsers import HUMAN_MARKER, Fields, Role
+from dpo_ray.types import PreferencePair, TokenRow
 
-from dpo_ray.errors import RowError
-from dpo_ray.types import Message, PreferencePair
+_ROLES: tuple[Role, ...] = get_args(Role)
+_OPTIONAL: tuple[Role, ...] = ("system", "input")
 
-HUMAN_MARKER = "\n\nHuman: "
-ASSISTANT_MARKER = "\n\nAssistant: "
+# The columns of a role where the user names none, the usual ones first.
+_NAMES: dict[Role, tuple[str, ...]] = {
+    "prompt": ("prompt", "question", "instruction", "conversations", "messages"),
+    "chosen": ("chosen",),
+    "rejected": ("rejected",),
+    "system": ("system",),
+    "input": ("input",),
+}
+_TOKEN_NAMES: dict[Role, tuple[str, ...]] = {
+    **_NAMES,
+    "prompt": ("prompt_input_ids", "prompt_ids"),
+    "chosen": ("chosen_input_ids", "chosen_ids"),
+    "rejected": ("rejected_input_ids", "rejected_ids"),
+}
 
-_MARKER_OF_ROLE = {"user": HUMAN_MARKER, "assistant": ASSISTANT_MARKER}
-_ROLE_OF_MARKER = {marker: role for role, marker in _MARKER_OF_ROLE.items()}
-_MARKERS = re.compile(f"({HUMAN_MARKER}|{ASSISTANT_MARKER})")
-
-# Keys of a turn that a chat template would render and that a Message cannot carry: dropping them would train on
-# something else than the row says.
-_UNSUPPORTED_TURN_KEYS = ("tool_calls", "function_call", "tool_call_id", "reasoning_content", "thinking")
-
-_MAX_COLUMNS_NAMED = 12
+# What a single row cannot tell is believed of a source when nearly all of several rows say it.
+_SURE_FRACTION, _SURE_ROWS = 0.95, 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,229 +44,215 @@ class Format:
     """One way in which a row may be written.
 
     Attributes:
-        description: What such a row looks like; shown to the user whose row fits no format.
-        matches: Whether a row is meant to be of this format, by its columns and the kinds of their values.
-        parse: Makes the pair of a row that matches, or raises RowError.
+        description: What such a row looks like; shown to the user whose rows fit no format.
+        roles: What it has columns for; any other column of `names` has no reading beside them.
+        matches: Whether a row is meant to be of this format, by the kinds of its values.
+        parse: Makes the pair of a row, or raises RowError.
+        must_be_sure: Whether one row that matches may be meant otherwise, so that nearly all have to match.
+        names: The columns that it knows, by role.
     """
 
     description: str
-    matches: Callable[[Mapping[str, Any]], bool]
-    parse: Callable[[Mapping[str, Any]], PreferencePair]
+    roles: tuple[Role, ...]
+    matches: Callable[[Fields], bool]
+    parse: Callable[[Fields], PreferencePair | TokenRow]
+    must_be_sure: bool = False
+    names: Mapping[Role, tuple[str, ...]] = field(default_factory=lambda: _NAMES)
 
 
-def parse_row(row: Mapping[str, Any]) -> PreferencePair:
-    """Reads one row in whichever format of `FORMATS` it is written; all text is kept verbatim.
+# In the order of recognition.
+FORMATS: dict[str, Format] = {
+    "repeated": Format(
+        "'prompt', 'chosen' and 'rejected' as strings, both answers beginning with the prompt's text",
+        _ROLES,
+        parsers.is_repeated,
+        parsers.parse_repeated,
+        must_be_sure=True,
+    ),
+    "text": Format(
+        "'prompt', 'chosen' and 'rejected' as strings",
+        _ROLES,
+        parsers.is_text,
+        parsers.parse_text,
+    ),
+    "messages": Format(
+        "'prompt' as a list of turns {'role': ..., 'content': ...} or {'from': ..., 'value': ...} or as a string, "
+        "'chosen' and 'rejected' as lists of assistant turns, with or without the prompt's turns before them, as "
+        "single turns or as strings",
+        _ROLES,
+        parsers.is_messages,
+        parsers.parse_messages,
+    ),
+    "conversations": Format(
+        "'chosen' and 'rejected' alone, as lists of turns that begin alike",
+        ("chosen", "rejected", "system"),
+        parsers.is_conversations,
+        parsers.parse_conversations,
+    ),
+    "dialogue": Format(
+        f"'chosen' and 'rejected' alone, as whole hh-rlhf dialogues that begin with {HUMAN_MARKER!r}",
+        ("chosen", "rejected"),
+        parsers.is_dialogue,
+        parsers.parse_dialogue,
+    ),
+    "continuation": Format(
+        "'chosen' and 'rejected' alone, as texts that begin alike (read with data.chat_template: none)",
+        ("chosen", "rejected"),
+        parsers.is_continuation,
+        parsers.parse_continuation,
+        must_be_sure=True,
+    ),
+    "tokens": Format(
+        "'prompt_input_ids', 'chosen_input_ids' and 'rejected_input_ids' as lists of token ids",
+        ("prompt", "chosen", "rejected"),
+        parsers.is_tokens,
+        parsers.parse_tokens,
+        names=_TOKEN_NAMES,
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How a data source is read.
+
+    Attributes:
+        format: A key of `FORMATS`.
+        columns: Role -> the column that fills it.
+    """
+
+    format: str
+    columns: dict[str, str]
+
+
+def recognise(
+    rows: Sequence[Mapping[str, Any]], format: str = "auto", columns: Mapping[Role, str | None] | None = None
+) -> Reading:
+    """Decides from a sample how all rows of a data source are read.
 
     Args:
-        row: Column name -> value, as read from JSON Lines or Parquet. Columns of no format are ignored.
+        rows: Some rows of one source: column name -> value, as read from JSON Lines or Parquet.
+        format: A key of `FORMATS`, or `auto` for the one that most rows match.
+        columns: Role -> the column that fills it, in place of the usual names; None leaves the role's column out.
 
     Returns:
-        The pair. Chosen and rejected may be equal.
+        The format and the columns, also those that the format has no reading for.
 
     Raises:
-        RowError: The row fits no format, holds a wrong kind of value, or an answer is blank.
+        DataError: There are no rows, a column is missing or has no reading, or the rows fit no format. The message
+            names no source.
+        ConfigError: There is no such format.
     """
-    for row_format in FORMATS:
-        if row_format.matches(row):
-            return row_format.parse(row)
-    columns = [f"{name!r} ({_kind(value)})" for name, value in row.items()]
-    if len(columns) > _MAX_COLUMNS_NAMED:
-        columns[_MAX_COLUMNS_NAMED:] = [f"{len(columns) - _MAX_COLUMNS_NAMED} more"]
-    found = ", ".join(columns) if columns else "no columns"
-    known = "; or ".join(row_format.description for row_format in FORMATS)
-    raise RowError(f"the row fits no known format: it has {found}; write it as {known}")
+    if format != "auto" and format not in FORMATS:
+        raise ConfigError(f"data.format is {format!r}, known are auto, {', '.join(FORMATS)}{_nearest(format, FORMATS)}")
+    if not rows:
+        raise DataError("it has no rows: leave it out, or put rows into it")
+    named = columns or {}
+    filled = Counter[str]()
+    for row in rows:
+        filled.update({name: int(value is not None) for name, value in row.items()})
+    for role, name in named.items():
+        if name is not None and name not in filled:
+            raise DataError(
+                f"data.columns has {role}: {name}, and there is no such column{_nearest(name, filled)}; the rows have "
+                f"{parsers.describe(rows[0])}"
+            )
+    candidates = [format] if format != "auto" else list(FORMATS)
+    readings = {name: Reading(name, _columns(FORMATS[name], named, filled)) for name in candidates}
+    complete = {name: reading for name, reading in readings.items() if not _missing(reading)}
+    found = next(iter(complete), None) if format != "auto" else _most_likely(rows, complete)
+    if found is None:
+        raise DataError(_fits_nothing(rows[0], filled, readings))
+    reading = readings[found]
+    for role in _without_reading(reading):
+        if 2 * sum(_says_something(row, reading, role) for row in rows) > len(rows):
+            raise DataError(_has_no_reading(role, reading))
+    return reading
 
 
-def transcript(messages: Sequence[Message]) -> str:
-    """Joins turns to an hh-rlhf dialogue: the inverse of how one is parsed.
+def parse_row(row: Mapping[str, Any], reading: Reading) -> PreferencePair | TokenRow:
+    """Reads one row; all text is kept verbatim.
 
     Args:
-        messages: Turns with role user or assistant.
+        row: Column name -> value. Columns that the reading does not name are ignored.
+        reading: How the row's source is read.
 
     Returns:
-        The dialogue, each turn behind its marker.
+        The pair, or its tokens. Chosen and rejected may be equal.
+
+    Raises:
+        RowError: A column is missing or holds a wrong kind of value, or an answer is blank.
     """
-    return "".join(_MARKER_OF_ROLE[message.role] + message.content for message in messages)
+    for role in _without_reading(reading):
+        if _says_something(row, reading, role):
+            raise RowError(_has_no_reading(role, reading))
+    return FORMATS[reading.format].parse(Fields(row, reading.columns))
 
 
-def _is_text(row: Mapping[str, Any]) -> bool:
-    return isinstance(row.get("prompt"), str) and _has_answers(row)
+def _columns(known: Format, named: Mapping[Role, str | None], filled: Mapping[str, int]) -> dict[str, str]:
+    """The column of each role: the user's, else of the usual ones the one that is null least often."""
+    found: dict[str, str] = {}
+    for role in _ROLES:
+        own = named.get(role)
+        names = known.names[role] if role not in named else () if own is None else (own,)
+        present = [name for name in names if name in filled]
+        if present:
+            found[role] = max(present, key=lambda name: filled[name])
+    if "prompt" not in found and "input" in found and {"prompt", "input"} <= set(known.roles) and "prompt" not in named:
+        found["prompt"] = found.pop("input")
+    return found
 
 
-def _parse_text(row: Mapping[str, Any]) -> PreferencePair:
-    prompt = (Message("user", _text(row["prompt"], "column 'prompt'")),)
-    for column in ("chosen", "rejected"):
-        if not isinstance(row[column], str):
-            raise RowError(
-                f"column {column!r} is {_kind(row[column])} while 'prompt' is a string: "
-                "write both as strings, or the prompt as a list of turns too"
-            )
-    return PreferencePair(prompt, (_string_answer(row, "chosen"), _string_answer(row, "rejected")), "text")
+def _missing(reading: Reading) -> list[Role]:
+    return [role for role in FORMATS[reading.format].roles if role not in (*_OPTIONAL, *reading.columns)]
 
 
-def _is_messages(row: Mapping[str, Any]) -> bool:
-    return _is_list(row.get("prompt")) and _has_answers(row)
+def _without_reading(reading: Reading) -> list[Role]:
+    return [role for role in _ROLES if role in reading.columns and role not in FORMATS[reading.format].roles]
 
 
-def _parse_messages(row: Mapping[str, Any]) -> PreferencePair:
-    prompt = _turns(row["prompt"], "prompt")
-    if prompt[-1].role == "assistant":
-        raise RowError(
-            "column 'prompt' ends with an assistant turn: end it with the turn that is answered, "
-            "and put what the assistant says into 'chosen' and 'rejected'"
+def _says_something(row: Mapping[str, Any], reading: Reading, role: Role) -> bool:
+    value = row.get(reading.columns[role])
+    return bool(value.strip()) if isinstance(value, str) else value is not None
+
+
+def _most_likely(rows: Sequence[Mapping[str, Any]], readings: Mapping[str, Reading]) -> str | None:
+    plain: dict[str, int] = {}
+    for name, reading in readings.items():
+        known = FORMATS[name]
+        implicit = "prompt" not in known.roles and "prompt" in reading.columns
+        count = sum(
+            known.matches(Fields(row, reading.columns))
+            for row in rows
+            if not (implicit and _says_something(row, reading, "prompt"))
         )
-    return PreferencePair(prompt, (_answer(row, "chosen"), _answer(row, "rejected")), "messages")
+        if known.must_be_sure and count >= max(_SURE_ROWS, _SURE_FRACTION * len(rows)):
+            return name
+        if not known.must_be_sure and count:
+            plain[name] = count
+    return max(plain, key=lambda name: plain[name], default=None)
 
 
-def _is_dialogue(row: Mapping[str, Any]) -> bool:
-    chosen, rejected = row.get("chosen"), row.get("rejected")
-    if row.get("prompt") is not None or not isinstance(chosen, str) or not isinstance(rejected, str):
-        return False
-    # One of them is enough, so that a damaged other one is named instead of "fits no format".
-    return chosen.startswith(HUMAN_MARKER) or rejected.startswith(HUMAN_MARKER)
-
-
-def _parse_dialogue(row: Mapping[str, Any]) -> PreferencePair:
-    chosen, rejected = _dialogue_turns(row, "chosen"), _dialogue_turns(row, "rejected")
-    if len(chosen) != len(rejected) or chosen[:-1] != rejected[:-1]:
-        shared = _num_shared(chosen, rejected)
-        raise RowError(
-            f"the dialogues of 'chosen' ({len(chosen)} turns) and 'rejected' ({len(rejected)} turns) part at turn "
-            f"{shared + 1}: they may differ only in the last assistant turn of both; cut both after that turn, "
-            "or leave the row out"
-        )
-    prompt = chosen[:-1]
-    if prompt[-1].role != "user":
-        raise RowError(
-            f"turn {len(prompt)} of the dialogues, the one before the answer, is an assistant turn: "
-            "a prompt must end with a user turn; join the last two assistant turns, or leave the row out"
-        )
-    answers = (chosen[-1:], rejected[-1:])
-    for column, answer in zip(("chosen", "rejected"), answers, strict=True):
-        _require_content(answer, column)
-    return PreferencePair(prompt, answers, "dialogue")
-
-
-FORMATS: tuple[Format, ...] = (
-    Format("'prompt', 'chosen' and 'rejected' as strings", _is_text, _parse_text),
-    Format(
-        "'prompt' as a list of turns {'role': ..., 'content': ...}, 'chosen' and 'rejected' as lists of assistant "
-        "turns or as strings",
-        _is_messages,
-        _parse_messages,
-    ),
-    Format(
-        f"'chosen' and 'rejected' alone, as whole hh-rlhf dialogues that begin with {HUMAN_MARKER!r}",
-        _is_dialogue,
-        _parse_dialogue,
-    ),
-)
-
-
-def _has_answers(row: Mapping[str, Any]) -> bool:
-    return row.get("chosen") is not None and row.get("rejected") is not None
-
-
-def _answer(row: Mapping[str, Any], column: str) -> tuple[Message, ...]:
-    value = row[column]
-    if isinstance(value, str):
-        return _string_answer(row, column)
-    if not _is_list(value):
-        raise RowError(f"column {column!r} is {_kind(value)}: write a list of assistant turns, or a string")
-    answer = _turns(value, column)
-    for number, turn in enumerate(answer, start=1):
-        if turn.role != "assistant":
-            raise RowError(
-                f"turn {number} of column {column!r} has role {turn.role!r}: with a 'prompt' column an answer holds "
-                "assistant turns only; leave the prompt's turns out of it"
-            )
-    _require_content(answer, column)
-    return answer
-
-
-def _string_answer(row: Mapping[str, Any], column: str) -> tuple[Message, ...]:
-    answer = (Message("assistant", _text(row[column], f"column {column!r}")),)
-    _require_content(answer, column)
-    return answer
-
-
-def _require_content(answer: Sequence[Message], column: str) -> None:
-    if not any(message.content.strip() for message in answer):
-        raise RowError(
-            f"the answer of column {column!r} is empty or blank: there is nothing to learn; leave the row out"
-        )
-
-
-def _turns(value: Any, column: str) -> tuple[Message, ...]:
-    if len(value) == 0:
-        raise RowError(f"column {column!r} is an empty list: write at least one turn")
-    return tuple(_turn(turn, f"turn {number} of column {column!r}") for number, turn in enumerate(value, start=1))
-
-
-def _turn(turn: Any, where: str) -> Message:
-    if not isinstance(turn, Mapping):
-        raise RowError(f"{where} is {_kind(turn)}: write an object {{'role': ..., 'content': ...}}")
-    for key in ("role", "content"):
-        if not isinstance(turn.get(key), str):
-            raise RowError(
-                f"{where} has {key!r} = {_kind(turn.get(key))}, keys {list(turn)}: write {key!r} as a string"
-            )
-    for key in _UNSUPPORTED_TURN_KEYS:
-        if turn.get(key) is not None:
-            raise RowError(f"{where} has {key!r}, which is not supported: only 'role' and 'content' reach the template")
-    return Message(_text(turn["role"], where), _text(turn["content"], where))
-
-
-def _dialogue_turns(row: Mapping[str, Any], column: str) -> tuple[Message, ...]:
-    text = _text(row[column], f"column {column!r}")
-    if not text.startswith(HUMAN_MARKER):
-        raise RowError(
-            f"column {column!r} is a string that does not begin with {HUMAN_MARKER!r}, while the other answer does: "
-            "write both as whole dialogues, or give the row a 'prompt' column"
-        )
-    pieces = _MARKERS.split(text)[1:]
-    turns = tuple(
-        Message(_ROLE_OF_MARKER[marker], content) for marker, content in zip(pieces[::2], pieces[1::2], strict=True)
+def _has_no_reading(role: Role, reading: Reading) -> str:
+    return (
+        f"column {reading.columns[role]!r} has no reading in format {reading.format!r}: set data.columns: "
+        f"{{{role}: null}} to leave it out, or write the rows in another format"
     )
-    if turns[-1].role != "assistant":
-        raise RowError(
-            f"the dialogue of column {column!r} ends with a user turn: it must end with {ASSISTANT_MARKER!r}..."
-        )
-    return turns
 
 
-def _num_shared(left: Sequence[Message], right: Sequence[Message]) -> int:
-    shared = 0
-    for left_turn, right_turn in zip(left, right, strict=False):
-        if left_turn != right_turn:
-            break
-        shared += 1
-    return shared
+def _fits_nothing(row: Mapping[str, Any], filled: Mapping[str, int], readings: Mapping[str, Reading]) -> str:
+    problems = []
+    for role in ("chosen", "rejected", "prompt"):
+        if all(role in _missing(reading) for reading in readings.values() if role in FORMATS[reading.format].roles):
+            used = {name for reading in readings.values() for name in reading.columns.values()}
+            near = difflib.get_close_matches(role, [name for name in filled if name not in used], n=1)
+            mend = [f"the nearest is {name!r}: rename it, or set data.columns: {{{role}: {name}}}" for name in near]
+            problems.append("; ".join([f"no column {role!r}", *mend]))
+    known = "; ".join(f"{name}: {FORMATS[name].description}" for name in readings)
+    problems.append(f"the rows fit no known format, the first has {parsers.describe(row)}")
+    return f"{'; '.join(problems)}. Known are {known}. Other names of columns can be set in data.columns"
 
 
-def _text(value: str, where: str) -> str:
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise RowError(
-            f"{where} holds half of a UTF-16 surrogate pair at character {error.start}, which no tokenizer can read: "
-            "repair or drop that character"
-        ) from None
-    return value
-
-
-def _is_list(value: Any) -> bool:
-    # Lists of structs come as object arrays where rows went through numpy batches.
-    return isinstance(value, (list, tuple, np.ndarray))
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, str):
-        return "a string"
-    if _is_list(value):
-        return "a list"
-    if isinstance(value, Mapping):
-        return "an object"
-    return f"of type {type(value).__name__}"
+def _nearest(name: str, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; the nearest is {near[0]!r}" if near else ""

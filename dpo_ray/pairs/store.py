@@ -8,21 +8,29 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dpo_ray import storage
 from dpo_ray.errors import DataError
 from dpo_ray.types import TokenizedPair
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 TOKENS = pa.list_(pa.int32())
 PAIR_SCHEMA = pa.schema([("pair_id", pa.binary(16)), ("prompt", TOKENS), ("answers", pa.list_(TOKENS))])
+SOURCE_SCHEMA = pa.schema([("pair_id", pa.binary(16)), ("source", pa.string()), ("row", pa.int64())])
+# rows = pairs + eval_pairs + duplicates + identical + rejects. The others are counted before duplicates are dropped:
+# prompts, answers and tokens cut, and prompts that the chat template renders otherwise when their answer follows.
+COUNTS = (
+    *("rows", "pairs", "eval_pairs", "duplicates", "identical", "rejects"),
+    *("prompts_cut", "answers_cut", "tokens_cut", "prompts_differ"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +60,7 @@ class PairStore:
         uri: Its folder.
         train: Chunks to train on, in store order.
         eval: Held-out chunks.
-        counts: What became of the rows: rows, pairs, eval_pairs, duplicates, identical, rejects, truncated.
+        counts: What became of the rows, see `COUNTS`.
     """
 
     uri: str
@@ -81,27 +89,46 @@ def chunk_of(pair_id: bytes, chunks: int) -> int:
     return (int.from_bytes(pair_id[:8], "big") * chunks) >> 64
 
 
+def chunk_start(index: int, chunks: int) -> int:
+    """The least first 8 bytes of an id, as a number, that belong to a chunk; 2^64 for the one after the last."""
+    return -(-(index << 64) // chunks)
+
+
 def held_out(pair_id: bytes, fraction: float) -> bool:
     """Whether a pair belongs to the held-out split, by its content alone."""
     return int.from_bytes(pair_id[8:], "big") < fraction * 2**64
 
 
 def write_chunk(uri: str, name: str, table: pa.Table) -> Chunk:
-    """Writes a chunk.
+    """Writes a chunk, and where its pairs come from.
+
+    The chunk's bytes depend on its pairs alone; their sources are a file of their own.
 
     Args:
         uri: The store.
         name: From `chunk_name`.
-        table: `PAIR_SCHEMA`, ids unique, in any order.
+        table: `PAIR_SCHEMA` and `SOURCE_SCHEMA`, sorted by id, ids unique.
     """
-    table = table.sort_by("pair_id")
+    data = _parquet(table.select(PAIR_SCHEMA.names))
+    storage.write_bytes(storage.join(uri, "sources", name), _parquet(table.select(SOURCE_SCHEMA.names)))
+    storage.write_bytes(storage.join(uri, name), data)
+    tokens = [table["prompt"], pc.list_flatten(table["answers"])]
+    num_tokens = sum(int(pc.sum(pc.list_value_length(lists)).as_py() or 0) for lists in tokens)
+    key = chunk_key(table["pair_id"].to_pylist())
+    return Chunk(name, key, hashlib.sha256(data).hexdigest(), table.num_rows, num_tokens)
+
+
+def _parquet(table: pa.Table) -> bytes:
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
-    data = sink.getvalue()
-    storage.write_bytes(storage.join(uri, name), data)
-    ids = table["pair_id"].to_pylist()
-    num_tokens = sum(pair.num_tokens for pair in pairs_of(table))
-    return Chunk(name, chunk_key(ids), hashlib.sha256(data).hexdigest(), len(ids), num_tokens)
+    return sink.getvalue()
+
+
+def sources_of(uri: str, chunk: Chunk) -> dict[bytes, str]:
+    """Where the pairs of a chunk come from, file and row, for people to read."""
+    data = storage.read_bytes(storage.join(uri, "sources", chunk.name))
+    table = pq.read_table(io.BytesIO(data), schema=SOURCE_SCHEMA)
+    return {row["pair_id"]: f"{row['source']} row {row['row']}" for row in table.to_pylist()}
 
 
 def chunk_key(pair_ids: Iterable[bytes]) -> str:
@@ -141,17 +168,25 @@ def pairs_of(table: pa.Table) -> list[TokenizedPair]:
     ]
 
 
-def table_of(pairs: Iterable[TokenizedPair]) -> pa.Table:
+def table_of(pairs: Sequence[TokenizedPair]) -> pa.Table:
     """Encodes pairs as a table of `PAIR_SCHEMA`."""
-    rows = list(pairs)
+    answers = _lists([answer for pair in pairs for answer in pair.answers])
+    ends = np.cumsum([0, *(len(pair.answers) for pair in pairs)], dtype=np.int32)
     return pa.table(
         {
-            "pair_id": [pair.pair_id for pair in rows],
-            "prompt": [pair.prompt for pair in rows],
-            "answers": [list(pair.answers) for pair in rows],
+            "pair_id": pa.array([pair.pair_id for pair in pairs], PAIR_SCHEMA.field("pair_id").type),
+            "prompt": _lists([pair.prompt for pair in pairs]),
+            "answers": pa.ListArray.from_arrays(ends, answers),
         },
         schema=PAIR_SCHEMA,
     )
+
+
+def _lists(arrays: Sequence[np.ndarray]) -> pa.ListArray:
+    # Arrow's own conversion of lists of arrays goes number by number.
+    ends = np.cumsum([0, *map(len, arrays)], dtype=np.int32)
+    values = np.concatenate(arrays) if arrays else np.zeros(0, dtype=np.int32)
+    return pa.ListArray.from_arrays(ends, pa.array(values, pa.int32()))
 
 
 def write_manifest(store: PairStore, about: dict[str, Any]) -> None:

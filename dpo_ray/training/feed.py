@@ -8,7 +8,7 @@ from typing import Any
 
 from dpo_ray.pairs import pack
 from dpo_ray.pairs.plan import Plan, Window, pair_order
-from dpo_ray.pairs.store import Chunk, read_chunk
+from dpo_ray.pairs.store import Chunk, read_chunk, sources_of
 from dpo_ray.reference.store import ReferenceStore
 from dpo_ray.types import GlobalBatch, ScoredPair
 
@@ -51,6 +51,14 @@ class Feed:
         for window in self.plan.windows(position):
             for rows in self.rows(window, world_size):
                 yield pack.global_batch(rows[rank])
+
+    def sources(self, step: int) -> dict[bytes, str]:
+        """Where the pairs of a global batch, and of its neighbours, come from: file and row, by id."""
+        (window, *_) = self.plan.windows(step - 1)
+        found: dict[bytes, str] = {}
+        for segment in window.segments:
+            found |= sources_of(self.pairs_uri, segment.chunk)
+        return found
 
     def _load(self, chunk: Chunk, epoch: int) -> list[ScoredPair]:
         """A chunk's pairs in the epoch's order, joined with their scores."""

@@ -4,40 +4,64 @@ from __future__ import annotations
 
 import math
 
+import torch.distributed as dist
+
 from dpo_ray.config import Config
 from dpo_ray.errors import FirstStepError, NonFiniteLossError
 from dpo_ray.objective.rewards import finish_metrics
 from dpo_ray.training.step import StepResult
-from dpo_ray.types import GlobalBatch, TrainState
+from dpo_ray.types import GlobalBatch, TrainState, WorkerContext
 
 # Largest |policy - reference| per token that numerics alone explain at the first step, in nats.
 FIRST_STEP_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.25}
+SUSPECTS_SHOWN = 8
 
 
 def step_line(
-    state: TrainState, batch: GlobalBatch, result: StepResult, learning_rate: float, steps_per_epoch: int
+    context: WorkerContext, state: TrainState, batch: GlobalBatch, result: StepResult, learning_rate: float
 ) -> dict[str, float]:
     """The metrics of one optimizer step, under TRL's names.
 
     Raises:
         NonFiniteLossError: The loss or the gradient is not finite.
+
+    Collective: none, but all ranks where the loss is not finite.
     """
     metrics = finish_metrics(result.sums)
     grad_norm = float(result.grad_norm) if result.grad_norm is not None else 0.0
     if not math.isfinite(metrics["loss"]) or not math.isfinite(grad_norm):
         raise NonFiniteLossError(
             f"step {batch.step}: loss {metrics['loss']}, gradient norm {grad_norm}; nothing of this step was kept. "
-            f"Lower optimizer.learning_rate (now {learning_rate:g}) or look at the pairs of this batch: "
-            + ", ".join(pair_id.hex() for pair_id in batch.pair_ids)
+            f"Lower optimizer.learning_rate (now {learning_rate:g}), or look at {_suspects(context, batch, result)}.\n"
+            "All pairs of this batch: " + ", ".join(pair_id.hex() for pair_id in batch.pair_ids)
         )
     return {
         "step": state.step,
-        "epoch": state.step / steps_per_epoch,
+        "epoch": state.step / context.steps_per_epoch,
         **metrics,
         "grad_norm": grad_norm,
         "learning_rate": learning_rate,
         "num_tokens": state.num_tokens,
     }
+
+
+def _suspects(context: WorkerContext, batch: GlobalBatch, result: StepResult) -> str:
+    """The pairs whose own loss is not finite, or, where it is for all, the batch's, with file and row."""
+    mine = [
+        pair_id
+        for ids, losses in zip(filter(None, batch.microbatch_pair_ids), result.losses, strict=True)
+        for pair_id, finite in zip(ids, losses.isfinite().tolist(), strict=True)
+        if not finite
+    ]
+    everyones: list[list[bytes]] = [[] for _ in range(context.world_size)]
+    dist.all_gather_object(everyones, mine)
+    bad = {pair_id for ids in everyones for pair_id in ids}
+    suspects = [pair_id for pair_id in batch.pair_ids if pair_id in bad] or batch.pair_ids
+    sources = context.sources(batch.step)
+    shown = ", ".join(f"{sources.get(pair_id, '?')} ({pair_id.hex()})" for pair_id in suspects[:SUSPECTS_SHOWN])
+    more = f" and {len(suspects) - SUSPECTS_SHOWN} more" if len(suspects) > SUSPECTS_SHOWN else ""
+    whose = "the pairs whose own loss is not finite" if bad else "the pairs of this batch"
+    return f"{whose}: {shown}{more}"
 
 
 def speed(batch: GlobalBatch, result: StepResult, step_s: float, data_wait_s: float) -> dict[str, float]:

@@ -41,12 +41,14 @@ class StepResult:
         num_tokens: Unique tokens of the global batch.
         reference_gap: Largest |policy - reference| per token over all answers, nats; 0 without a reference.
         grad_norm: Before clipping; None in evaluation.
+        losses: This rank's, per microbatch with pairs: Shape (P,).
     """
 
     sums: torch.Tensor
     num_tokens: torch.Tensor
     reference_gap: torch.Tensor
     grad_norm: torch.Tensor | None
+    losses: list[torch.Tensor]
 
 
 def train_step(
@@ -100,8 +102,10 @@ class _Local:
     def __init__(self, device: torch.device) -> None:
         self.sums = torch.zeros(len(METRIC_SUMS) + 1, dtype=torch.float64, device=device)
         self.gap = torch.zeros((), device=device)
+        self.losses = list[torch.Tensor]()
 
     def add(self, stats: AnswerStats, losses: torch.Tensor, beta: float, microbatch: Microbatch) -> None:
+        self.losses.append(losses.detach())
         with torch.no_grad():
             self.sums[:-1] += metric_sums(stats, losses, beta)
             self.sums[-1] += len(microbatch.tokens)
@@ -112,7 +116,7 @@ class _Local:
     def reduced(self, grad_norm: torch.Tensor | None) -> StepResult:
         dist.all_reduce(self.sums)
         dist.all_reduce(self.gap, op=dist.ReduceOp.MAX)
-        return StepResult(self.sums[:-1], self.sums[-1], self.gap, grad_norm)
+        return StepResult(self.sums[:-1], self.sums[-1], self.gap, grad_norm, self.losses)
 
 
 def _answer_stats(model: nn.Module, microbatch: Microbatch) -> AnswerStats:

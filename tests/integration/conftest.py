@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import ray
+from ray.cluster_utils import Cluster
 
 
 @pytest.fixture(scope="module")
@@ -14,3 +15,14 @@ def local_ray() -> Iterator[None]:
     ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def shared_cluster() -> Iterator[None]:
+    """A cluster that the commands of a module's tests connect to, so that they need not start Ray each."""
+    cluster = Cluster()
+    cluster.add_node(num_cpus=4, include_dashboard=False)
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("RAY_ADDRESS", cluster.address)
+        yield
+    cluster.shutdown()

@@ -1,50 +1,24 @@
 """The command line as a user has it."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from helpers import tiny_config, write_pairs
+from helpers import dpo_ray_command, tiny_config, write_pairs
 
 from dpo_ray.config import to_yaml
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from dpo_ray.cli import main; main()", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-
-
 def test_help_template_and_schema() -> None:
-    shown = run("--help").stdout
+    shown = dpo_ray_command("--help").stdout
     for command in ("train", "prepare", "reference", "config", "demo"):
         assert command in shown
-        assert "Example: dpo-ray" in run(command, "--help").stdout
-    assert yaml.safe_load(run("config", "--template").stdout)["objective"]["loss"] == "sigmoid"
-    assert "properties" in json.loads(run("config", "--schema").stdout)
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("objective.bta=0.2", "did you mean objective.beta"),
-        ("model.path=nowhere", "nowhere: no config.json there"),
-        ("data.train=[nothing.jsonl]", "nothing.jsonl: no such file"),
-        ("data.train=[README.md]", "README.md: unknown kind of file"),
-    ],
-)
-def test_mistakes_end_with_one_message_and_code_2(
-    tmp_path: Path, tiny_model: Path, override: str, message: str
-) -> None:
-    (tmp_path / "c.yaml").write_text(to_yaml(tiny_config(str(tmp_path / "s"), "run", tiny_model, "none.jsonl")))
-    done = run("train", str(tmp_path / "c.yaml"), "--set", override)
-    assert done.returncode == 2, done.stderr
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr + done.stdout
+        assert "Example: dpo-ray" in dpo_ray_command(command, "--help").stdout
+    assert yaml.safe_load(dpo_ray_command("config", "--template").stdout)["objective"]["loss"] == "sigmoid"
+    assert "properties" in json.loads(dpo_ray_command("config", "--schema").stdout)
 
 
 def test_the_wrong_reference_is_noticed_at_the_first_step(tmp_path: Path, tiny_model: Path) -> None:
@@ -65,7 +39,7 @@ def test_the_wrong_reference_is_noticed_at_the_first_step(tmp_path: Path, tiny_m
         train={"max_steps": 2},
     )
     (tmp_path / "c.yaml").write_text(to_yaml(config))
-    done = run("train", str(tmp_path / "c.yaml"))
+    done = dpo_ray_command("train", str(tmp_path / "c.yaml"))
     assert done.returncode == 2, done.stderr
     assert "first step: policy and reference differ" in done.stderr
     assert "checks.first_step: false" in done.stderr
@@ -80,7 +54,7 @@ def test_broken_files_and_models(tmp_path: Path, tiny_model: Path) -> None:
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(text)[:-200])
     config = tiny_config(str(tmp_path / "s"), "run", tiny_model, str(tmp_path / "cut.jsonl.gz"))
     (tmp_path / "c.yaml").write_text(to_yaml(config))
-    done = run("train", str(tmp_path / "c.yaml"))
+    done = dpo_ray_command("train", str(tmp_path / "c.yaml"))
     assert done.returncode == 2, done.stderr
     assert "cut.jsonl.gz: cannot read past row" in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
@@ -93,7 +67,7 @@ def test_broken_files_and_models(tmp_path: Path, tiny_model: Path) -> None:
         str(tmp_path / "s"), "run", tiny_model, str(tmp_path / "pairs.jsonl"), reference={"path": str(broken)}
     )
     (tmp_path / "c.yaml").write_text(to_yaml(config))
-    done = run("train", str(tmp_path / "c.yaml"))
+    done = dpo_ray_command("train", str(tmp_path / "c.yaml"))
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr + done.stdout
     assert "the reference stopped" in done.stderr

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from dpo_ray import storage
 from dpo_ray.demo_data import make_pairs
 from dpo_ray.errors import DataError
 from dpo_ray.orchestration.prepare import prepare
+from dpo_ray.orchestration.watch import Watcher
 from dpo_ray.pairs.store import read_chunk
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
@@ -82,7 +84,8 @@ def test_rejects(tmp_path: Path, tiny_model: Path, local_ray: None) -> None:
     assert made.counts["rows"] == 100
     assert made.counts["rejects"] == 3
     assert made.counts["identical"] == 1
-    rejects = storage.read_json_lines(str(tmp_path / "run" / "rejects" / "rejects.jsonl"))
+    (rejected,) = (tmp_path / "run" / "rejects").iterdir()
+    rejects = storage.read_json_lines(str(rejected))
     assert [(reject["source"], reject["row"]) for reject in rejects] == [
         (str(path), 11),
         (str(path), 14),
@@ -94,9 +97,44 @@ def test_rejects(tmp_path: Path, tiny_model: Path, local_ray: None) -> None:
     assert "chosen" in rejects[2]["reason"]
 
     # More than the limit: one message, and no store.
-    with pytest.raises(DataError, match=r"3 of 100 rows .* row 11: not valid JSON"):
-        prepare(tiny_config(str(tmp_path), "strict", tiny_model, str(path), data={"max_length": 512}))
-    assert (tmp_path / "strict" / "rejects" / "rejects.jsonl").exists()
+    with pytest.raises(DataError, match=r"(?s)3 of 100 rows .* row 11: not valid JSON.* row 14: .* row 101: "):
+        prepare(tiny_config(str(tmp_path), "strict", tiny_model, str(path), data={"max_length": 256}))
+    (rejected,) = (tmp_path / "strict" / "rejects").iterdir()
+    assert len(storage.read_json_lines(str(rejected))) == 3
+    assert len(list((tmp_path / "store" / "pairs").iterdir())) == 1
+
+
+def test_what_a_killed_prepare_has_done_is_not_done_again(tmp_path: Path, tiny_model: Path, local_ray: None) -> None:
+    """Without its manifest and its chunks, with its runs still there, a store is made from them, the same."""
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in make_pairs(300, seed=8)))
+    config = tiny_config(str(tmp_path), "run", tiny_model, str(path))
+    kept: dict[Path, bytes] = {}
+
+    class Keeper(Watcher):
+        def progress(self, what: str, done: int, total: int) -> None:
+            for run in (tmp_path / "store" / "pairs").glob("*/runs/*"):
+                kept[run] = run.read_bytes()
+
+    made = prepare(config, Keeper())
+    assert not list((tmp_path / "store" / "pairs").glob("*/runs/*"))
+    expected = files(Path(made.uri))
+    for place in Path(made.uri).glob("*.*"):
+        place.unlink()
+    assert {run.suffix for run in kept} == {".json", ".arrow"}
+    for run, content in kept.items():
+        run.parent.mkdir(exist_ok=True)
+        run.write_bytes(content)
+        os.utime(run, (1, 1))
+    seen: list[float] = []
+
+    class Reader(Watcher):
+        def progress(self, what: str, done: int, total: int) -> None:
+            seen.extend(run.stat().st_mtime for run in (tmp_path / "store" / "pairs").glob("*/runs/*"))
+
+    assert prepare(config, Reader()) == made
+    assert files(Path(made.uri)) == expected
+    assert set(seen) == {1.0}
 
 
 def test_held_out_pairs_are_not_trained_on(tmp_path: Path, tiny_model: Path, local_ray: None) -> None:

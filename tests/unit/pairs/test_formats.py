@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import pickle
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_ray.errors import RowError
-from dpo_ray.pairs.formats import parse_row, transcript
-from dpo_ray.types import Message
+from dpo_ray.errors import ConfigError, DataError, RowError
+from dpo_ray.pairs.formats import FORMATS, Reading, parse_row, recognise
+from dpo_ray.pairs.parsers import transcript
+from dpo_ray.types import Message, PreferencePair, TokenRow
 
 HH_FILE = Path(__file__).resolve().parents[3].parent / "shared/data/hh-rlhf/harmless-base-2000.jsonl.gz"
 
@@ -37,14 +40,38 @@ def hh_rows() -> list[dict[str, str]]:
         return [json.loads(line) for line in lines]
 
 
-def reason_of(row: dict[str, Any]) -> str:
+def columns(*extra: str, **names: str) -> dict[str, str]:
+    return {**{role: role for role in ("prompt", "chosen", "rejected", *extra)}, **names}
+
+
+ANSWERS_ALONE = {"chosen": "chosen", "rejected": "rejected"}
+
+
+def parse(row: dict[str, Any], **options: Any) -> PreferencePair:
+    """The pair of a row whose source has only such rows."""
+    pair = parse_row(row, recognise([row] * 4, **options))
+    assert isinstance(pair, PreferencePair)
+    return pair
+
+
+def reason_of(row: dict[str, Any], format: str, *extra: str) -> str:
+    """Why a row of a source of this format is no pair."""
+    names = (
+        columns(*extra) if "prompt" in FORMATS[format].roles else {**ANSWERS_ALONE, **{name: name for name in extra}}
+    )
     with pytest.raises(RowError) as caught:
-        parse_row(row)
+        parse_row(row, Reading(format, names))
+    return str(caught.value)
+
+
+def misfit_of(rows: list[dict[str, Any]], **options: Any) -> str:
+    with pytest.raises(DataError) as caught:
+        recognise(rows, **options)
     return str(caught.value)
 
 
 def test_strings_become_one_user_turn_and_one_assistant_turn_per_answer() -> None:
-    pair = parse_row({"prompt": " Q\n", "chosen": "\tgood ", "rejected": "bad", "score": 3})
+    pair = parse({"prompt": " Q\n", "chosen": "\tgood ", "rejected": "bad", "score": 3})
     assert pair.layout == "text"
     assert pair.prompt == (user(" Q\n"),)
     assert pair.answers == ((assistant("\tgood "),), (assistant("bad"),))
@@ -52,28 +79,28 @@ def test_strings_become_one_user_turn_and_one_assistant_turn_per_answer() -> Non
 
 def test_turns_are_kept_in_order_with_roles_and_text() -> None:
     chosen = [{"role": "assistant", "content": "Because"}, {"role": "assistant", "content": "\n\nof that."}]
-    pair = parse_row({"prompt": TURNS, "chosen": chosen, "rejected": [{"role": "assistant", "content": "No."}]})
+    pair = parse({"prompt": TURNS, "chosen": chosen, "rejected": [{"role": "assistant", "content": "No."}]})
     assert pair.layout == "messages"
     assert pair.prompt == (Message("system", "Be brief."), user("Why?"))
     assert pair.answers == ((assistant("Because"), assistant("\n\nof that.")), (assistant("No."),))
 
 
 def test_string_answers_to_a_list_prompt_are_assistant_turns() -> None:
-    pair = parse_row({"prompt": TURNS, "chosen": "Yes.", "rejected": [{"role": "assistant", "content": "No."}]})
+    pair = parse({"prompt": TURNS, "chosen": "Yes.", "rejected": [{"role": "assistant", "content": "No."}]})
     assert pair.layout == "messages"
     assert pair.answers == ((assistant("Yes."),), (assistant("No."),))
 
 
 def test_turns_may_come_as_numpy_arrays_and_null_keys_are_absent() -> None:
     turns = np.array([{"role": "user", "content": "Why?", "tool_calls": None}], dtype=object)
-    pair = parse_row({"prompt": turns, "chosen": "Yes.", "rejected": "No."})
+    pair = parse({"prompt": turns, "chosen": "Yes.", "rejected": "No."})
     assert pair.prompt == (user("Why?"),)
 
 
 @pytest.mark.parametrize("extra", [{}, {"prompt": None}])
 def test_dialogues_part_in_their_last_turn(extra: dict[str, None]) -> None:
     shared = "\n\nHuman: Hi \n\nAssistant:  Hello\n\nHuman: \n\nWhy?\n\nAssistant: "
-    pair = parse_row({"chosen": shared + "A\n", "rejected": shared + "B", **extra})
+    pair = parse({"chosen": shared + "A\n", "rejected": shared + "B", **extra})
     assert pair.layout == "dialogue"
     assert pair.prompt == (user("Hi "), assistant(" Hello"), user("\n\nWhy?"))
     assert pair.answers == ((assistant("A\n"),), (assistant("B"),))
@@ -82,7 +109,7 @@ def test_dialogues_part_in_their_last_turn(extra: dict[str, None]) -> None:
 def test_empty_turns_and_markers_without_a_space_stay_text() -> None:
     """A marker ends with a space, so `\\n\\nAssistant:x` belongs to the turn; a turn may be empty."""
     shared = "\n\nHuman: \n\nAssistant: ok\n\nAssistant:x\n\nHuman: go\n\nAssistant: "
-    pair = parse_row({"chosen": shared + "A", "rejected": shared + "B"})
+    pair = parse({"chosen": shared + "A", "rejected": shared + "B"})
     assert pair.prompt == (user(""), assistant("ok\n\nAssistant:x"), user("go"))
 
 
@@ -95,69 +122,369 @@ def test_empty_turns_and_markers_without_a_space_stay_text() -> None:
     ],
 )
 def test_equal_answers_are_a_pair(row: dict[str, Any]) -> None:
-    chosen, rejected = parse_row(row).answers
+    chosen, rejected = parse(row).answers
     assert chosen == rejected == (assistant("same"),)
 
+
+SYSTEM, WHY, YES, NO = (
+    {"role": role, "content": content}
+    for role, content in (("system", "Be brief."), ("user", "Why is it so?"), ("assistant", "Yes"), ("assistant", "No"))
+)
+PAIR = ((user("Why is it so?"),), ((assistant("Yes"),), (assistant("No"),)))
+
+
+def sharegpt(turn: dict[str, str]) -> dict[str, str]:
+    speaker = {"system": "system", "user": "human", "assistant": "gpt"}[turn["role"]]
+    return {"from": speaker, "value": turn["content"]}
+
+
+ONE_PAIR_IN_ALL_FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
+    "strings": ("text", {"prompt": "Why is it so?", "chosen": "Yes", "rejected": "No"}),
+    "question": ("text", {"question": "Why is it so?", "chosen": "Yes", "rejected": "No", "system": ""}),
+    "instruction": ("text", {"instruction": "Why is it so?", "input": "", "chosen": "Yes", "rejected": "No"}),
+    "input is the prompt": ("text", {"input": "Why is it so?", "chosen": "Yes", "rejected": "No"}),
+    "blank input": ("text", {"prompt": "Why is it so?", "input": " \n", "chosen": "Yes", "rejected": "No"}),
+    "repeated text": (
+        "repeated",
+        {"prompt": "Why is it so?", "chosen": "Why is it so?Yes", "rejected": "Why is it so?No"},
+    ),
+    "turns": ("messages", {"prompt": [WHY], "chosen": [YES], "rejected": [NO]}),
+    "single turns": ("messages", {"prompt": [WHY], "chosen": YES, "rejected": NO}),
+    "turns and strings": ("messages", {"prompt": [WHY], "chosen": "Yes", "rejected": "No"}),
+    "string and turns": ("messages", {"prompt": "Why is it so?", "chosen": [YES], "rejected": NO}),
+    "repeated turns": ("messages", {"prompt": [WHY], "chosen": [WHY, YES], "rejected": [WHY, NO]}),
+    "ultrafeedback": ("messages", {"prompt": "Why is it so?", "chosen": [WHY, YES], "rejected": [WHY, NO]}),
+    "sharegpt": (
+        "messages",
+        {"conversations": [sharegpt(WHY)], "chosen": sharegpt(YES), "rejected": sharegpt(NO)},
+    ),
+    "sharegpt lists": (
+        "messages",
+        {"conversations": [sharegpt(WHY)], "chosen": [sharegpt(YES)], "rejected": [sharegpt(NO)]},
+    ),
+    "conversations": ("conversations", {"chosen": [WHY, YES], "rejected": [WHY, NO]}),
+    "sharegpt conversations": (
+        "conversations",
+        {"chosen": [sharegpt(WHY), sharegpt(YES)], "rejected": [sharegpt(WHY), sharegpt(NO)]},
+    ),
+    "dialogue": (
+        "dialogue",
+        {
+            "chosen": "\n\nHuman: Why is it so?\n\nAssistant: Yes",
+            "rejected": "\n\nHuman: Why is it so?\n\nAssistant: No",
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ONE_PAIR_IN_ALL_FORMATS)
+def test_the_same_pair_in_any_format_is_the_same_pair(name: str) -> None:
+    format, row = ONE_PAIR_IN_ALL_FORMATS[name]
+    reading = recognise([row] * 4)
+    pair = parse_row(row, reading)
+    assert reading.format == format
+    assert isinstance(pair, PreferencePair)
+    assert (pair.prompt, pair.answers) == PAIR
+
+
+def test_the_same_pair_with_a_system_turn_too() -> None:
+    turns = [SYSTEM, WHY]
+    rows: list[dict[str, Any]] = [
+        {"system": "Be brief.", "prompt": "Why is it so?", "chosen": "Yes", "rejected": "No"},
+        {"system": "Be brief.", "prompt": [WHY], "chosen": [YES], "rejected": [NO]},
+        {"system": "Be brief.", "prompt": turns, "chosen": [YES], "rejected": [NO]},
+        {"prompt": turns, "chosen": "Yes", "rejected": "No"},
+        {"prompt": "Why is it so?", "chosen": [*turns, YES], "rejected": [*turns, NO]},
+        {"prompt": turns, "chosen": [*turns, YES], "rejected": [*turns, NO]},
+        {"system": "Be brief.", "prompt": "Why is it so?", "chosen": [WHY, YES], "rejected": [WHY, NO]},
+        {"system": "Be brief.", "chosen": [WHY, YES], "rejected": [WHY, NO]},
+        {"chosen": [*turns, YES], "rejected": [*turns, NO]},
+        {"conversations": [sharegpt(turn) for turn in turns], "chosen": sharegpt(YES), "rejected": sharegpt(NO)},
+        {"system": "Be brief.", "prompt": "Why is it so?", "chosen": "Why is it so?Yes", "rejected": "Why is it so?No"},
+    ]
+    pairs = [parse(row) for row in rows]
+    assert {(pair.prompt, pair.answers) for pair in pairs} == {((Message("system", "Be brief."), *PAIR[0]), PAIR[1])}
+    assert {pair.layout for pair in pairs} == {"messages"}
+
+
+def test_reference_material_follows_the_instruction() -> None:
+    row = {"instruction": "Sum up.", "input": "A text.", "chosen": "x", "rejected": "y"}
+    assert parse(row).prompt == (user("Sum up.\n\nA text."),)
+    assert parse(row, columns={"input": None}).prompt == (user("Sum up."),)
+
+
+def test_columns_may_have_any_names() -> None:
+    row = {"q": "Q", "chosen": "not this", "good": "a", "bad": "b", "system": "not that", "messages": [WHY]}
+    names: Any = {"prompt": "q", "chosen": "good", "rejected": "bad", "system": None}
+    assert parse(row, columns=names) == PreferencePair((user("Q"),), ((assistant("a"),), (assistant("b"),)), "text")
+
+
+def test_a_multi_turn_prompt_column_may_hold_the_first_or_the_last_turns() -> None:
+    history = [WHY, {"role": "assistant", "content": "Hm"}, {"role": "user", "content": "So?"}]
+    for prompt in (history, history[:1], "So?"):
+        pair = parse({"prompt": prompt, "chosen": [*history, YES], "rejected": [*history, NO]})
+        assert [turn.content for turn in pair.prompt] == ["Why is it so?", "Hm", "So?"]
+        assert pair.answers == PAIR[1]
+
+
+def test_answers_that_begin_alike_keep_what_they_share() -> None:
+    """A prompt ends with what is answered: shared turns of the assistant before the place of parting are answers."""
+    pair = parse({"chosen": [WHY, YES, YES], "rejected": [WHY, YES, NO]})
+    assert pair.prompt == (user("Why is it so?"),)
+    assert pair.answers == ((assistant("Yes"), assistant("Yes")), (assistant("Yes"), assistant("No")))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "prompt", "answers"),
+    [
+        ("The sky is blue.", "The sky is red.", "The sky is", (" blue.", " red.")),
+        ("The sky", "The sky is red.", "The", (" sky", " sky is red.")),
+        ("Q: a\nA: yes", "Q: a\nA: no", "Q: a\nA:", (" yes", " no")),
+        ("The blue", "The blot", "The", (" blue", " blot")),
+        ("a  b", "a  c", "a", ("  b", "  c")),
+        ("one two", "one two", "one", (" two", " two")),
+        ("one\u00a0two ", "one\u00a0three", "one", ("\u00a0two ", "\u00a0three")),
+    ],
+)
+def test_texts_without_a_prompt_part_at_the_end_of_a_word(
+    chosen: str, rejected: str, prompt: str, answers: tuple[str, str]
+) -> None:
+    pair = parse({"chosen": chosen, "rejected": rejected})
+    assert pair.layout == "raw"
+    assert pair.prompt == (user(prompt),)
+    assert pair.answers == tuple((assistant(answer),) for answer in answers)
+
+
+@pytest.mark.parametrize("suffix", ["ids", "input_ids"])
+def test_rows_that_are_tokens_already(suffix: str) -> None:
+    row = {f"prompt_{suffix}": [1, 2], f"chosen_{suffix}": np.array([3]), f"rejected_{suffix}": (4, 0)}
+    reading = recognise([row])
+    assert reading.format == "tokens"
+    assert parse_row(row, reading) == TokenRow([1, 2], ([3], [4, 0]))
+
+
+@pytest.mark.parametrize("token", [-1, 2**31, 1.5, "7", None, True])
+def test_what_is_no_token_id(token: Any) -> None:
+    names = {"prompt": "prompt_ids", "chosen": "chosen_ids", "rejected": "rejected_ids"}
+    row = {"prompt_ids": [1], "chosen_ids": [2, token], "rejected_ids": [3]}
+    with pytest.raises(RowError, match="token 2 of column 'chosen_ids' is .*integers"):
+        parse_row(row, Reading("tokens", names))
+    with pytest.raises(RowError, match="column 'chosen_ids' is a string"):
+        parse_row({**row, "chosen_ids": "2"}, Reading("tokens", names))
+
+
+# How a source is read.
+
+
+def test_a_reading_is_plain_data() -> None:
+    reading = recognise([{"question": "Q", "chosen": "a", "rejected": "b", "score": 1}])
+    assert reading == Reading("text", {"prompt": "question", "chosen": "chosen", "rejected": "rejected"})
+    assert Reading(**json.loads(json.dumps(asdict(reading)))) == reading == pickle.loads(pickle.dumps(reading))
+
+
+def test_a_few_bad_rows_do_not_decide() -> None:
+    good = {"prompt": "Why is it so?", "chosen": "Yes", "rejected": "No"}
+    bad: list[dict[str, Any]] = [
+        {"prompt": [WHY], "chosen": [YES], "rejected": [NO]},
+        {},
+        {"chosen": "\n\nHuman: x", "prompt": None},
+    ]
+    assert recognise([*bad, *[good] * 4]).format == "text"
+    assert recognise([*bad, bad[0], good]).format == "messages"
+
+
+def test_the_column_that_is_filled_most_often_is_the_prompt() -> None:
+    rows = [{"prompt": None, "question": "Q", "chosen": "a", "rejected": "b"}] * 3
+    assert recognise(rows).columns["prompt"] == "question"
+    assert recognise([{**rows[0], "prompt": "P"}]).columns["prompt"] == "prompt"
+
+
+def test_repetition_is_believed_of_a_source_and_not_of_a_row() -> None:
+    """ "Hi there" may well answer "Hi"; that nearly all answers begin with their prompts is no chance."""
+    repeated = {"prompt": "Once upon", "chosen": "Once upon a time", "rejected": "Once upon no time"}
+    plain = {"prompt": "Once upon", "chosen": "a time", "rejected": "no time"}
+    short = {"prompt": "Hi", "chosen": "Hi there", "rejected": "Hi you"}
+    assert recognise([repeated] * 2).format == "text"
+    assert recognise([repeated] * 3).format == "repeated"
+    assert recognise([repeated] * 19 + [plain]).format == "repeated"
+    assert recognise([repeated] * 18 + [plain] * 2).format == "text"
+    assert recognise([short] * 20).format == "text"
+    assert recognise([short], format="repeated").format == "repeated"
+    assert "'chosen' does not begin with the prompt's text" in reason_of(plain, "repeated")
+
+
+def test_a_common_beginning_is_believed_of_a_source_and_not_of_a_row() -> None:
+    row = {"chosen": "The sky is blue", "rejected": "The sky is red"}
+    assert recognise([row] * 3).format == "continuation"
+    assert "no column 'prompt'" in misfit_of([row] * 2)
+    assert recognise([row], format="continuation") == Reading("continuation", ANSWERS_ALONE)
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "words"),
+    [
+        ({}, {}, ["no columns", "no column 'chosen'", "no column 'rejected'"]),
+        ({"text": "x"}, {}, ["'text' (a string)", "no column 'prompt'", "hh-rlhf", "data.columns"]),
+        ({"prompt": 3, "chosen": "a", "rejected": None}, {}, ["'prompt' (of type int)", "'rejected' (null)"]),
+        (
+            {"prompt": "Q", "chosen": "a", "rejcted": "b"},
+            {},
+            ["no column 'rejected'; the nearest is 'rejcted'", "data.columns: {rejected: rejcted}"],
+        ),
+        (
+            {"prompt": "Q", "chosen": "a", "rejected": "b"},
+            {"columns": {"rejected": "rejectd"}},
+            ["data.columns has rejected: rejectd", "the nearest is 'rejected'"],
+        ),
+        ({"chosen": "a", "rejected": "b"}, {}, ["no column 'prompt'", "'chosen' (a string)", r"'\n\nHuman: '"]),
+        ({"chosen": "a", "rejected": "b"}, {"format": "text"}, ["no column 'prompt'", "text: 'prompt'"]),
+        ({"prompt": "Q", "chosen": "a"}, {"format": "text"}, ["no column 'rejected'"]),
+        (
+            {"system": "S", "chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"},
+            {},
+            ["column 'system' has no reading in format 'dialogue'", "data.columns: {system: null}"],
+        ),
+        (
+            {"system": "S", "prompt_ids": [1], "chosen_ids": [1], "rejected_ids": [1]},
+            {},
+            ["column 'system' has no reading in format 'tokens'"],
+        ),
+        (
+            {"q": "Q", "chosen": [WHY, YES], "rejected": [WHY, NO]},
+            {"format": "conversations", "columns": {"prompt": "q"}},
+            ["column 'q' has no reading in format 'conversations'", "{prompt: null}"],
+        ),
+    ],
+)
+def test_a_source_that_cannot_be_read_says_why(row: dict[str, Any], options: Any, words: list[str]) -> None:
+    reason = misfit_of([row] * 4, **options)
+    assert [word for word in words if word not in reason] == [], reason
+
+
+def test_a_source_without_rows_and_an_unknown_format() -> None:
+    assert "no rows" in misfit_of([])
+    with pytest.raises(ConfigError, match=r"data\.format is 'txt', known are auto, .*nearest is 'text'"):
+        recognise([{}], format="txt")
+
+
+def test_a_wide_row_does_not_flood_the_reason() -> None:
+    row = {f"column_{number}": number for number in range(500)}
+    assert "488 more" in misfit_of([row])
+    assert "488 more" in reason_of(row, "text")
+
+
+# Rows of a source that is read well.
 
 DIALOGUE = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d"
 
 
 @pytest.mark.parametrize(
-    ("row", "words"),
+    ("format", "row", "words"),
     [
-        ({}, ["no columns"]),
-        ({"text": "x"}, ["'text' (a string)", "'prompt'", "hh-rlhf"]),
-        ({"prompt": 3, "chosen": "a", "rejected": None}, ["'prompt' (of type int)", "'rejected' (null)"]),
-        ({"chosen": "a", "rejected": "b"}, ["'chosen' (a string)", r"'\n\nHuman: '"]),
-        ({"prompt": "Q", "chosen": "a", "rejected": 7}, ["'rejected'", "of type int", "strings"]),
-        ({"prompt": "Q", "chosen": [], "rejected": "b"}, ["'chosen'", "a list", "list of turns"]),
-        ({"prompt": "Q", "chosen": "a", "rejected": ""}, ["'rejected'", "empty"]),
-        ({"prompt": "Q", "chosen": " \n", "rejected": "b"}, ["'chosen'", "blank"]),
-        ({"prompt": "Q", "chosen": "ab\ud800", "rejected": "b"}, ["'chosen'", "surrogate", "character 2"]),
-        ({"prompt": [], "chosen": "a", "rejected": "b"}, ["'prompt'", "empty list"]),
-        ({"prompt": ["Q"], "chosen": "a", "rejected": "b"}, ["turn 1", "'prompt'", "a string", "'role'"]),
-        ({"prompt": [{"from": "human"}], "chosen": "a", "rejected": "b"}, ["turn 1", "'role'", "null", "'from'"]),
+        ("text", {"prompt": "Q", "chosen": "a"}, ["no column 'rejected'", "leave the row out"]),
+        ("text", {"prompt": "Q", "chosen": "a", "rejected": None}, ["column 'rejected' is null"]),
+        ("text", {"prompt": None, "chosen": "a", "rejected": "b"}, ["column 'prompt' is null"]),
+        ("text", {"prompt": "Q", "chosen": "a", "rejected": 7}, ["'rejected'", "of type int", "string"]),
+        ("text", {"prompt": "Q", "chosen": [], "rejected": "b"}, ["'chosen'", "a list", "string"]),
+        ("text", {"prompt": [WHY], "chosen": "a", "rejected": "b"}, ["'prompt'", "a list", "string"]),
+        ("text", {"prompt": "Q", "chosen": "a", "rejected": ""}, ["'rejected'", "empty"]),
+        ("text", {"prompt": "Q", "chosen": " \n", "rejected": "b"}, ["'chosen'", "blank"]),
+        ("text", {"prompt": "Q", "chosen": "ab\ud800", "rejected": "b"}, ["'chosen'", "surrogate", "character 2"]),
+        ("text", {"prompt": "Q", "chosen": "a", "rejected": "b", "system": 3}, ["'system'", "of type int"]),
+        ("text", {"prompt": "Q", "chosen": "a", "rejected": "b", "input": [1]}, ["'input'", "a list"]),
+        ("repeated", {"prompt": "Q", "chosen": "Qa", "rejected": "Q "}, ["'rejected'", "blank"]),
+        ("messages", {"prompt": [], "chosen": "a", "rejected": "b"}, ["'prompt'", "empty list"]),
+        ("messages", {"prompt": 3, "chosen": "a", "rejected": "b"}, ["'prompt'", "of type int"]),
+        ("messages", {"prompt": ["Q"], "chosen": "a", "rejected": "b"}, ["turn 1", "'prompt'", "a string", "'role'"]),
         (
+            "messages",
+            {"prompt": [{"from": "human"}], "chosen": "a", "rejected": "b"},
+            ["turn 1", "'value'", "null", "'from'"],
+        ),
+        (
+            "messages",
+            {"prompt": [{"from": "narrator", "value": "x"}], "chosen": "a", "rejected": "b"},
+            ["turn 1", "'narrator'", "known are system, human"],
+        ),
+        (
+            "messages",
             {"prompt": [*TURNS, {"role": "user", "content": [{"type": "text"}]}], "chosen": "a", "rejected": "b"},
             ["turn 3", "'content'", "a list"],
         ),
         (
+            "messages",
             {"prompt": TURNS, "chosen": [{"role": "assistant", "content": "a", "tool_calls": [1]}], "rejected": "b"},
             ["'chosen'", "'tool_calls'", "not supported"],
         ),
-        ({"prompt": TURNS, "chosen": "a", "rejected": 1.5}, ["'rejected'", "of type float"]),
-        ({"prompt": TURNS, "chosen": [], "rejected": "b"}, ["'chosen'", "empty list"]),
-        ({"prompt": TURNS, "chosen": "a", "rejected": [{"role": "assistant", "content": ""}]}, ["'rejected'", "empty"]),
+        ("messages", {"prompt": TURNS, "chosen": "a", "rejected": 1.5}, ["'rejected'", "of type float"]),
+        ("messages", {"prompt": TURNS, "chosen": [], "rejected": "b"}, ["'chosen'", "empty list"]),
         (
-            {"prompt": TURNS, "chosen": [*TURNS, {"role": "assistant", "content": "a"}], "rejected": "b"},
-            ["turn 1", "'chosen'", "'system'", "leave the prompt's turns out"],
+            "messages",
+            {"prompt": TURNS, "chosen": "a", "rejected": [{"role": "assistant", "content": ""}]},
+            ["'rejected'", "empty"],
         ),
         (
+            "messages",
+            {"prompt": [WHY], "chosen": [TURNS[1], YES], "rejected": [TURNS[1], NO]},
+            ["another prompt than column 'prompt'", "data.columns: {prompt: null}"],
+        ),
+        (
+            "messages",
+            {"prompt": [WHY], "chosen": [WHY, YES], "rejected": [NO]},
+            ["part at turn 1", "turn 1 of 'chosen'", "'user'"],
+        ),
+        (
+            "messages",
+            {"prompt": [WHY], "chosen": [WHY, YES, WHY], "rejected": [WHY, NO, WHY]},
+            ["part at turn 2", "turn 3 of 'chosen'", "'user'"],
+        ),
+        (
+            "messages",
             {"prompt": [{"role": "assistant", "content": "x"}], "chosen": "a", "rejected": "b"},
             ["'prompt'", "ends with an assistant turn"],
         ),
-        ({"chosen": DIALOGUE, "rejected": "d"}, ["'rejected'", "does not begin with"]),
-        ({"chosen": "\n\nHuman: a", "rejected": DIALOGUE}, ["'chosen'", "ends with a user turn"]),
-        ({"chosen": DIALOGUE, "rejected": DIALOGUE.replace("b", "B")}, ["part at turn 2"]),
-        ({"chosen": DIALOGUE, "rejected": DIALOGUE.replace(": a", ": A")}, ["part at turn 1"]),
-        ({"chosen": DIALOGUE, "rejected": DIALOGUE[: DIALOGUE.index("\n\nHuman: c")]}, ["part at turn 3"]),
-        ({"chosen": DIALOGUE, "rejected": DIALOGUE[:-1]}, ["'rejected'", "empty"]),
         (
+            "messages",
+            {"prompt": [WHY], "chosen": "a", "rejected": "b", "input": "more"},
+            ["'input'", "list of turns", "{input: null}"],
+        ),
+        (
+            "messages",
+            {"prompt": TURNS, "chosen": "a", "rejected": "b", "system": "Be long."},
+            ["'system'", "differ", "{system: null}"],
+        ),
+        ("conversations", {"chosen": [WHY, YES], "rejected": [WHY]}, ["'rejected'", "must end with an assistant turn"]),
+        ("conversations", {"chosen": [YES], "rejected": [NO]}, ["no common prompt"]),
+        ("conversations", {"chosen": [SYSTEM, YES], "rejected": [SYSTEM, NO]}, ["no common prompt"]),
+        ("conversations", {"chosen": [WHY, YES], "rejected": 3}, ["'rejected'", "of type int"]),
+        ("conversations", {"chosen": [WHY, {**YES, "content": " "}], "rejected": [WHY, NO]}, ["'chosen'", "blank"]),
+        ("conversations", {"chosen": [WHY, YES], "rejected": [WHY, NO], "input": "x"}, ["'input' has no reading"]),
+        ("dialogue", {"chosen": DIALOGUE, "rejected": "d"}, ["'rejected'", "does not begin with"]),
+        ("dialogue", {"chosen": "\n\nHuman: a", "rejected": DIALOGUE}, ["'chosen'", "ends with a user turn"]),
+        ("dialogue", {"chosen": DIALOGUE, "rejected": DIALOGUE.replace("b", "B")}, ["part at turn 2"]),
+        ("dialogue", {"chosen": DIALOGUE, "rejected": DIALOGUE.replace(": a", ": A")}, ["part at turn 1"]),
+        (
+            "dialogue",
+            {"chosen": DIALOGUE, "rejected": DIALOGUE[: DIALOGUE.index("\n\nHuman: c")]},
+            ["part at turn 3"],
+        ),
+        ("dialogue", {"chosen": DIALOGUE, "rejected": DIALOGUE[:-1]}, ["'rejected'", "empty"]),
+        (
+            "dialogue",
             {"chosen": DIALOGUE + "\n\nAssistant: e", "rejected": DIALOGUE + "\n\nAssistant: f"},
             ["turn 4", "must end with a user turn"],
         ),
-        ({"chosen": DIALOGUE + "\udc00", "rejected": DIALOGUE}, ["'chosen'", "surrogate"]),
+        ("dialogue", {"chosen": DIALOGUE + "\udc00", "rejected": DIALOGUE}, ["'chosen'", "surrogate"]),
+        ("dialogue", {"chosen": DIALOGUE, "rejected": DIALOGUE, "system": "S"}, ["'system' has no reading"]),
+        ("continuation", {"chosen": "The sky", "rejected": "A sky"}, ["no common beginning", "'prompt' column"]),
+        ("continuation", {"chosen": "一二三", "rejected": "一二四"}, ["no common beginning"]),
+        ("continuation", {"chosen": " \n", "rejected": " a"}, ["'chosen'", "blank"]),
+        ("continuation", {"chosen": "a b", "rejected": "a c", "system": "S"}, ["'system' has no reading"]),
     ],
 )
-def test_a_row_that_is_no_pair_says_why(row: dict[str, Any], words: list[str]) -> None:
-    reason = reason_of(row)
+def test_a_row_that_is_no_pair_says_why(format: str, row: dict[str, Any], words: list[str]) -> None:
+    reason = reason_of(row, format, *(name for name in ("system", "input") if name in row))
     assert [word for word in words if word not in reason] == [], reason
-
-
-def test_a_wide_row_does_not_flood_the_reason() -> None:
-    reason = reason_of({f"column_{number}": number for number in range(500)})
-    assert "488 more" in reason
-    assert len(reason) < 1000
 
 
 CONTENT = st.one_of(
@@ -175,7 +502,7 @@ def test_any_dialogue_reads_back_verbatim(turns: list[tuple[str, str]], chosen: 
     """
     shared = transcript([user("q"), *(Message(role, content + ".") for role, content in turns), user(".")])
     row = {"chosen": f"{shared}\n\nAssistant: {chosen}x", "rejected": f"{shared}\n\nAssistant: {rejected}x"}
-    pair = parse_row(row)
+    pair = parse(row)
     assert transcript(pair.prompt + pair.answers[0]) == row["chosen"]
     assert transcript(pair.prompt + pair.answers[1]) == row["rejected"]
     assert pair.answers == ((assistant(chosen + "x"),), (assistant(rejected + "x"),))
@@ -185,13 +512,17 @@ def test_every_row_of_hh_is_reproduced_or_refused_for_a_known_reason() -> None:
     """Counted in the file by hand: 4 pairs part early, 4 chosen answers are empty, none ends its prompt oddly."""
     num_pairs = 0
     reasons: Counter[str] = Counter()
-    for row in hh_rows():
+    rows = hh_rows()
+    reading = recognise(rows[:100])
+    assert reading == Reading("dialogue", ANSWERS_ALONE)
+    for row in rows:
         try:
-            pair = parse_row(row)
+            pair = parse_row(row, reading)
         except RowError as error:
             reasons["part" if "part at turn" in str(error) else "empty" if "empty" in str(error) else str(error)] += 1
             continue
         num_pairs += 1
+        assert isinstance(pair, PreferencePair)
         assert pair.prompt[-1].role == "user"
         assert transcript(pair.prompt + pair.answers[0]) == row["chosen"]
         assert transcript(pair.prompt + pair.answers[1]) == row["rejected"]

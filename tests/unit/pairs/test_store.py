@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import chunk_table
 
 from dpo_ray.errors import DataError
 from dpo_ray.pairs import store
@@ -20,19 +21,22 @@ def make_pairs(num: int) -> list[TokenizedPair]:
     return pairs
 
 
-def test_same_bytes_whatever_the_order(tmp_path: Path) -> None:
+def test_same_bytes_wherever_the_pairs_come_from(tmp_path: Path) -> None:
     pairs = make_pairs(40)
-    one = store.write_chunk(str(tmp_path / "a"), "train-000000.parquet", store.table_of(pairs))
-    two = store.write_chunk(str(tmp_path / "b"), "train-000000.parquet", store.table_of(pairs[::-1]))
+    one, two = (
+        store.write_chunk(str(tmp_path / source), "train-000000.parquet", chunk_table(pairs, source)) for source in "ab"
+    )
     assert one == two
     assert (tmp_path / "a" / one.name).read_bytes() == (tmp_path / "b" / two.name).read_bytes()
     assert one.num_pairs == 40
+    places = store.sources_of(str(tmp_path / "b"), two)
+    assert places == {pair.pair_id: f"b row {row}" for row, pair in enumerate(sorted(pairs, key=lambda p: p.pair_id))}
     assert one.num_tokens == sum(len(p.prompt) + sum(map(len, p.answers)) for p in pairs)
 
 
 def test_read_back(tmp_path: Path) -> None:
     pairs = make_pairs(40)
-    chunk = store.write_chunk(str(tmp_path), "train-000000.parquet", store.table_of(pairs))
+    chunk = store.write_chunk(str(tmp_path), "train-000000.parquet", chunk_table(pairs))
     read = store.read_chunk(str(tmp_path), chunk)
     for expected, got in zip(sorted(pairs, key=lambda p: p.pair_id), read, strict=True):
         assert got.pair_id == expected.pair_id
@@ -42,7 +46,7 @@ def test_read_back(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("harm", ["flip", "truncate", "remove"])
 def test_a_damaged_chunk_is_refused(tmp_path: Path, harm: str) -> None:
-    chunk = store.write_chunk(str(tmp_path), "train-000000.parquet", store.table_of(make_pairs(40)))
+    chunk = store.write_chunk(str(tmp_path), "train-000000.parquet", chunk_table(make_pairs(40)))
     path = tmp_path / chunk.name
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -66,11 +70,16 @@ def test_chunks_hold_about_the_target() -> None:
     counts = np.bincount([store.chunk_of(i, 10) for i in ids], minlength=10)
     assert counts.sum() == 10_000
     assert abs(counts - 1000).max() < 150
+    starts = [store.chunk_start(index, 10) for index in range(11)]
+    assert starts[-1] == 2**64
+    for pair in ids[:1000]:
+        chunk = store.chunk_of(pair, 10)
+        assert starts[chunk] <= int.from_bytes(pair[:8], "big") < starts[chunk + 1]
     assert abs(sum(store.held_out(i, 0.2) for i in ids) - 2000) < 200
 
 
 def test_a_store_exists_when_its_manifest_does(tmp_path: Path) -> None:
-    chunk = store.write_chunk(str(tmp_path), "train-000000.parquet", store.table_of(make_pairs(5)))
+    chunk = store.write_chunk(str(tmp_path), "train-000000.parquet", chunk_table(make_pairs(5)))
     assert store.open_store(str(tmp_path)) is None
     made = store.PairStore(str(tmp_path), (chunk,), (), {"rows": 5})
     store.write_manifest(made, {})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import os
 import pickle
 import struct
 from pathlib import Path
@@ -15,16 +14,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dpo_ray.errors import ConfigError, RowError
-from dpo_ray.pairs.formats import parse_row
-from dpo_ray.pairs.tokenize import PairTokenizer, pair_id, tokenizer_digest
-from dpo_ray.types import Message, PreferencePair, TokenizedPair
+from dpo_ray.pairs.formats import parse_row, recognise
+from dpo_ray.pairs.tokenize import Limits, PairTokenizer, Tokenized, pair_id, tokenizer_digest
+from dpo_ray.types import Message, PreferencePair, TokenizedPair, TokenRow
 
 HH_FILE = Path(__file__).resolve().parents[3].parent / "shared/data/hh-rlhf/harmless-base-2000.jsonl.gz"
-SMOLLM2 = os.environ.get("DPO_RAY_SMOLLM2")
 SMOLLM2_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 
 CHATML = (
@@ -33,7 +31,7 @@ CHATML = (
 )
 # <|im_end|> is marked as special, but is not among the named special tokens.
 SPECIAL = ("<s>", "</s>", "<|im_start|>", "<|im_end|>")
-NO_LIMIT = 1_000_000
+NO_LIMIT = Limits(1_000_000)
 
 Mode = Literal["tokenizer", "none"]
 
@@ -64,16 +62,40 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="module")
-def smollm2() -> PreTrainedTokenizerBase:
-    if SMOLLM2 is None:
-        pytest.skip("needs DPO_RAY_SMOLLM2, a directory with SmolLM2's tokenizer")
-    loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(SMOLLM2)
+def smollm2_tokenizer(smollm2: Path) -> PreTrainedTokenizerBase:
+    loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(smollm2)
     return loaded
 
 
 def text_pair(prompt: str, chosen: str, rejected: str) -> PreferencePair:
     answers = ((Message("assistant", chosen),), (Message("assistant", rejected),))
     return PreferencePair((Message("user", prompt),), answers, "text")
+
+
+def dialogue_pair(row: dict[str, str]) -> PreferencePair:
+    pair = parse_row(row, recognise([row], format="dialogue"))
+    assert isinstance(pair, PreferencePair)
+    return pair
+
+
+def messages_pair(row: dict[str, Any]) -> PreferencePair:
+    pair = parse_row(row, recognise([row], format="messages"))
+    assert isinstance(pair, PreferencePair)
+    return pair
+
+
+def tokenized(tokenize: PairTokenizer, pair: PreferencePair | TokenRow) -> Tokenized:
+    (result,) = tokenize([pair])
+    if isinstance(result, RowError):
+        raise result
+    return result
+
+
+def tokens_of(
+    tokenizer: PreTrainedTokenizerBase, mode: Mode, pair: PreferencePair | TokenRow, limits: Limits = NO_LIMIT
+) -> TokenizedPair:
+    """A pair's tokens. Raises RowError where it has none."""
+    return tokenized(PairTokenizer(tokenizer, mode, limits), pair).pair
 
 
 def hh_pairs() -> list[tuple[dict[str, str], PreferencePair]]:
@@ -84,7 +106,7 @@ def hh_pairs() -> list[tuple[dict[str, str], PreferencePair]]:
     pairs = []
     for row in rows:
         try:
-            pairs.append((row, parse_row(row)))
+            pairs.append((row, dialogue_pair(row)))
         except RowError:
             continue
     assert len(pairs) > 1900
@@ -105,7 +127,7 @@ def chatml(messages: tuple[Message, ...]) -> str:
 
 
 def test_template_text_parts_behind_the_generation_prompt(tokenizer: PreTrainedTokenizerFast) -> None:
-    tokens = PairTokenizer(tokenizer, "tokenizer", NO_LIMIT)(text_pair("Hi", "yes", "no"))
+    tokens = tokens_of(tokenizer, "tokenizer", text_pair("Hi", "yes", "no"))
     assert decoded(tokenizer, tokens) == (
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
         "yes<|im_end|>\n",
@@ -117,23 +139,23 @@ def test_template_text_parts_behind_the_generation_prompt(tokenizer: PreTrainedT
 
 
 def test_plain_text_gets_the_tokenizers_bos_once_and_its_eos_at_each_end(tokenizer: PreTrainedTokenizerFast) -> None:
-    tokens = PairTokenizer(tokenizer, "none", NO_LIMIT)(text_pair("Hi", " yes", "no\n"))
+    tokens = tokens_of(tokenizer, "none", text_pair("Hi", " yes", "no\n"))
     assert decoded(tokenizer, tokens) == ("<s>Hi", " yes</s>", "no\n</s>")
 
 
 def test_no_bos_where_the_tokenizer_adds_none_though_it_has_one() -> None:
     """With BOS = EOS, as in GPT-2's family, one that is added only at the end is no BOS."""
     without = byte_tokenizer(added_by_tokenizer="$A")
-    assert decoded(without, PairTokenizer(without, "none", NO_LIMIT)(text_pair("Hi", "a", "b")))[0] == "Hi"
+    assert decoded(without, tokens_of(without, "none", text_pair("Hi", "a", "b")))[0] == "Hi"
     at_end = byte_tokenizer(added_by_tokenizer="$A </s>")
     at_end.bos_token = "</s>"
-    assert decoded(at_end, PairTokenizer(at_end, "none", NO_LIMIT)(text_pair("Hi", "a", "b")))[0] == "Hi"
+    assert decoded(at_end, tokens_of(at_end, "none", text_pair("Hi", "a", "b")))[0] == "Hi"
 
 
 def test_plain_dialogue_is_its_transcript_and_the_answer_keeps_its_space(tokenizer: PreTrainedTokenizerFast) -> None:
     shared = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: \n\nAssistant:"
-    pair = parse_row({"chosen": shared + "  yes", "rejected": shared + " no"})
-    assert decoded(tokenizer, PairTokenizer(tokenizer, "none", NO_LIMIT)(pair)) == (
+    pair = dialogue_pair({"chosen": shared + "  yes", "rejected": shared + " no"})
+    assert decoded(tokenizer, tokens_of(tokenizer, "none", pair)) == (
         "<s>" + shared,
         "  yes</s>",
         " no</s>",
@@ -141,9 +163,9 @@ def test_plain_dialogue_is_its_transcript_and_the_answer_keeps_its_space(tokeniz
 
 
 def test_turns_need_a_template(tokenizer: PreTrainedTokenizerFast) -> None:
-    pair = parse_row({"prompt": [{"role": "user", "content": "Hi"}], "chosen": "a", "rejected": "b"})
+    pair = messages_pair({"prompt": [{"role": "user", "content": "Hi"}], "chosen": "a", "rejected": "b"})
     with pytest.raises(RowError, match=r"data\.chat_template: tokenizer"):
-        PairTokenizer(tokenizer, "none", NO_LIMIT)(pair)
+        tokens_of(tokenizer, "none", pair)
 
 
 @pytest.mark.parametrize(
@@ -153,14 +175,14 @@ def test_turns_need_a_template(tokenizer: PreTrainedTokenizerFast) -> None:
 def test_end_of_turn_is_added_unless_the_text_has_one(
     tokenizer: PreTrainedTokenizerFast, answer: str, end: str
 ) -> None:
-    tokens = PairTokenizer(tokenizer, "none", NO_LIMIT)(text_pair("Hi", answer, "no"))
+    tokens = tokens_of(tokenizer, "none", text_pair("Hi", answer, "no"))
     assert decode(tokenizer, tokens.answers[0]) == end
 
 
 def test_a_template_without_an_end_of_turn_gets_eos() -> None:
     bare = byte_tokenizer(template="{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] }}{% endfor %}")
     pair = text_pair("Hi", "yes", "no")
-    assert decoded(bare, PairTokenizer(bare, "tokenizer", NO_LIMIT)(pair)) == (
+    assert decoded(bare, tokens_of(bare, "tokenizer", pair)) == (
         "[user]Hi",
         "[assistant]yes</s>",
         "[assistant]no</s>",
@@ -171,7 +193,7 @@ def test_a_merge_across_the_boundary_does_not_eat_the_prompt() -> None:
     """ "xab" alone is x + ab; parted as "xa" and "b" it must be x, a and b."""
     merging = byte_tokenizer(merges=[("a", "b")])
     ids = merging.get_vocab()
-    tokens = PairTokenizer(merging, "none", NO_LIMIT)(text_pair("xa", "bab", "yab"))
+    tokens = tokens_of(merging, "none", text_pair("xa", "bab", "yab"))
     assert tokens.prompt.tolist() == [ids["<s>"], ids["x"], ids["a"]]
     assert tokens.answers[0].tolist() == [ids["b"], ids["ab"], ids["</s>"]]
     assert tokens.answers[1].tolist() == [ids["y"], ids["ab"], ids["</s>"]]
@@ -186,7 +208,7 @@ def test_a_sentencepiece_like_tokenizer_invents_no_space() -> None:
     metaspace = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
     assert metaspace.encode("yes", add_special_tokens=False)[0] == pieces["▁"]
 
-    tokens = PairTokenizer(metaspace, "none", NO_LIMIT)(text_pair("Q:", "yes", " no"))
+    tokens = tokens_of(metaspace, "none", text_pair("Q:", "yes", " no"))
 
     assert [metaspace.convert_ids_to_tokens(array.tolist()) for array in (tokens.prompt, *tokens.answers)] == [
         ["▁", "Q", ":"],
@@ -195,56 +217,286 @@ def test_a_sentencepiece_like_tokenizer_invents_no_space() -> None:
     ]
 
 
-class CountingTokenizer(PreTrainedTokenizerFast):
-    """Remembers each text that it was asked to encode."""
+def test_what_stands_before_a_special_token_is_encoded_once(tokenizer: PreTrainedTokenizerFast) -> None:
+    """The answers are encoded behind the generation prompt alone, with the same tokens as behind the whole prompt."""
+    pair = text_pair("Hi", "yes", "no")
+    tokens = tokens_of(tokenizer, "tokenizer", pair)
+    for answer, array in zip(pair.answers, tokens.answers, strict=True):
+        whole = chatml(pair.prompt + answer)
+        assert [*tokens.prompt, *array] == tokenizer.encode(whole, add_special_tokens=False)
 
-    def __call__(self, text: Any, **options: Any) -> Any:
-        self.encoded: list[str] = [*getattr(self, "encoded", []), *([text] if isinstance(text, str) else text)]
-        return super().__call__(text, **options)
+
+def cut_pair(limits: Limits, mode: Mode = "none", tokenizer: PreTrainedTokenizerBase | None = None) -> Tokenized:
+    tokenize = PairTokenizer(tokenizer or byte_tokenizer(), mode, limits)
+    return tokenized(tokenize, text_pair("Hello", "yes", "no"))
 
 
-def test_prompt_and_full_texts_are_encoded_once_each() -> None:
-    plain = byte_tokenizer()
-    counting = CountingTokenizer(
-        tokenizer_object=plain.backend_tokenizer, bos_token="<s>", eos_token="</s>", chat_template=CHATML
+@pytest.mark.parametrize(
+    ("limits", "texts", "prompt_cut", "answers_cut"),
+    [
+        # <s> and "Hello" are 6 tokens; "yes" and </s> 4, "no" and </s> 3.
+        (Limits(10), ("<s>Hello", "yes</s>", "no</s>"), 0, (0, 0)),
+        (Limits(9), ("<s>Hello", "yes", "no</s>"), 0, (1, 0)),
+        (Limits(7), ("<s>Hello", "y", "n"), 0, (3, 2)),
+        (Limits(8, completion_truncation_side="left"), ("<s>Hello", "s</s>", "o</s>"), 0, (2, 1)),
+        (Limits(99, max_completion_length=2), ("<s>Hello", "ye", "no"), 0, (2, 1)),
+        (
+            Limits(99, max_completion_length=1, completion_truncation_side="left"),
+            ("<s>Hello", "</s>", "</s>"),
+            0,
+            (3, 2),
+        ),
+        (Limits(8, max_completion_length=3), ("<s>Hello", "ye", "no"), 0, (2, 1)),
+        (Limits(99, max_prompt_length=6), ("<s>Hello", "yes</s>", "no</s>"), 0, (0, 0)),
+        (Limits(99, max_prompt_length=4), ("<s>llo", "yes</s>", "no</s>"), 2, (0, 0)),
+        (Limits(99, max_prompt_length=1), ("<s>", "yes</s>", "no</s>"), 5, (0, 0)),
+        (
+            Limits(99, max_prompt_length=4, prompt_truncation_side="right"),
+            ("<s>Hel", "yes</s>", "no</s>"),
+            2,
+            (0, 0),
+        ),
+        (Limits(7, max_prompt_length=4), ("<s>llo", "yes", "no</s>"), 2, (1, 0)),
+        (
+            Limits(6, 4, 1, "right", "left"),
+            ("<s>Hel", "</s>", "</s>"),
+            2,
+            (3, 2),
+        ),
+    ],
+)
+def test_prompts_and_answers_are_cut_and_counted(
+    limits: Limits, texts: tuple[str, ...], prompt_cut: int, answers_cut: tuple[int, int]
+) -> None:
+    result = cut_pair(limits)
+    assert decoded(byte_tokenizer(), result.pair) == texts
+    assert (result.prompt_tokens_cut, result.answer_tokens_cut) == (prompt_cut, answers_cut)
+
+
+def test_a_prompt_without_bos_keeps_none() -> None:
+    without = byte_tokenizer(added_by_tokenizer="$A")
+    assert decoded(without, cut_pair(Limits(99, max_prompt_length=3), "none", without).pair)[0] == "llo"
+    keeps_its_first = byte_tokenizer(template="<s>" + CHATML)
+    result = cut_pair(Limits(99, max_prompt_length=3), "tokenizer", keeps_its_first)
+    assert decoded(keeps_its_first, result.pair)[0] == "<s>t\n"
+
+
+@pytest.mark.parametrize("max_prompt_length", [8, 9])
+def test_limits_that_leave_no_room_are_a_config_error(max_prompt_length: int) -> None:
+    with pytest.raises(ConfigError, match=r"data\.max_prompt_length is \d and data\.max_length 8"):
+        Limits(8, max_prompt_length=max_prompt_length)
+
+
+def test_rows_that_came_as_tokens_are_only_cut(tokenizer: PreTrainedTokenizerFast) -> None:
+    row = TokenRow([256, 5, 6, 7], ([8], [9, 10, 11]))
+    whole = tokenized(PairTokenizer(tokenizer, "tokenizer", NO_LIMIT, vocab_size=257), row)
+    assert [array.tolist() for array in whole.pair.parts] == [[256, 5, 6, 7], [8], [9, 10, 11]]
+    cut = tokenized(PairTokenizer(tokenizer, "none", Limits(5, max_prompt_length=3)), row)
+    assert [array.tolist() for array in cut.pair.parts] == [[256, 6, 7], [8], [9, 10]]
+    assert (cut.prompt_tokens_cut, cut.answer_tokens_cut) == (1, (0, 1))
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (TokenRow([1, 300], ([1], [2])), "prompt has token 300, but the model has 300"),
+        (TokenRow([1], ([1], [301])), "answer has token 301, but the model has 300"),
+        (TokenRow([], ([1], [2])), "prompt has no tokens"),
+        (TokenRow([1], ([1], [])), "answer has no tokens"),
+        (TokenRow([1] * 9, ([1], [2])), "prompt has 9 tokens"),
+    ],
+)
+def test_tokens_that_are_no_pair_say_why(tokenizer: PreTrainedTokenizerFast, row: TokenRow, words: str) -> None:
+    with pytest.raises(RowError, match=words):
+        tokenized(PairTokenizer(tokenizer, "tokenizer", Limits(9), vocab_size=300), row)
+
+
+@pytest.mark.parametrize("mode", ["tokenizer", "none"])
+def test_a_bad_pair_does_not_fail_its_batch_and_changes_nothing_beside_it(mode: Mode) -> None:
+    refuses = byte_tokenizer(
+        template="{% if messages[0]['content'] == 'no' %}{{ raise_exception('no') }}{% endif %}" + CHATML
     )
-    tokenize = PairTokenizer(counting, "tokenizer", NO_LIMIT)
-    pair = text_pair("Hi", "yes", "no")
-    counting.encoded = []
-    tokenize(pair)
-    prompt = chatml(pair.prompt) + "<|im_start|>assistant\n"
-    assert counting.encoded == [prompt, *(chatml(pair.prompt + answer) for answer in pair.answers)]
-
-
-def test_answers_are_cut_at_the_end_and_each_by_itself(tokenizer: PreTrainedTokenizerFast) -> None:
-    """BOS and "Hi" are 3 tokens: of 6, 3 are left; "yes" loses its EOS, "no" with its EOS just fits."""
-    pair = text_pair("Hi", "yes", "no")
-    assert decoded(tokenizer, PairTokenizer(tokenizer, "none", 6)(pair)) == ("<s>Hi", "yes", "no</s>")
-    assert decoded(tokenizer, PairTokenizer(tokenizer, "none", 4)(pair)) == ("<s>Hi", "y", "n")
+    tokenize = PairTokenizer(refuses, mode, Limits(60))
+    raw = PreferencePair((Message("user", "a"),), text_pair("", "b", "c").answers, "raw")
+    batch: list[PreferencePair | TokenRow] = [
+        text_pair("Hi", "yes", "no"),
+        text_pair("no", "yes", "no"),
+        text_pair("x" * 60, "yes", "no"),
+        TokenRow([1], ([], [2])),
+        raw,
+        TokenRow([1], ([3], [2])),
+        text_pair("<|im_end|>", "</s>", "<|im_start|>"),
+        messages_pair({"prompt": [{"role": "user", "content": "Hi"}], "chosen": "yes", "rejected": "no"}),
+        text_pair("Hi", "yes", "no"),
+    ]
+    results = tokenize(batch)
+    refused = {"tokenizer": [1, 2, 3, 4], "none": [2, 3, 7]}[mode]
+    assert [place for place, result in enumerate(results) if isinstance(result, RowError)] == refused
+    for pair, result in zip(batch, results, strict=True):
+        (alone,) = tokenize([pair])
+        assert type(alone) is type(result)
+        if isinstance(result, Tokenized):
+            assert isinstance(alone, Tokenized)
+            assert alone.pair.pair_id == result.pair.pair_id
+        else:
+            assert str(alone) == str(result)
+    assert tokenize([]) == []
 
 
 @pytest.mark.parametrize("max_length", [3, 2])
 def test_a_prompt_without_room_for_an_answer_is_refused(tokenizer: PreTrainedTokenizerFast, max_length: int) -> None:
-    with pytest.raises(RowError, match=rf"3 tokens.* in {max_length}: raise data\.max_length"):
-        PairTokenizer(tokenizer, "none", max_length)(text_pair("Hi", "yes", "no"))
+    with pytest.raises(
+        RowError, match=rf"3 tokens.* in {max_length}: raise data\.max_length, set data\.max_prompt_length"
+    ):
+        tokens_of(tokenizer, "none", text_pair("Hi", "yes", "no"), Limits(max_length))
 
 
 def test_a_prompt_without_tokens_is_refused() -> None:
     without_bos = byte_tokenizer(added_by_tokenizer="$A")
     with pytest.raises(RowError, match="prompt has no tokens"):
-        PairTokenizer(without_bos, "none", NO_LIMIT)(text_pair("", "yes", "no"))
+        tokens_of(without_bos, "none", text_pair("", "yes", "no"))
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
+def test_a_template_that_asks_with_another_prompt_is_read_behind_the_answers_beginning() -> None:
+    """The number of turns changes when the answer follows; both answers' renderings agree on it."""
     counts_turns = byte_tokenizer(template="{{ messages|length }} turns" + CHATML)
-    with pytest.raises(RowError, match=r"rewrites earlier turns.*at character 0, '1 turns.*becomes '2 turns"):
-        PairTokenizer(counts_turns, "tokenizer", NO_LIMIT)(text_pair("Hi", "yes", "no"))
+    pair = text_pair("Hi", "yes", "no")
+    result = tokenized(PairTokenizer(counts_turns, "tokenizer", NO_LIMIT), pair)
+    assert result.prompt_differs
+    assert decoded(counts_turns, result.pair) == (
+        "2 turns" + chatml(pair.prompt) + "<|im_start|>assistant\n",
+        "yes<|im_end|>\n",
+        "no<|im_end|>\n",
+    )
+    assert not tokenized(PairTokenizer(byte_tokenizer(), "tokenizer", NO_LIMIT), pair).prompt_differs
+
+
+def test_a_generation_prompt_that_opens_a_thought_is_not_in_the_answers() -> None:
+    thinks = byte_tokenizer(template=CHATML.replace("assistant\n' }}", "assistant\n<think>\n' }}"))
+    result = tokenized(PairTokenizer(thinks, "tokenizer", NO_LIMIT), text_pair("Hi", "<|im_end|>yes", "no"))
+    assert result.prompt_differs
+    assert decoded(thinks, result.pair) == (
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
+        "<|im_end|>yes<|im_end|>\n",
+        "no<|im_end|>\n",
+    )
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages[-1]['content']|length }} letters" + CHATML,
+        "{% for m in messages %}{{ m['content']|upper|replace('\U00107fff', '') }}{% endfor %}{{ messages|length }}",
+    ],
+)
+def test_a_template_whose_prompt_depends_on_the_answer_is_refused(template: str) -> None:
+    rewriting = byte_tokenizer(template=template + "{% if add_generation_prompt %}?{% endif %}")
+    with pytest.raises(RowError, match=r"rewrites earlier turns .*at character \d+, '.*becomes \['.*none"):
+        tokens_of(rewriting, "tokenizer", text_pair("Hi", "yes", "no"))
+
+
+def test_a_template_that_leaves_the_answer_out_is_refused() -> None:
+    deaf = byte_tokenizer(template="{{ messages[0]['content'] }}")
+    with pytest.raises(RowError, match="renders nothing of an answer"):
+        tokens_of(deaf, "tokenizer", text_pair("Hi", "yes", "no"))
+
+
+def test_texts_that_begin_alike_need_no_template(tokenizer: PreTrainedTokenizerFast) -> None:
+    pair = PreferencePair((Message("user", "The sky"),), text_pair("", " is", " was").answers, "raw")
+    assert decoded(tokenizer, tokens_of(tokenizer, "none", pair)) == ("<s>The sky", " is</s>", " was</s>")
+    with pytest.raises(RowError, match=r"data\.chat_template: none"):
+        tokens_of(tokenizer, "tokenizer", pair)
+
+
+def test_a_dialogue_without_a_template_quotes_special_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+    """No template wrote them; and an answer that ends with a quoted EOS gets a real one."""
+    shared = "\n\nHuman: What is <s>?\n\nAssistant:"
+    pair = dialogue_pair({"chosen": shared + " It is no </s>", "rejected": shared + " no"})
+    tokens = tokens_of(tokenizer, "none", pair)
+    assert decoded(tokenizer, tokens) == ("<s>" + shared, " It is no </s></s>", " no</s>")
+    assert [np.sum(array >= 256) for array in tokens.parts] == [1, 1, 1]
+
+
+def test_private_characters_beside_a_quoted_special_token_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    """They stand for special tokens there: with one of them a content could forge a turn."""
+    forged = chr(0x10C000)
+    with pytest.raises(RowError, match=r"character 1 of a text, U\+10C000"):
+        tokens_of(tokenizer, "tokenizer", text_pair("<s>", f"a{forged}", "no"))
+    assert forged in decoded(tokenizer, tokens_of(tokenizer, "tokenizer", text_pair("s", f"a{forged}", "no")))[1]
+
+
+def test_a_vocabulary_that_reads_any_such_text_as_the_token_is_refused() -> None:
+    """A Unigram model finds "</s>" among its own pieces, special or not."""
+    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), ("▁", -1.0), *((letter, -2.0) for letter in "</s>yno|")]
+    backend = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=False))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    template = "{% for m in messages %}{{ '<s>' + m['content'] + '</s>' }}{% endfor %}"
+    unigram = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", eos_token="</s>", chat_template=template
+    )
+    tokenize = PairTokenizer(unigram, "tokenizer", NO_LIMIT)
+    assert isinstance(tokenize([text_pair("yes", "y", "no")])[0], Tokenized)
+    with pytest.raises(RowError, match="reads the text '</s>' as the special token"):
+        tokenized(tokenize, text_pair("yes </s>", "y", "no"))
+
+
+def test_special_tokens_that_a_normalizer_would_write_are_none_either() -> None:
+    """With a normalizer that folds case, "</S>" in a text would be </s>."""
+    folding = byte_tokenizer()
+    backend = folding.backend_tokenizer
+    backend.normalizer = normalizers.Lowercase()
+    backend.add_special_tokens([AddedToken("<end>", special=True, normalized=True)])
+    folding = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="</s>", chat_template=CHATML.replace("<|im_end|>", "<end>")
+    )
+    end = folding.convert_tokens_to_ids("<end>")
+    assert end in folding.encode("a <END>", add_special_tokens=False)
+    tokens = tokens_of(folding, "tokenizer", text_pair("a <END>", "<End>", "no"))
+    assert [np.sum(array == end) for array in tokens.parts] == [1, 1, 1]
+    assert decode(folding, tokens.answers[0]) == "<end><end>\n"
+
+
+def test_a_tokenizer_in_python_reads_plain_texts_and_refuses_quoted_special_tokens() -> None:
+    from transformers import ByT5Tokenizer
+
+    in_python = ByT5Tokenizer(extra_ids=0, chat_template="{% for m in messages %}{{ m['content'] }}</s>{% endfor %}")
+    tokens = tokens_of(in_python, "tokenizer", text_pair("Hi", "yes", "no"))
+    assert in_python.convert_ids_to_tokens(tokens.answers[0].tolist()) == ["y", "e", "s", "</s>"]
+    with pytest.raises(RowError, match="no Rust backend"):
+        tokens_of(in_python, "tokenizer", text_pair("Hi </s>", "yes", "no"))
+
+
+def test_a_tokenizer_that_can_part_no_text_refuses_it() -> None:
+    """Its only word for "ab" covers both sides of the boundary, and there is none for "b" alone."""
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "a": 2, "ab": 3}, unk_token="<unk>"))
+    backend.add_special_tokens(["<unk>", "</s>"])
+    words = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")
+    with pytest.raises(RowError, match="cannot part prompt and answer.*'ab'"):
+        tokens_of(words, "none", text_pair("a", "b", "b"))
+
+
+def test_a_merge_across_the_boundary_invents_no_space() -> None:
+    """ "▁Q:y" merges ":y", so that the full text does not begin with the prompt's tokens; "yes" alone is "▁yes"."""
+    merges = [(":", "y"), ("▁", "yes"), ("y", "es"), ("e", "s")]
+    names = ["<s>", "</s>", "▁", "\n", *"Qyesno:", "es", "yes", ":y", "▁yes"]
+    backend = Tokenizer(models.BPE(vocab={name: index for index, name in enumerate(names)}, merges=merges))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    backend.decoder = decoders.Metaspace(prepend_scheme="always")
+    backend.add_special_tokens(["<s>", "</s>"])
+    metaspace = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    tokens = tokens_of(metaspace, "none", text_pair("Q:", "yes", "no"))
+    assert [metaspace.convert_ids_to_tokens(array.tolist()) for array in tokens.parts] == [
+        ["▁", "Q", ":"],
+        ["yes", "</s>"],
+        ["n", "o", "</s>"],
+    ]
 
 
 def test_a_template_that_refuses_the_turns_refuses_the_row() -> None:
     strict = byte_tokenizer(template="{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(RowError, match="refuses turns with the roles user: roles must alternate"):
-        PairTokenizer(strict, "tokenizer", NO_LIMIT)(text_pair("Hi", "yes", "no"))
+    with pytest.raises(RowError, match="refuses turns with the roles user, assistant: roles must alternate"):
+        tokens_of(strict, "tokenizer", text_pair("Hi", "yes", "no"))
 
 
 @pytest.mark.parametrize("template", [None, {"tool_use": CHATML}])
@@ -264,19 +516,19 @@ def test_a_tokenizer_without_eos_is_a_config_error(mode: Mode) -> None:
 @pytest.mark.parametrize("mode", ["tokenizer", "none"])
 def test_truncation_and_padding_set_on_the_tokenizer_do_nothing(mode: Mode) -> None:
     pair = text_pair("How are you?", "fine", "no")
-    expected = PairTokenizer(byte_tokenizer(), mode, NO_LIMIT)(pair)
+    expected = tokens_of(byte_tokenizer(), mode, pair)
     disturbed = byte_tokenizer()
     disturbed.backend_tokenizer.enable_truncation(4)
     disturbed.backend_tokenizer.enable_padding(length=64)
     disturbed.split_special_tokens = True
-    assert PairTokenizer(disturbed, mode, NO_LIMIT)(pair).pair_id == expected.pair_id
+    assert tokens_of(disturbed, mode, pair).pair_id == expected.pair_id
 
 
 @pytest.mark.parametrize("mode", ["tokenizer", "none"])
 def test_survives_pickling(tokenizer: PreTrainedTokenizerFast, mode: Mode) -> None:
-    tokenize = PairTokenizer(tokenizer, mode, 30)
+    tokenize = PairTokenizer(tokenizer, mode, Limits(30))
     pair = text_pair("Hi", "yes, gladly, and more than once", "no")
-    before, after = tokenize(pair), pickle.loads(pickle.dumps(tokenize))(pair)
+    before, after = (tokenized(each, pair).pair for each in (tokenize, pickle.loads(pickle.dumps(tokenize))))
     assert after.pair_id == before.pair_id
     assert [array.tolist() for array in (after.prompt, *after.answers)] == [
         array.tolist() for array in (before.prompt, *before.answers)
@@ -294,18 +546,8 @@ ODD_TEXT = st.lists(
 
 @settings(max_examples=150, deadline=None)
 @given(prompt=ODD_TEXT, chosen=ODD_TEXT, rejected=ODD_TEXT)
-def test_any_text_decodes_to_its_template(prompt: str, chosen: str, rejected: str) -> None:
-    """No token lost, none counted twice, whatever merges across the boundary there are."""
-    pair = text_pair(prompt, chosen, rejected)
-    got = decoded(MERGING, PairTokenizer(MERGING, "tokenizer", NO_LIMIT)(pair))
-    assert got[0] == chatml(pair.prompt) + "<|im_start|>assistant\n"
-    assert got[1:] == (chosen + "<|im_end|>\n", rejected + "<|im_end|>\n")
-
-
-@settings(max_examples=150, deadline=None)
-@given(prompt=ODD_TEXT, chosen=ODD_TEXT, rejected=ODD_TEXT)
 def test_any_plain_text_decodes_to_itself(prompt: str, chosen: str, rejected: str) -> None:
-    got = decoded(MERGING, PairTokenizer(MERGING, "none", NO_LIMIT)(text_pair(prompt, chosen, rejected)))
+    got = decoded(MERGING, tokens_of(MERGING, "none", text_pair(prompt, chosen, rejected)))
     ends = ["" if answer.rstrip().endswith(SPECIAL) else "</s>" for answer in (chosen, rejected)]
     assert got == ("<s>" + prompt, chosen + ends[0], rejected + ends[1])
 
@@ -337,9 +579,9 @@ def test_pair_id_sees_a_moved_boundary_an_exchange_and_a_lost_answer() -> None:
 
 
 def test_tokens_carry_the_id_of_what_was_kept(tokenizer: PreTrainedTokenizerFast) -> None:
-    tokens = PairTokenizer(tokenizer, "none", 5)(text_pair("Hi", "yes", "no"))
+    tokens = tokens_of(tokenizer, "none", text_pair("Hi", "yes", "no"), Limits(5))
     assert tokens.pair_id == pair_id(tokens.prompt, tokens.answers)
-    assert tokens.pair_id == PairTokenizer(tokenizer, "none", 5)(text_pair("Hi", "yeah", "no")).pair_id
+    assert tokens.pair_id == tokens_of(tokenizer, "none", text_pair("Hi", "yeah", "no"), Limits(5)).pair_id
 
 
 def test_digest_stays_through_use_pickling_and_saving(tmp_path: Path) -> None:
@@ -376,34 +618,39 @@ def test_digest_changes_with_whatever_changes_tokens() -> None:
     assert tokenizer_digest(byte_tokenizer()) == tokenizer_digest(base)
 
 
-@pytest.mark.parametrize("name", ["tokenizer", "smollm2"])
+@pytest.mark.parametrize("name", ["tokenizer", pytest.param("smollm2_tokenizer", marks=pytest.mark.shared)])
 def test_every_row_of_hh_decodes_to_its_dialogue(name: str, request: pytest.FixtureRequest) -> None:
     tokenizer: PreTrainedTokenizerBase = request.getfixturevalue(name)
     bos, eos = ("<s>", "</s>") if name == "tokenizer" else ("", "<|im_end|>")
     tokenize = PairTokenizer(tokenizer, "none", NO_LIMIT)
-    for row, pair in hh_pairs():
-        prompt, chosen, rejected = decoded(tokenizer, tokenize(pair))
+    rows, pairs = zip(*hh_pairs(), strict=True)
+    for row, result in zip(rows, tokenize(pairs), strict=True):
+        assert isinstance(result, Tokenized)
+        prompt, chosen, rejected = decoded(tokenizer, result.pair)
         assert prompt.endswith("\n\nAssistant:")
         assert prompt + chosen == bos + row["chosen"] + eos
         assert prompt + rejected == bos + row["rejected"] + eos
 
 
-@pytest.mark.parametrize("name", ["tokenizer", "smollm2"])
+@pytest.mark.parametrize("name", ["tokenizer", pytest.param("smollm2_tokenizer", marks=pytest.mark.shared)])
 def test_every_row_of_hh_decodes_to_its_template(name: str, request: pytest.FixtureRequest) -> None:
     """SmolLM2's template begins a conversation without a system turn with one of its own."""
     tokenizer: PreTrainedTokenizerBase = request.getfixturevalue(name)
     system = () if name == "tokenizer" else (Message("system", SMOLLM2_SYSTEM),)
     tokenize = PairTokenizer(tokenizer, "tokenizer", NO_LIMIT)
-    for _, pair in hh_pairs():
-        prompt, *answers = decoded(tokenizer, tokenize(pair))
+    pairs = [pair for _, pair in hh_pairs()]
+    for pair, result in zip(pairs, tokenize(pairs), strict=True):
+        assert isinstance(result, Tokenized)
+        prompt, *answers = decoded(tokenizer, result.pair)
         assert prompt == chatml(system + pair.prompt) + "<|im_start|>assistant\n"
         assert answers == [answer[0].content + "<|im_end|>\n" for answer in pair.answers]
 
 
-def test_smollm2_parts_as_its_own_tokenization_does(smollm2: PreTrainedTokenizerBase) -> None:
+@pytest.mark.shared
+def test_smollm2_parts_as_its_own_tokenization_does(smollm2_tokenizer: PreTrainedTokenizerBase) -> None:
     """Its special tokens part prompt and answer, so nothing merges: the pieces are the whole's tokens."""
     pair = text_pair("Why is the sky blue?", "\n\nRayleigh scattering.", "No idea")
-    tokens = PairTokenizer(smollm2, "tokenizer", NO_LIMIT)(pair)
+    tokens = tokens_of(smollm2_tokenizer, "tokenizer", pair)
     whole = chatml((Message("system", SMOLLM2_SYSTEM), *pair.prompt, *pair.answers[1]))
-    assert [*tokens.prompt, *tokens.answers[1]] == smollm2.encode(whole, add_special_tokens=False)
-    assert tokens.answers[1].tolist()[-2:] == smollm2.encode("<|im_end|>\n", add_special_tokens=False)
+    assert [*tokens.prompt, *tokens.answers[1]] == smollm2_tokenizer.encode(whole, add_special_tokens=False)
+    assert tokens.answers[1].tolist()[-2:] == smollm2_tokenizer.encode("<|im_end|>\n", add_special_tokens=False)

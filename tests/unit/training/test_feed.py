@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import chunk_table
 
 from dpo_ray.errors import ReferenceMismatchError
 from dpo_ray.pairs import store
@@ -31,7 +32,7 @@ def chunks(tmp_path: Path) -> tuple[store.Chunk, ...]:
         for _ in range(size):
             prompt, *answers = (rng.integers(0, 99, rng.integers(1, 9), dtype=np.int32) for _ in range(3))
             pairs.append(TokenizedPair(pair_id(prompt, tuple(answers)), prompt, tuple(answers)))
-        made.append(store.write_chunk(str(tmp_path), store.chunk_name("train", index), store.table_of(pairs)))
+        made.append(store.write_chunk(str(tmp_path), store.chunk_name("train", index), chunk_table(pairs)))
     return tuple(made)
 
 

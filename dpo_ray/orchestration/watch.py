@@ -1,0 +1,67 @@
+"""What the driver tells while it works."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from dpo_ray.pairs.formats import Reading
+from dpo_ray.pairs.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A pair as the model will see it.
+
+    Attributes:
+        prompt: The prompt's tokens, decoded.
+        answers: Each answer's tokens, decoded, best first: all of them are trained.
+        num_tokens: Of the prompt, then of each answer.
+    """
+
+    prompt: str
+    answers: tuple[str, ...]
+    num_tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SourcePreview:
+    """How the files of one entry of `data.train` or `data.eval` are read.
+
+    Attributes:
+        pattern: The entry.
+        num_files: Files that it stands for.
+        num_bytes: Their size.
+        reading: Format and columns.
+        examples: The first pairs.
+        problem: Why the first row that cannot become a pair cannot, or None.
+    """
+
+    pattern: str
+    num_files: int
+    num_bytes: int
+    reading: Reading
+    examples: tuple[Example, ...]
+    problem: str | None
+
+
+class Watcher:
+    """Told what happens; the command line shows it, and nothing depends on it."""
+
+    def phase(self, text: str) -> None:
+        """A phase of the work begins."""
+
+    def warning(self, text: str) -> None:
+        """Something that does not stop the work, and that its owner should know."""
+
+    def source(self, preview: SourcePreview) -> None:
+        """How a source of pairs is about to be read."""
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        """How far a long phase is, in a unit of its own."""
+
+    def planned(self, plan: Plan, position: int) -> None:
+        """Training is about to begin at a position."""
+
+    def line(self, line: dict[str, Any]) -> None:
+        """A line of metrics arrived."""

@@ -1,0 +1,146 @@
+"""What one value of a row says: texts, turns and whole conversations, or why it cannot be read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from dpo_ray.errors import RowError
+from dpo_ray.types import Message
+
+# Who speaks in ShareGPT's turns {'from': ..., 'value': ...}.
+_ROLE_OF_SPEAKER = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "bard": "assistant",
+    "bing": "assistant",
+    "model": "assistant",
+}
+
+# Keys of a turn that a chat template would render and that a Message cannot carry: dropping them would train on
+# something else than the row says.
+_UNSUPPORTED_TURN_KEYS = ("tool_calls", "function_call", "tool_call_id", "reasoning_content", "thinking")
+
+
+def kind(value: Any) -> str:
+    """A value's kind in the words of JSON."""
+    if value is None:
+        return "null"
+    if isinstance(value, str):
+        return "a string"
+    if is_list(value):
+        return "a list"
+    if isinstance(value, Mapping):
+        return "an object"
+    return f"of type {type(value).__name__}"
+
+
+def is_list(value: Any) -> bool:
+    """Whether a value is a list; lists of structs come as object arrays where rows went through numpy batches."""
+    return isinstance(value, (list, tuple, np.ndarray))
+
+
+def read_text(value: Any, where: str) -> str:
+    """A string that a tokenizer can read.
+
+    Raises:
+        RowError: It is no string, or holds half of a surrogate pair.
+    """
+    if not isinstance(value, str):
+        raise RowError(f"{where} is {kind(value)}: write a string")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RowError(
+            f"{where} holds half of a UTF-16 surrogate pair at character {error.start}, which no tokenizer can read: "
+            "repair or drop that character"
+        ) from None
+    return value
+
+
+def read_turns(value: Any, where: str) -> tuple[Message, ...]:
+    """The turns of a list, or of a single object.
+
+    Raises:
+        RowError: It is neither, the list is empty, or a turn cannot be read.
+    """
+    if isinstance(value, Mapping):
+        return (_turn(value, where),)
+    if not is_list(value):
+        raise RowError(f"{where} is {kind(value)}: write a list of turns")
+    if len(value) == 0:
+        raise RowError(f"{where} is an empty list: write at least one turn")
+    return tuple(_turn(turn, f"turn {number} of {where}") for number, turn in enumerate(value, start=1))
+
+
+def _turn(turn: Any, where: str) -> Message:
+    if not isinstance(turn, Mapping):
+        raise RowError(f"{where} is {kind(turn)}: write an object {{'role': ..., 'content': ...}}")
+    from_speaker = turn.get("role") is None and turn.get("from") is not None
+    keys = ("from", "value") if from_speaker else ("role", "content")
+    for key in keys:
+        if not isinstance(turn.get(key), str):
+            raise RowError(f"{where} has {key!r} = {kind(turn.get(key))}, keys {list(turn)}: write {key!r} as a string")
+    for key in _UNSUPPORTED_TURN_KEYS:
+        if turn.get(key) is not None:
+            raise RowError(f"{where} has {key!r}, which is not supported: only role and content reach the template")
+    role, content = (read_text(turn[key], where) for key in keys)
+    if from_speaker:
+        if role not in _ROLE_OF_SPEAKER:
+            raise RowError(f"{where} is from {role!r}: known are {', '.join(_ROLE_OF_SPEAKER)}; rename the speaker")
+        role = _ROLE_OF_SPEAKER[role]
+    return Message(role, content)
+
+
+def num_shared(left: Sequence[Any], right: Sequence[Any]) -> int:
+    """Over how many items two sequences begin alike."""
+    for index, (left_item, right_item) in enumerate(zip(left, right, strict=False)):
+        if left_item != right_item:
+            return index
+    return min(len(left), len(right))
+
+
+def split_conversations(
+    chosen: tuple[Message, ...], rejected: tuple[Message, ...]
+) -> tuple[tuple[Message, ...], tuple[tuple[Message, ...], tuple[Message, ...]]]:
+    """Parts two whole conversations into the prompt that they share and their answers.
+
+    Turns of the assistant right before the place where the two part belong to the answers: a prompt ends with what is
+    answered. So of two equal conversations the last turns of the assistant are the answer.
+
+    Returns:
+        The prompt, and the answers, each of assistant turns alone.
+
+    Raises:
+        RowError: They share no prompt, or differ in more than assistant turns.
+    """
+    shared = num_shared(chosen, rejected)
+    first = shared
+    while first and chosen[first - 1].role == "assistant":
+        first -= 1
+    for column, turns in (("chosen", chosen), ("rejected", rejected)):
+        if len(turns) == first:
+            raise RowError(
+                f"the conversation of {column!r} ends with turn {first}, of role {turns[-1].role!r}: "
+                "it must end with an assistant turn, the answer"
+            )
+        for number, turn in enumerate(turns[first:], start=first + 1):
+            if turn.role != "assistant":
+                raise RowError(
+                    f"the conversations of 'chosen' ({len(chosen)} turns) and 'rejected' ({len(rejected)} turns) part "
+                    f"at turn {shared + 1}, and turn {number} of {column!r} has role {turn.role!r}: behind the prompt "
+                    "that both begin with there may be assistant turns only; write both with the same prompt, "
+                    "or leave the row out"
+                )
+    if not any(turn.role != "system" for turn in chosen[:first]):
+        raise RowError(
+            "the conversations of 'chosen' and 'rejected' begin with no common prompt: begin both with the same user "
+            "turns, or write a column 'prompt'"
+        )
+    return chosen[:first], (chosen[first:], rejected[first:])
