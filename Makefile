@@ -15,8 +15,8 @@ venv: .venv/dev.stamp ## virtual environment in .venv, with the package and its 
 demo: .venv/core.stamp ## pairs of its own, a start by likelihood, DPO, a before/after table: in minutes
 	$(BIN)/dpo-ray demo
 
-test: lint ## lint and all tests but those marked slow, shared or bench
-	$(BIN)/python -m pytest -m "not slow and not shared and not bench"
+test: lint ## lint and all tests but those marked slow, shared, bench or trackers
+	$(BIN)/python -m pytest -m "not slow and not shared and not bench and not trackers"
 
 test-all: lint ## lint and all tests; those whose model or data is missing skip and say so
 	$(BIN)/python -m pytest

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from dpo_ray import config as configuration
 from dpo_ray.errors import ConfigError, FinalError, UserError
@@ -51,14 +53,18 @@ def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
 
     Example: dpo-ray prepare jobs/dpo-smollm2-135m-1n0g-fsdp2.yaml
     """
-    from dpo_ray.orchestration.prepare import prepare as make
+    from dpo_ray.display import ProgressBar, pairs_table
+    from dpo_ray.orchestration import prepare as preparing
     from dpo_ray.orchestration.trainer import final_errors, start_ray
 
     parsed = configuration.load_config(config, overrides)
-    start_ray(parsed)
-    with final_errors():
-        made = make(parsed)
-    console.print(f"pair store  {made.uri}\n{json.dumps(made.counts)}")
+    with final_errors(), ProgressBar(console) as watcher:
+        found = preparing.survey(parsed, watcher)
+        if found.job is not None:
+            start_ray(parsed)
+        made = preparing.prepare(parsed, watcher, found)
+    console.print(pairs_table(made))
+    console.print(f"pair store  {made.uri}")
 
 
 @app.command()
@@ -67,13 +73,43 @@ def reference(config: ConfigPath, overrides: Overrides = None) -> None:
 
     Example: dpo-ray reference jobs/dpo-smollm2-135m-1n0g-fsdp2.yaml
     """
+    from dpo_ray.display import ProgressBar
     from dpo_ray.orchestration.trainer import fill_reference
 
     parsed = configuration.load_config(config, overrides)
     if not parsed.needs_reference:
         raise ConfigError(f"objective.loss: {parsed.objective.loss} uses no reference: there is nothing to score")
-    scored, uri = fill_reference(parsed)
+    with ProgressBar(console) as watcher:
+        scored, uri = fill_reference(parsed, watcher)
     console.print(f"reference store  {uri}\n{scored} pairs scored now")
+
+
+@app.command()
+def doctor(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Looks at storage, pairs, model, and every node, and says what a run would stumble over.
+
+    Exit code 0: all is well; 1: something is wrong.
+
+    Example: dpo-ray doctor jobs/dpo-smollm2-135m-1n0g-fsdp2.yaml
+    """
+    from dpo_ray.orchestration.preflight import examine
+    from dpo_ray.orchestration.trainer import start_ray
+
+    parsed = configuration.load_config(config, overrides)
+    with console.status("looking at storage and nodes"):
+        rows = examine(parsed, lambda: start_ray(parsed))
+    table = Table(title=f"{parsed.name}: before the run")
+    for column in ("check", "where", "result", "how to mend"):
+        table.add_column(column, overflow="fold")
+    marks = {"ok": "[green]✓ ok[/green]", "note": "[yellow]! note[/yellow]", "wrong": "[red]✗ wrong[/red]"}
+    for row in rows:
+        result = Text.assemble(Text.from_markup(marks[row.level]), f"  {row.result}")
+        table.add_row(row.check, Text(row.where), result, Text(row.mend))
+    console.print(table)
+    wrong = sum(row.level == "wrong" for row in rows)
+    console.print(f"{wrong} of {len(rows)} checks are wrong" if wrong else "all is well")
+    if wrong:
+        raise typer.Exit(1)
 
 
 @app.command("config")

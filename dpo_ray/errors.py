@@ -25,6 +25,14 @@ class StorageError(UserError):
     """A URI that cannot be read or written."""
 
 
+class RunHeldError(UserError):
+    """Another driver is training this run."""
+
+
+class LeaseLostError(FinalError):
+    """Another driver has taken this run over; going on would be two drivers writing one run."""
+
+
 class RowError(DpoRayError):
     """One row cannot become a pair; the message is the reason written to the rejects."""
 

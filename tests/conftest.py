@@ -35,10 +35,35 @@ class S3Server:
     bucket: str
     process: subprocess.Popen[bytes]
     folder: Path
+    weed: str
+    master: str
+    filer: str
 
     def uri(self, prefix: str = "") -> str:
         """An s3:// URI within the bucket."""
         return f"s3://{self.bucket}/{prefix}".rstrip("/")
+
+    def admin(self, *commands: str) -> str:
+        """Runs commands of SeaweedFS's shell and returns what they print."""
+        done = subprocess.run(
+            [self.weed, "shell", f"-master={self.master}", f"-filer={self.filer}"],
+            input="".join(f"{command}\n" for command in commands),
+            env={"PATH": os.environ["PATH"], "HOME": str(self.folder)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        )
+        return done.stdout + done.stderr
+
+    def identity(self, name: str, bucket: str, *actions: str) -> dict[str, str]:
+        """A new user, allowed some of Read, Write and List in one bucket; its credentials as environment variables."""
+        key, secret = f"{name}-{secrets.token_hex(6)}", secrets.token_hex(20)
+        self.admin(
+            f"s3.configure -user {key} -access_key {key} -secret_key {secret} "
+            f"-buckets {bucket} -actions {','.join(actions)} -apply"
+        )
+        return {"AWS_ACCESS_KEY_ID": key, "AWS_SECRET_ACCESS_KEY": secret}
 
 
 @contextlib.contextmanager
@@ -139,7 +164,8 @@ def s3_server() -> Iterator[S3Server]:
             environment.setenv("AWS_DEFAULT_REGION", "us-east-1")
             for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3"):
                 environment.delenv(name, raising=False)
-            server = S3Server(endpoint, bucket, process, folder)
+            places = (f"127.0.0.1:{master}", f"127.0.0.1:{filer}")
+            server = S3Server(endpoint, bucket, process, folder, weed, *places)
             _check_round_trip(server.uri("self-check"))
             yield server
 

@@ -31,7 +31,7 @@ ROWS_PER_READ = 1000
 RAW_SCHEMA = pa.schema(
     [("file", pa.int64()), ("row", pa.int64()), ("text", pa.large_binary()), ("num_bytes", pa.int64())]
 )
-_REJECTS_SHOWN = 5
+_Good = tuple[Tokenized, str, int]  # With source and row.
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,9 +157,11 @@ def make_runs(block: pa.Table, job: Job) -> pa.Table:
 
 
 def _make_runs(block: pa.Table, job: Job, place: str, first: str) -> dict[str, Any]:
-    good: dict[str, list[tuple[Tokenized, str, int]]] = {"train": [], "eval": []}
+    tables: dict[str, list[pa.Table]] = {"train": [], "eval": []}
     rejects, counts = list[dict[str, Any]](), Counter[str]()
+    # Arrow tables at once: as Python objects short pairs take ten times the memory of their tokens.
     for start in range(0, block.num_rows, ROWS_PER_READ):
+        good: dict[str, list[_Good]] = {split: [] for split in tables}
         for file, row, text, made in _tokenize(block.slice(start, ROWS_PER_READ), job):
             counts["rows"] += 1
             if isinstance(made, RowError):
@@ -174,17 +176,18 @@ def _make_runs(block: pa.Table, job: Job, place: str, first: str) -> dict[str, A
                 counts["answers_cut"] += sum(cut > 0 for cut in made.answer_tokens_cut)
                 counts["tokens_cut"] += made.prompt_tokens_cut + sum(made.answer_tokens_cut)
                 counts["prompts_differ"] += made.prompt_differs
+        for split, pairs in good.items():
+            counts[f"good_{split}"] += len(pairs)
+            tables[split].append(_run_table(pairs))
     counts["rejects"] = len(rejects)
-    counts |= {f"good_{split}": len(made) for split, made in good.items()}
     if rejects:
         storage.write_json_lines(storage.join(job.uri, "rejects", f"{first}.jsonl"), rejects)
     written = {
-        split: asdict(runs.write_run(f"{place}.{split}.arrow", _run_table(made)))
-        for split, made in good.items()
-        if made
+        split: asdict(runs.write_run(f"{place}.{split}.arrow", pa.concat_tables(parts)))
+        for split, parts in tables.items()
+        if counts[f"good_{split}"]
     }
-    first_rejects = [{**reject, "text": ""} for reject in rejects[:_REJECTS_SHOWN]]
-    return {"counts": counts, "runs": written, "rejects": first_rejects}
+    return {"counts": counts, "runs": written}
 
 
 def _tokenize(block: pa.Table, job: Job) -> Iterator[tuple[SourceFile, int, bytes, Tokenized | RowError]]:
@@ -232,7 +235,7 @@ def json_object(text: bytes) -> dict[str, Any]:
     return value
 
 
-def _run_table(made: list[tuple[Tokenized, str, int]]) -> pa.Table:
+def _run_table(made: list[_Good]) -> pa.Table:
     table = store.table_of([tokenized.pair for tokenized, _, _ in made])
     sources = pa.array([source for _, source, _ in made], pa.string())
     numbers = pa.array([row for _, _, row in made], pa.int64())

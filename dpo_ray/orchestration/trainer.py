@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import importlib.metadata
 import logging
@@ -23,17 +24,21 @@ from ray.util.queue import Empty, Queue
 from dpo_ray import errors, storage
 from dpo_ray.config import Config, changed_keys
 from dpo_ray.errors import ConfigError, FinalError
-from dpo_ray.orchestration.prepare import prepare
+from dpo_ray.lease import RunLease
+from dpo_ray.orchestration.preflight import ensure_cluster_answers, ensure_resources
+from dpo_ray.orchestration.prepare import Survey, prepare, survey
 from dpo_ray.orchestration.reference_filler import (
     ReferenceFiller,
     chunks_in_order_of_need,
     open_reference_store,
 )
 from dpo_ray.orchestration.stream import LOAD_CPUS, LOADS_IN_FLIGHT, Places, StreamConfig, make_plan
+from dpo_ray.orchestration.watch import Watcher
 from dpo_ray.orchestration.worker import final_error, stop_uri, work
 from dpo_ray.pairs.plan import Plan
 from dpo_ray.pairs.store import PairStore
 from dpo_ray.training import manifest
+from dpo_ray.training.trackers import check_trackers
 
 Publish = Callable[[dict[str, Any]], None]
 
@@ -57,19 +62,6 @@ class Result:
     eval_metrics: dict[str, float]
 
 
-class Watcher:
-    """What the driver tells while it works; the command line shows it, and nothing depends on it."""
-
-    def phase(self, text: str) -> None:
-        """A phase of the run begins."""
-
-    def planned(self, plan: Plan, position: int) -> None:
-        """Training is about to begin at a position."""
-
-    def line(self, line: dict[str, Any]) -> None:
-        """A line of metrics arrived."""
-
-
 def start_ray(config: Config) -> None:
     """Connects to the cluster named by RAY_ADDRESS, or starts Ray on this machine."""
     context = ray.data.DataContext.get_current()
@@ -81,7 +73,8 @@ def start_ray(config: Config) -> None:
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # What matters is raised, or in the log files.
     logging_options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if os.environ.get("RAY_ADDRESS"):
+    if address := os.environ.get("RAY_ADDRESS"):
+        ensure_cluster_answers(address)
         ray.init(**logging_options)
         return
     # Ray's C++ side writes its errors to the terminal too; what they lead to is raised here.
@@ -114,16 +107,31 @@ def train(config: Config, watcher: Watcher | None = None) -> Result:
         FinalError: Anything else that would fail again.
     """
     watcher = watcher or Watcher()
+    check_trackers(config)
+    storage.check_reachable(config.storage_path)
     _refuse_changed_config(config)
     if finished := finished_run(config):
         watcher.phase(f"{config.run_uri} is finished: nothing to do")
         return finished
+    watcher.phase("looking at the pairs")
+    found = survey(config, watcher)
+    with RunLease(config.run_uri, watcher.phase, _interrupt_here()):
+        return _train(config, watcher, found)
+
+
+def _interrupt_here() -> Callable[[], None]:
+    """What ends the training of this thread as Ctrl-C would; nothing reaches a thread that is not the main one."""
+    is_main = threading.current_thread() is threading.main_thread()
+    return _thread.interrupt_main if is_main else lambda: None
+
+
+def _train(config: Config, watcher: Watcher, found: Survey) -> Result:
     start_ray(config)
+    ensure_resources(config, references=False)
     storage.remove(stop_uri(config))
-    watcher.phase("preparing pairs")
     filler = None
     try:
-        pairs = prepare(config)
+        pairs = prepare(config, watcher, found)
         if config.train.eval_every_steps and not pairs.eval:
             raise ConfigError(
                 f"train.eval_every_steps is set, but of {pairs.counts['rows']} rows none was held out: "
@@ -131,12 +139,13 @@ def train(config: Config, watcher: Watcher | None = None) -> Result:
             )
         plan = make_plan(config, pairs)
         _write_config(config, plan, pairs)
-        found = manifest.newest(config.run_uri)
-        position = found[1].step if found else 0
+        newest = manifest.newest(config.run_uri)
+        position = newest[1].step if newest else 0
         reference = open_reference_store(config) if config.needs_reference else None
         watcher.planned(plan, position)
         if reference is not None:
             filler = ReferenceFiller(config, pairs, chunks_in_order_of_need(config, plan, pairs, position), reference)
+            ensure_resources(config, references=bool(filler.missing))
             filler.start()
         _fit(config, Places(pairs.uri, reference.uri if reference else None), watcher.line)
     except Exception as error:
@@ -267,15 +276,22 @@ def _raise_if_stopped(config: Config) -> None:
         raise kind(stopped["message"])
 
 
-def fill_reference(config: Config) -> tuple[int, str]:
+def fill_reference(config: Config, watcher: Watcher | None = None) -> tuple[int, str]:
     """Scores all pairs that have no scores yet, training or not.
+
+    Args:
+        config: The run.
+        watcher: Told what happens; None for silence.
 
     Returns:
         Pairs scored now, and the reference store.
     """
+    storage.check_reachable(config.storage_path)
+    found = survey(config, watcher)
     start_ray(config)
+    ensure_resources(config, workers=False)
     with final_errors():
-        pairs = prepare(config)
+        pairs = prepare(config, watcher, found)
     reference = open_reference_store(config)
     chunks = chunks_in_order_of_need(config, make_plan(config, pairs), pairs, 0)
     filler = ReferenceFiller(config, pairs, chunks, reference)

@@ -77,6 +77,7 @@ def _context(config: Config, places: Places, board: Any) -> WorkerContext:
         publish=board,
         total_steps=feed.plan.total_steps,
         steps_per_epoch=feed.plan.steps_per_epoch,
+        sources=feed.sources,
     )
 
 

@@ -6,6 +6,7 @@ Every rank runs `train`. It knows nothing of Ray: batches, rank and the place to
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from functools import partial
 
 from dpo_ray.config import Config
@@ -30,6 +31,12 @@ def train(config: Config, context: WorkerContext) -> None:
 
     Collective: all ranks.
     """
+    recorder = Recorder(config, context.attempt, context.publish) if context.rank == 0 else None
+    with recorder or nullcontext():
+        _train(config, context, recorder)
+
+
+def _train(config: Config, context: WorkerContext, recorder: Recorder | None) -> None:
     model = sharded_policy(config.model, context.device)
     optimizer = build_optimizer(model, config.optimizer)
     learning_rate = learning_rate_at(config.optimizer, context.total_steps)
@@ -37,7 +44,6 @@ def train(config: Config, context: WorkerContext) -> None:
     attempt, state = context.attempt, TrainState()
     if attempt.checkpoint is not None:
         state = checkpoint.load(config.run_uri, attempt.checkpoint, model, optimizer)
-    recorder = Recorder(config, attempt, context.publish) if context.rank == 0 else None
 
     step_ended = asked = time.perf_counter()
     for batch in context.batches:
@@ -48,7 +54,7 @@ def train(config: Config, context: WorkerContext) -> None:
             group["lr"] = rate
         result = train_step(model, optimizer, batch, objective, config.optimizer.max_grad_norm)
         state.step, state.num_tokens = batch.step, state.num_tokens + int(result.num_tokens)
-        line = step_line(state, batch, result, rate, context.steps_per_epoch)
+        line = step_line(context, state, batch, result, rate)
         if state.step == 1 and config.checks.first_step:
             check_first_step(config, result)
         before, step_ended = step_ended, time.perf_counter()

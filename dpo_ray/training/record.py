@@ -1,25 +1,23 @@
-"""What rank 0 writes down: metrics.jsonl, ledger.jsonl and TensorBoard events."""
+"""What rank 0 writes down: metrics.jsonl, ledger.jsonl and what the trackers show."""
 
 from __future__ import annotations
 
-import os
-import tempfile
 import time
 from collections.abc import Callable, Sequence
+from types import TracebackType
 from typing import Any
-
-from torch.utils.tensorboard import SummaryWriter
 
 from dpo_ray import storage
 from dpo_ray.config import Config
 from dpo_ray.pairs.plan import batch_digest
+from dpo_ray.training.trackers import Point, open_trackers
 from dpo_ray.types import Attempt
 
 FLUSH_INTERVAL_S = 10.0
 
 
 class Recorder:
-    """Records steps and evaluations; `flush` makes all of it durable."""
+    """Records steps and evaluations; `flush` makes all of it durable. A context manager: its exit ends the trackers."""
 
     def __init__(self, config: Config, attempt: Attempt, publish: Callable[[dict[str, Any]], None]) -> None:
         """Drops what was recorded after the attempt's position: those steps are done again.
@@ -27,18 +25,30 @@ class Recorder:
         Args:
             config: The run.
             attempt: This start of the worker group.
-            publish: Called with each line.
+            publish: Called with each line, and with `{"warning": text}` when a tracker is in trouble.
+
+        Raises:
+            ConfigError: The package of a tracker is not installed.
         """
         run_uri, position = config.run_uri, attempt.position
+        self._run_uri = run_uri
         self._metrics = storage.JsonLines(storage.join(run_uri, "metrics.jsonl"), position)
         self._ledger = storage.JsonLines(storage.join(run_uri, "ledger.jsonl"), position)
         self._about = {"attempt": attempt.attempt, "world_size": attempt.world_size}
         self._full = config.train.ledger == "full"
         self._publish = publish
-        self._events_uri = storage.join(run_uri, "tensorboard")
-        self._events = tempfile.TemporaryDirectory(prefix="dpo_ray-events-")
-        self._writer = SummaryWriter(self._events.name, purge_step=position + 1)
+        self._trackers = open_trackers(config, position, publish)
         self._flushed = time.monotonic()
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        links = {"run": self._run_uri} if error is not None else self._links()
+        for tracker in self._trackers:
+            tracker.finish(links, failed=error is not None)
 
     def step(self, line: dict[str, Any], pair_ids: Sequence[bytes]) -> None:
         """Records one optimizer step: its metrics, and which pairs it saw."""
@@ -53,16 +63,20 @@ class Recorder:
     def line(self, line: dict[str, Any]) -> None:
         """Records a line of metrics."""
         self._metrics.append(line)
-        for name, value in line.items():
-            if name != "step":
-                self._writer.add_scalar(name, value, line["step"])
+        for tracker in self._trackers:
+            tracker.log([Point.of(line)])
         self._publish(line)
 
     def flush(self) -> None:
         """Makes everything recorded so far durable."""
         self._metrics.flush()
         self._ledger.flush()
-        self._writer.flush()
-        for name in os.listdir(self._events.name):
-            storage.upload(os.path.join(self._events.name, name), storage.join(self._events_uri, name))
+        for tracker in self._trackers:
+            tracker.flush()
         self._flushed = time.monotonic()
+
+    def _links(self) -> dict[str, str]:
+        """Where what the run left is; the report only where there is one."""
+        links = {"run": self._run_uri, "export": storage.join(self._run_uri, "export")}
+        report = storage.join(self._run_uri, "report.html")
+        return {**links, "report": report} if storage.exists(report) else links

@@ -1,6 +1,12 @@
 """Storage on a local path and on a real S3 server: the same behaviour."""
 
+import contextlib
 import gzip
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -50,7 +56,7 @@ def test_expand_and_decompress(place: str) -> None:
     assert [uri.removeprefix(place) for uri in storage.expand(place)] == ["/deep/y.jsonl", "/x.jsonl.gz"]
     assert [uri.removeprefix(place) for uri in storage.expand(place + "/*.gz")] == ["/x.jsonl.gz"]
     assert storage.expand(storage.join(place, "x.jsonl.gz")) == [storage.join(place, "x.jsonl.gz")]
-    with storage.open_read(storage.join(place, "x.jsonl.gz")) as file:
+    with storage.open_read(storage.join(place, "x.jsonl.gz")) as (file, _):
         assert list(file) == [b"1\n", b"2\n"]
     with pytest.raises(StorageError, match="no such file"):
         storage.expand(storage.join(place, "*.parquet"))
@@ -68,16 +74,115 @@ def test_json_lines_drop_what_will_be_done_again(place: str) -> None:
     assert storage.read_json_lines(uri) == [{"step": 1}, {"step": 2}, {"step": 3}, {"step": 4, "again": True}]
 
 
-def test_problems_are_explained(monkeypatch: pytest.MonkeyPatch, s3_server: S3Server) -> None:
-    with pytest.raises(StorageError, match=r"nosuch://x/y"):
-        storage.read_bytes("nosuch://x/y")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    # Another bucket name makes s3fs open a new session, with the wrong secret.
-    uri = s3_server.uri("denied")
-    fs, _ = storage.filesystem(uri)
-    fs.clear_instance_cache()
+def test_one_of_many_creates_an_object(place: str) -> None:
+    """Eight processes, twenty objects: each has one winner, and holds what that one wrote."""
+    code = """
+import sys
+from dpo_ray import storage
+print("ready", flush=True)
+sys.stdin.readline()
+for number in range(20):
+    print(storage.create(f"{sys.argv[1]}/{number}", f"{sys.argv[2]} wrote {number}".encode() * 1000))
+"""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, place, str(rank)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for rank in range(8)
+    ]
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    won = [process.communicate()[0].split() for process in processes]
+    for number in range(20):
+        (winner,) = (rank for rank in range(8) if won[rank][number] == "True")
+        assert storage.read_bytes(f"{place}/{number}") == f"{winner} wrote {number}".encode() * 1000
+    assert storage.list_names(place) == sorted(str(number) for number in range(20))
+
+
+def test_a_repeated_request_knows_its_own_object(place: str) -> None:
+    uri = storage.join(place, "deep", "once")
+    assert storage.create(uri, b"ours")
+    # As when the answer to the first request was lost.
+    assert storage.create(uri, b"ours")
+    assert not storage.create(uri, b"theirs")
+    assert storage.read_bytes(uri) == b"ours"
+
+
+@contextlib.contextmanager
+def credentials(monkeypatch: pytest.MonkeyPatch, **changed: str) -> Iterator[None]:
+    """Another identity; s3fs keeps its sessions, so that they are dropped before and after."""
+    fs, _ = storage.filesystem("s3://any/thing")
     try:
-        with pytest.raises(StorageError, match=uri):
-            storage.write_bytes(uri, b"x")
+        with monkeypatch.context() as context:
+            for name, value in changed.items():
+                context.setenv(name, value)
+            fs.clear_instance_cache()
+            yield
     finally:
         fs.clear_instance_cache()
+
+
+def test_a_missing_bucket_is_not_a_missing_object(s3_server: S3Server) -> None:
+    uri = "s3://no-such-bucket/folder/object"
+    for request in (storage.exists, storage.read_bytes, storage.list_names, storage.expand, storage.remove):
+        with pytest.raises(StorageError, match=f"{uri}: there is no such bucket"):
+            request(uri)
+    with pytest.raises(StorageError, match="there is no such bucket"):
+        storage.expand("s3://no-such-bucket/*.jsonl")
+
+
+def test_problems_are_explained(monkeypatch: pytest.MonkeyPatch, s3_server: S3Server) -> None:
+    with pytest.raises(StorageError, match=r"nosuch://x/y: Protocol not known"):
+        storage.read_bytes("nosuch://x/y")
+    uri = s3_server.uri("denied")
+    with credentials(monkeypatch, AWS_SECRET_ACCESS_KEY="wrong"):
+        # Neither is told by the server: a HEAD has no room for a reason.
+        for request in (storage.exists, storage.read_bytes, lambda uri: storage.write_bytes(uri, b"x")):
+            with pytest.raises(StorageError, match=f"{uri}: the secret does not belong to the access key"):
+                request(uri)
+    with (
+        credentials(monkeypatch, AWS_ENDPOINT_URL="http://127.0.0.1:9"),
+        pytest.raises(StorageError, match="cannot connect to http://127.0.0.1:9: nothing listens"),
+    ):
+        storage.check_reachable(uri)
+    with pytest.raises(StorageError, match="^nosuch://x/y: ") as caught:
+        storage.read_bytes("nosuch://name:password@x/y")
+    assert "password" not in str(caught.value)
+
+
+def test_what_may_not_be_deleted_is_told(monkeypatch: pytest.MonkeyPatch, s3_server: S3Server) -> None:
+    """S3 answers a refused deletion with success, and the refusal inside."""
+    uri = s3_server.uri("kept/object")
+    storage.write_bytes(uri, b"x")
+    reader = s3_server.identity("reader", s3_server.bucket, "Read", "List")
+    with credentials(monkeypatch, **reader), pytest.raises(StorageError, match="could not be deleted.*DeleteObject"):
+        storage.remove(uri)
+    assert storage.exists(uri)
+
+
+def test_a_hanging_server_is_given_up_at_the_start(monkeypatch: pytest.MonkeyPatch, s3_server: S3Server) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        began = time.monotonic()
+        with (
+            credentials(monkeypatch, AWS_ENDPOINT_URL=endpoint),
+            pytest.raises(StorageError, match=f"{endpoint} does not answer"),
+        ):
+            storage.check_reachable("s3://any/thing")
+        assert time.monotonic() - began < 15
+
+
+def test_places_that_are_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    inside = str(tmp_path / "file" / "deep" / "object")
+    for request in (storage.exists, storage.read_bytes, lambda uri: storage.write_bytes(uri, b"x")):
+        with pytest.raises(StorageError, match=f"a file stands where a folder is needed.*{tmp_path}/file"):
+            request(inside)
+    with pytest.raises(StorageError, match="a folder stands where a file is needed"):
+        storage.write_bytes(str(tmp_path), b"x")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

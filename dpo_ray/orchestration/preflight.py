@@ -1,0 +1,551 @@
+"""Before a run: `ensure_resources` refuses what could never start, `examine` is what `dpo-ray doctor` shows."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from dpo_ray import storage
+from dpo_ray.config import Config
+from dpo_ray.errors import ConfigError, DpoRayError
+from dpo_ray.model.files import check_vocabulary, first_line, load_tokenizer, model_config
+from dpo_ray.orchestration.stream import LOAD_CPUS
+from dpo_ray.pairs.tokenize import Limits, PairTokenizer
+
+Level = Literal["ok", "note", "wrong"]
+
+PACKAGES = ("dpo_ray", "ray", "torch", "transformers")
+CONNECT_TIMEOUT_S = 10.0
+NODE_TIMEOUT_S = 120.0
+MAX_CLOCK_SKEW_S = 2.0
+# Ray stops spilling to a disk that is fuller than this.
+MAX_DISK_USED = 0.95
+MIN_SHM_BYTES = 2**30
+GIB = 2**30
+# Of a model's folder, all but the weights.
+SMALL_FILE_BYTES = 64 * 2**20
+_DRIVER = "driver"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One finding.
+
+    Attributes:
+        check: What was looked at.
+        where: On which node, or at which place.
+        level: `wrong` would stop or spoil a run; a `note` would not.
+        result: What was found.
+        mend: What to do about it.
+    """
+
+    check: str
+    where: str
+    level: Level
+    result: str
+    mend: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeReport:
+    """What a node tells about itself.
+
+    Attributes:
+        versions: Of Python and the packages that must be the same everywhere.
+        num_gpus: GPUs that torch has computed on.
+        gpu_error: Why it could not.
+        disk: Bytes free and bytes in all where Ray keeps its temporary files.
+        shm_free: Bytes free in shared memory; None where there is none.
+        storage_error: Why the marker could not be written.
+        unreadable: What this node cannot read of the model and the data, and why.
+    """
+
+    versions: dict[str, str]
+    num_gpus: int
+    gpu_error: str
+    disk: tuple[int, int]
+    shm_free: int | None
+    storage_error: str
+    unreadable: list[str]
+
+
+def ensure_cluster_answers(address: str) -> None:
+    """Refuses an address where nothing listens: Ray would try for minutes.
+
+    Args:
+        address: The value of RAY_ADDRESS.
+
+    Raises:
+        ConfigError: Nothing listens there.
+    """
+    host, _, port = address.rpartition(":")
+    if "/" in address or not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise ConfigError(
+            f"RAY_ADDRESS: no Ray cluster answers at {address} ({error}): correct it, start the cluster "
+            "(`ray start --head`), or unset RAY_ADDRESS to use this machine alone"
+        ) from None
+
+
+def ensure_resources(config: Config, workers: bool = True, references: bool = True) -> None:
+    """Refuses what the cluster could never start, which Ray would wait for without end.
+
+    Args:
+        config: The run.
+        workers: Whether policy workers will be asked for.
+        references: Whether reference actors will be.
+
+    Raises:
+        ConfigError: More is asked for than the cluster has, or can grow to.
+    """
+    nodes = _possible_nodes()
+    if nodes is None:
+        return
+    total: dict[str, float] = {}
+    for key, count, each in _demands(config, workers, references):
+        room = sum(times * _how_often(each, resources) for resources, times in nodes)
+        if room < count:
+            raise ConfigError(
+                f"{key}: {count} x {_text(each)}: the cluster has room for {_number(room)} of them at most; "
+                f"lower {key} or what each asks for, or add nodes ({_describe(nodes)})"
+            )
+        for name, amount in each.items():
+            total[name] = total.get(name, 0.0) + count * amount
+    for name, amount in total.items():
+        most = sum(times * resources.get(name, 0.0) for resources, times in nodes)
+        if amount > most:
+            raise ConfigError(
+                f"scaling.workers and reference.replicas: together they need {_number(amount)} {name}, the cluster can "
+                f"have at most {_number(most)}; ask for less, add nodes, or score ahead with `dpo-ray reference`"
+            )
+
+
+def _demands(config: Config, workers: bool, references: bool) -> list[tuple[str, int, dict[str, float]]]:
+    scaling, reference = config.scaling, config.reference
+    asked: list[tuple[str, int, dict[str, float]]] = []
+    if workers:
+        asked.append(
+            ("scaling.workers", scaling.workers, {"CPU": scaling.cpus_per_worker, "GPU": scaling.gpus_per_worker})
+        )
+        asked.append(("loading pairs", 1, {"CPU": LOAD_CPUS}))
+    if references and config.needs_reference:
+        each = {"CPU": reference.cpus_per_replica, "GPU": reference.gpus_per_replica, **reference.resources_per_replica}
+        asked.append(("reference.replicas", reference.replicas, each))
+    return [(key, count, {name: amount for name, amount in each.items() if amount}) for key, count, each in asked]
+
+
+def _possible_nodes() -> list[tuple[dict[str, float], float]] | None:
+    """Resources of nodes, and how many such nodes there can be; None where nobody knows how far a cluster grows."""
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    group_of = [node.get("Labels", {}).get("ray.io/node-group") for node in alive]
+    known = ray._private.state.state.get_cluster_config()
+    groups = {group.name: group for group in known.node_group_configs} if known else {}
+    if not groups and (any(group_of) or _has_autoscaler()):
+        return None
+    nodes = [(node["Resources"], 1.0) for node, group in zip(alive, group_of, strict=True) if group not in groups]
+    for group in groups.values():
+        resources = {name: math.inf if amount == -1 else float(amount) for name, amount in group.resources.items()}
+        nodes.append((resources, math.inf if group.max_count == -1 else float(group.max_count)))
+    return nodes
+
+
+def _has_autoscaler() -> bool:
+    from ray.autoscaler.v2.utils import is_autoscaler_v2
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    if is_autoscaler_v2(fetch_from_server=True):
+        return True
+    # Without an autoscaler its monitor only mirrors the nodes, each as a type of its own.
+    status = json.loads(_internal_kv_get("__autoscaling_status") or "{}")
+    types = (status.get("autoscaler_report") or {}).get("active_nodes") or {}
+    return any(not name.startswith("node_") for name in types)
+
+
+def _how_often(each: dict[str, float], resources: dict[str, float]) -> float:
+    return min((resources.get(name, 0.0) + 1e-6) // amount for name, amount in each.items())
+
+
+def _text(resources: dict[str, float]) -> str:
+    return "{" + ", ".join(f"{name}: {_number(amount)}" for name, amount in resources.items()) + "}"
+
+
+def _number(value: float) -> str:
+    return f"{value:g}"
+
+
+def _describe(nodes: list[tuple[dict[str, float], float]]) -> str:
+    hidden = ("node:", "memory", "object_store_memory", "accelerator_type:")
+    counts: dict[str, float] = {}
+    for resources, times in nodes:
+        shown = {name: amount for name, amount in resources.items() if not name.startswith(hidden)}
+        text = _text(dict(sorted(shown.items())))
+        counts[text] = counts.get(text, 0.0) + times
+    return "it has " + ", ".join(f"{_number(times)} x {text}" for text, times in sorted(counts.items()))
+
+
+def examine(config: Config, connect: Callable[[], None]) -> list[Row]:
+    """Looks at everything that a run needs; a check that fails is a row too.
+
+    Args:
+        config: The run.
+        connect: Connects to Ray, or starts it.
+    """
+    probe = storage.join(config.storage_path, f".doctor-{uuid.uuid4().hex}")
+    rows = _guarded("storage", "this machine", lambda: _check_storage(config.storage_path, probe))
+    rows += _guarded("pairs", "this machine", lambda: _check_data(config))
+    rows += _guarded("model", config.model.path, lambda: _check_model(config))
+    if config.needs_reference and config.reference_path != config.model.path:
+        rows += _guarded("reference", config.reference_path, lambda: _check_weights("reference", config.reference_path))
+    connected = _guarded("Ray", os.environ.get("RAY_ADDRESS") or "this machine", lambda: _connect(connect))
+    rows += connected
+    if all(row.level == "ok" for row in connected):
+        rows += _guarded("resources", "cluster", lambda: _check_resources(config))
+        rows += _guarded("authentication", "cluster", _check_authentication)
+        rows += _guarded("nodes", "cluster", lambda: _check_nodes(config, probe))
+    _guarded("storage", "this machine", lambda: storage.remove(probe) or [])  # type: ignore[func-returns-value]
+    return _merged(rows)
+
+
+def _guarded(check: str, where: str, look: Callable[[], list[Row]]) -> list[Row]:
+    try:
+        return look()
+    except Exception as error:
+        return [Row(check, where, "wrong", _message(error), "as the result says")]
+
+
+def _message(error: BaseException) -> str:
+    """What an error says, without what Ray wraps around it."""
+    cause = getattr(error, "cause", None)
+    inner = cause if isinstance(cause, BaseException) else error
+    return str(inner) if isinstance(inner, DpoRayError) else f"{type(inner).__name__}: {first_line(inner)}"  # type: ignore[arg-type]
+
+
+def _merged(rows: Iterable[Row]) -> list[Row]:
+    """Equal findings of several nodes as one row."""
+    places: dict[tuple[str, Level, str, str], list[str]] = {}
+    for row in rows:
+        places.setdefault((row.check, row.level, row.result, row.mend), []).append(row.where)
+    merged = []
+    for (check, level, result, mend), where in places.items():
+        more = f" and {len(where) - 3} more" if len(where) > 3 else ""
+        merged.append(Row(check, ", ".join(where[:3]) + more, level, result, mend))
+    return merged
+
+
+def _connect(connect: Callable[[], None]) -> list[Row]:
+    connect()
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    return [Row("Ray", os.environ.get("RAY_ADDRESS") or "this machine", "ok", f"{len(nodes)} nodes alive")]
+
+
+def _check_storage(place: str, probe: str) -> list[Row]:
+    storage.check_reachable(place)
+    uri = storage.join(probe, _DRIVER)
+    storage.write_bytes(uri, uri.encode())
+    if storage.read_bytes(uri) != uri.encode() or storage.list_names(probe) != [_DRIVER]:
+        return [Row("storage", place, "wrong", "what was written is not what is read", "use another storage_path")]
+    rows = [Row("storage", "this machine", "ok", f"{place} can be read and written")]
+    once = storage.join(probe, "once")
+    first, second = storage.create(once, b"first"), storage.create(once, b"second")
+    if (first, second) == (True, False):
+        return [*rows, Row("conditional writes", place, "ok", "supported")]
+    mend = "see to it that no run is started twice at the same moment"
+    return [*rows, Row("conditional writes", place, "note", "not supported by this server", mend)]
+
+
+def _check_data(config: Config) -> list[Row]:
+    rows = []
+    for pattern in [*config.data.train, *config.data.eval]:
+        files = storage.expand(pattern)
+        num_bytes = sum(storage.size(uri) for uri in files)
+        rows.append(Row("pairs", pattern, "ok", f"{len(files)} files, {num_bytes:,} bytes"))
+    return rows
+
+
+def _check_model(config: Config) -> list[Row]:
+    """The policy: its weights are whole, its tokenizer loads, fits and can do what the configuration asks."""
+    rows = _check_weights("model", config.model.path)
+    tokenizer_uri = config.model.tokenizer or config.model.path
+    with tempfile.TemporaryDirectory(prefix="dpo_ray-doctor-") as folder:
+        policy = _small_files(config.model.path, os.path.join(folder, "model"))
+        beside = _small_files(tokenizer_uri, os.path.join(folder, "tokenizer"))
+        try:
+            tokenizer = load_tokenizer(beside)
+            check_vocabulary(policy, tokenizer)
+            PairTokenizer(tokenizer, config.data.chat_template, Limits(config.data.max_length))
+        except ConfigError as error:
+            shown = str(error).replace(policy, config.model.path).replace(beside, tokenizer_uri)
+            return [*rows, Row("tokenizer", tokenizer_uri, "wrong", shown, "as the result says")]
+    return [*rows, Row("tokenizer", tokenizer_uri, "ok", f"{len(tokenizer)} tokens, as the model has or fewer")]
+
+
+def _check_weights(check: str, uri: str) -> list[Row]:
+    """A model's configuration and, by their headers alone, its weights."""
+    if not storage.exists(storage.join(uri, "config.json")):
+        return [Row(check, uri, "wrong", "no config.json there", "give a transformers directory (local or s3://)")]
+    with tempfile.TemporaryDirectory(prefix="dpo_ray-doctor-") as folder:
+        storage.download(storage.join(uri, "config.json"), os.path.join(folder, "config.json"))
+        model_type = model_config(folder).model_type
+    names = storage.list_names(uri)
+    files = [name for name in names if name.endswith(".safetensors")]
+    problems, tensors = [], dict[str, str]()
+    for name in files:
+        found = _tensors(storage.join(uri, name))
+        if isinstance(found, str):
+            problems.append(f"{name}: {found}")
+        else:
+            tensors.update(dict.fromkeys(found, name))
+    if not files:
+        problems.append("no .safetensors file there")
+    for name in names:
+        if name.endswith(".safetensors.index.json"):
+            promised = storage.read_json(storage.join(uri, name))["weight_map"]
+            missing = sorted({file for tensor, file in promised.items() if tensors.get(tensor) != file})
+            problems += [f"{file}: lacks what {name} promises" for file in missing if not _named(problems, file)]
+    if problems:
+        return [Row(check, uri, "wrong", "; ".join(problems), "copy the model again, as .safetensors files")]
+    return [Row(check, uri, "ok", f"{model_type}, {len(tensors)} tensors in {len(files)} files, all there")]
+
+
+def _named(problems: list[str], file: str) -> bool:
+    return any(problem.startswith(f"{file}:") for problem in problems)
+
+
+def _tensors(uri: str) -> list[str] | str:
+    """Names of the tensors of a safetensors file, or what is wrong with it; their data are not read."""
+    size = storage.size(uri)
+    try:
+        (header_bytes,) = struct.unpack("<Q", storage.read_bytes(uri, 0, 8))
+        header = json.loads(storage.read_bytes(uri, 8, 8 + header_bytes)) if 8 + header_bytes <= size else None
+    except (struct.error, ValueError):
+        return "not a safetensors file"
+    if header is None:
+        return f"cut off: {size} bytes, its header alone has {header_bytes}"
+    header.pop("__metadata__", None)
+    whole = 8 + header_bytes + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+    return list(header) if size == whole else f"{size} bytes instead of {whole}"
+
+
+def _small_files(uri: str, folder: str) -> str:
+    """Copies what a model's folder has besides weights. Returns where to."""
+    os.makedirs(folder)
+    for name in storage.list_names(uri):
+        place = storage.join(uri, name)
+        if name.endswith((".json", ".jinja", ".model", ".txt")) and storage.size(place) <= SMALL_FILE_BYTES:
+            storage.download(place, os.path.join(folder, name))
+    return folder
+
+
+def _check_resources(config: Config) -> list[Row]:
+    ensure_resources(config)
+    asked = [f"{count} x {_text(each)} for {key}" for key, count, each in _demands(config, True, True)]
+    if _possible_nodes() is None:
+        result = f"{'; '.join(asked)}: how far the autoscaler goes is not known"
+        return [Row("resources", "cluster", "note", result)]
+    return [Row("resources", "cluster", "ok", "; ".join(asked))]
+
+
+def _check_authentication() -> list[Row]:
+    """Whoever reaches a cluster without it can run code there; on loopback that is this machine's users alone."""
+    from ray._private.authentication.authentication_utils import is_token_auth_enabled
+
+    if is_token_auth_enabled():
+        return [Row("authentication", "cluster", "ok", "token authentication is on")]
+    if not os.environ.get("RAY_ADDRESS"):
+        return [Row("authentication", "cluster", "ok", "not needed: Ray of this machine alone")]
+    dashboard = ray._private.worker.get_dashboard_url() or ""
+    host = urlsplit(f"//{dashboard}").hostname
+    mend = "`ray get-auth-token --generate`, then RAY_AUTH_MODE=token on all nodes and clients"
+    if host in (None, "127.0.0.1", "localhost", "::1"):
+        return [Row("authentication", "cluster", "note", "off; the dashboard listens on loopback only", mend)]
+    return [Row("authentication", "cluster", "wrong", f"off, and the dashboard listens on {dashboard}", mend)]
+
+
+def _check_nodes(config: Config, probe: str) -> list[Row]:
+    nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
+    where = {node_id: f"{node['NodeManagerHostname']} {node_id[:6]}" for node_id, node in nodes.items()}
+    markers = {node_id: storage.join(probe, node_id) for node_id in nodes}
+    inputs = _inputs(config)
+    looks = {
+        node_id: _on(node_id, _look).remote(markers[node_id], inputs, bool(nodes[node_id]["Resources"].get("GPU")))
+        for node_id in nodes
+    }
+    reports, rows = _gather(looks, where)
+    own = _versions()
+    for node_id, report in reports.items():
+        rows += _rows_of(report, where[node_id], nodes[node_id]["Resources"].get("GPU", 0.0), own)
+    written = {node_id: markers[node_id] for node_id, report in reports.items() if not report.storage_error}
+    where[_DRIVER], markers[_DRIVER] = "this machine", storage.join(probe, _DRIVER)
+    if storage.exists(markers[_DRIVER]):
+        written[_DRIVER] = markers[_DRIVER]
+    reads = {node_id: _on(node_id, _read).remote(written) for node_id in reports}
+    unread, failed = _gather(reads, where)
+    unread[_DRIVER] = _read(written)
+    for node_id, missing in unread.items():
+        if missing:
+            result = f"cannot read what was written on {', '.join(where[other] for other in missing)}"
+            mend = "storage_path must be one place for all nodes: shared, or s3://"
+            rows.append(Row("storage", where[node_id], "wrong", result, mend))
+        elif node_id in reports and node_id in written:
+            rows.append(Row("storage", where[node_id], "ok", "written; what all nodes wrote is read"))
+    if any(unread.values()):  # Each has its own place, that this machine cannot clean.
+        _gather({node_id: _on(node_id, storage.remove).remote(probe) for node_id in reports}, where)
+    for node_id in reports:
+        before = time.time()
+        (now, late) = _gather({node_id: _on(node_id, _now).remote()}, where)
+        rows += late or [_clock_row(where[node_id], before, now[node_id], time.time())]
+    return [*rows, *failed]
+
+
+def _on(node_id: str, function: Callable[..., Any]) -> Any:
+    return ray.remote(function).options(
+        num_cpus=0, max_retries=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)
+    )
+
+
+def _gather(tasks: dict[str, Any], where: dict[str, str]) -> tuple[dict[str, Any], list[Row]]:
+    """Results of the nodes that gave one in time, and a row for each other."""
+    ray.wait(list(tasks.values()), num_returns=len(tasks), timeout=NODE_TIMEOUT_S)
+    results, rows = {}, []
+    for node_id, task in tasks.items():
+        try:
+            results[node_id] = ray.get(task, timeout=0.1)
+        except ray.exceptions.GetTimeoutError:
+            result = f"a task did not end in {NODE_TIMEOUT_S:g} s"
+            rows.append(Row("node", where[node_id], "wrong", result, "look at the node's load and logs, or replace it"))
+        except Exception as error:
+            mend = "install there what is installed here"
+            rows.append(Row("node", where[node_id], "wrong", f"a task failed: {_message(error)}", mend))
+    return results, rows
+
+
+def _inputs(config: Config) -> list[str]:
+    """One object of each thing that nodes must be able to read."""
+    models = {config.model.path, config.model.tokenizer or config.model.path, config.reference_path}
+    inputs = [storage.join(uri, "config.json") for uri in sorted(models)]
+    for pattern in [*config.data.train, *config.data.eval]:
+        try:
+            inputs.append(storage.expand(pattern)[0])
+        except DpoRayError:
+            continue  # This machine's check has told.
+    return inputs
+
+
+def _look(marker: str, inputs: list[str], has_gpus: bool) -> NodeReport:
+    """What runs on each node."""
+    storage_error, unreadable = "", []
+    try:
+        storage.write_bytes(marker, marker.encode())
+    except DpoRayError as error:
+        storage_error = str(error)
+    for uri in inputs:
+        try:
+            if not storage.exists(uri):
+                unreadable.append(f"{uri} is not there")
+        except DpoRayError as error:
+            unreadable.append(str(error))
+    usage = shutil.disk_usage(ray._private.worker._global_node.get_session_dir_path())
+    shm_free = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else None
+    num_gpus, gpu_error = _compute_on_gpus() if has_gpus else (0, "")
+    return NodeReport(_versions(), num_gpus, gpu_error, (usage.free, usage.total), shm_free, storage_error, unreadable)
+
+
+def _read(markers: dict[str, str]) -> list[str]:
+    """Nodes whose markers this node does not see as they were written."""
+    missing = []
+    for node_id, marker in markers.items():
+        try:
+            if storage.read_bytes(marker) != marker.encode():
+                missing.append(node_id)
+        except (FileNotFoundError, DpoRayError):
+            missing.append(node_id)
+    return missing
+
+
+def _now() -> float:
+    return time.time()
+
+
+def _compute_on_gpus() -> tuple[int, str]:
+    code = (
+        "import torch\nfor i in range(torch.cuda.device_count()):\n"
+        " assert (torch.ones(8, device=i) * 2).sum().item() == 16\n print(i, flush=True)"
+    )
+    # Ray may hide the GPUs from a task that asks for none. A process of its own leaves no memory taken on them.
+    environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=NODE_TIMEOUT_S / 2
+    )
+    return len(done.stdout.split()), (done.stderr.strip().splitlines() or [""])[-1] if done.returncode else ""
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _rows_of(report: NodeReport, where: str, gpus: float, own: dict[str, str]) -> list[Row]:
+    rows = []
+    if report.storage_error:
+        mend = "the node needs the same path, credentials and rights as this machine"
+        rows.append(Row("storage", where, "wrong", report.storage_error, mend))
+    if report.unreadable:
+        mend = "put model and pairs where all nodes can read them, e.g. s3://"
+        rows.append(Row("model and pairs", where, "wrong", "; ".join(report.unreadable), mend))
+    else:
+        rows.append(Row("model and pairs", where, "ok", "readable"))
+    differing = [name for name, version in report.versions.items() if version != own[name]]
+    other = [f"{name} {report.versions[name]} (here {own[name]})" for name in differing]
+    if other:
+        rows.append(Row("versions", where, "wrong", ", ".join(other), "install the same versions on all nodes"))
+    else:
+        rows.append(Row("versions", where, "ok", ", ".join(f"{name} {version}" for name, version in own.items())))
+    if gpus:
+        good = report.num_gpus >= gpus
+        result = f"torch computes on {report.num_gpus} of {_number(gpus)} GPUs {report.gpu_error}".strip()
+        rows.append(Row("GPUs", where, "ok" if good else "wrong", result, "" if good else "see to driver and torch"))
+    free, total = report.disk
+    full = free < (1 - MAX_DISK_USED) * total
+    result = f"{free / GIB:.1f} of {total / GIB:.1f} GiB free"
+    rows.append(Row("disk", where, "wrong" if full else "ok", result, "free space in Ray's folder" if full else ""))
+    if report.shm_free is not None:
+        low = report.shm_free < MIN_SHM_BYTES
+        mend = "give /dev/shm more (docker --shm-size): Ray's objects would go through the disk" if low else ""
+        rows.append(Row("shared memory", where, "note" if low else "ok", f"{report.shm_free / GIB:.1f} GiB free", mend))
+    return rows
+
+
+def _clock_row(where: str, before: float, there: float, after: float) -> Row:
+    """Judges a node's clock by a time taken there between two times taken here."""
+    at_least, at_most = max(before - there, there - after, 0.0), max(after - there, there - before)
+    if at_least > MAX_CLOCK_SKEW_S:
+        return Row("clock", where, "wrong", f"differs by {at_least:.1f} s or more", "synchronize the clocks (NTP)")
+    if at_most > MAX_CLOCK_SKEW_S:
+        return Row("clock", where, "note", f"within {at_most:.1f} s: the node answers too slowly to say more")
+    return Row("clock", where, "ok", f"within {MAX_CLOCK_SKEW_S:g} s of this machine's")
