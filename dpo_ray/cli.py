@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dpo_ray import config as configuration
+from dpo_ray import storage
 from dpo_ray.errors import ConfigError, FinalError, UserError
 
 app = typer.Typer(
@@ -58,6 +59,7 @@ def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
     from dpo_ray.orchestration.trainer import final_errors, start_ray
 
     parsed = configuration.load_config(config, overrides)
+    storage.check_reachable(parsed.storage_path)
     with final_errors(), ProgressBar(console) as watcher:
         found = preparing.survey(parsed, watcher)
         if found.job is not None:

@@ -7,15 +7,11 @@ none ever stands in a configuration.
 from __future__ import annotations
 
 import contextlib
-import errno
 import gzip
 import hashlib
 import io
 import json
 import os
-import re
-import socket
-import ssl
 import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, cast
@@ -25,53 +21,7 @@ import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
 from dpo_ray.errors import StorageError
-
-# What a server's refusal means, and what to do about it.
-_DENIED = (
-    "access denied: this identity may not do that here; grant it s3:GetObject, s3:PutObject, s3:DeleteObject and "
-    "s3:ListBucket, or use another (AWS_ACCESS_KEY_ID, AWS_PROFILE)"
-)
-_FULL = "the storage is full: free space there, or raise its quota"
-_FAILED = "the server failed again and again: it is overloaded, starting, or out of space or quota; see its log"
-_REGION = "the bucket is in another region: set AWS_DEFAULT_REGION"
-_EXPIRED = "the session token is not valid, or no longer: log in again, or renew AWS_SESSION_TOKEN"
-_S3_MEANINGS = {
-    "AccessDenied": _DENIED,
-    "AllAccessDisabled": _DENIED,
-    "Forbidden": _DENIED,
-    "403": _DENIED,
-    "InvalidAccessKeyId": "the server does not know this access key: check AWS_ACCESS_KEY_ID and AWS_ENDPOINT_URL",
-    "SignatureDoesNotMatch": "the secret does not belong to the access key: check AWS_SECRET_ACCESS_KEY",
-    "ExpiredToken": _EXPIRED,
-    "InvalidToken": _EXPIRED,
-    "RequestTimeTooSkewed": "this machine's clock and the server's differ: set the clock",
-    "NoSuchBucket": "there is no such bucket: create it, or correct the URI or AWS_ENDPOINT_URL",
-    "404": "there is no such bucket, or no S3 service: create it, or correct the URI or AWS_ENDPOINT_URL",
-    "InvalidBucketName": "this cannot be a bucket's name: correct the URI",
-    "PermanentRedirect": _REGION,
-    "AuthorizationHeaderMalformed": _REGION,
-    "301": _REGION,
-    "QuotaExceeded": _FULL,
-    "XMinioStorageFull": _FULL,
-    "XMinioAdminBucketQuotaExceeded": _FULL,
-    "507": _FULL,
-    "InternalError": _FAILED,
-    "ServiceUnavailable": _FAILED,
-    "SlowDown": _FAILED,
-    "500": _FAILED,
-    "503": _FAILED,
-}
-_RIGHTS = "permission denied: give this user the rights (chown, chmod), or choose another place"
-_LOCAL_MEANINGS = {
-    errno.ENOSPC: "no space left on this machine's disk: free some, or choose another place",
-    errno.EDQUOT: "this user's disk quota is used up: free some space, or choose another place",
-    errno.EACCES: _RIGHTS,
-    errno.EPERM: _RIGHTS,
-    errno.EROFS: "the file system is read-only: mount it writable, or choose another place",
-    errno.ENOTDIR: "a file stands where a folder is needed: move it away, or choose another place",
-    errno.EEXIST: "a file stands where a folder is needed: move it away, or choose another place",
-    errno.EISDIR: "a folder stands where a file is needed: correct the path",
-}
+from dpo_ray.storage_errors import explained, raise_without_bucket, s3_code, shown
 
 
 def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -87,11 +37,11 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     except ImportError as error:
         scheme = uri.partition("://")[0]
         raise StorageError(
-            f"{_shown(uri)}: {scheme}:// needs a package that is not installed: {error} (on every node)"
+            f"{shown(uri)}: {scheme}:// needs a package that is not installed: {error} (on every node)"
         ) from None
     except (OSError, ValueError) as error:
         raise StorageError(
-            f"{_shown(uri)}: {error}; write a local path, s3://bucket/prefix, or another scheme that fsspec knows"
+            f"{shown(uri)}: {error}; write a local path, s3://bucket/prefix, or another scheme that fsspec knows"
         ) from None
     return fs, path
 
@@ -116,7 +66,7 @@ def check_reachable(uri: str) -> None:
         try:
             fs.call_s3("head_bucket", Bucket=fs.split_path(uri)[0])
         except OSError as error:
-            if _s3_code(error) is None:
+            if s3_code(error) is None:
                 raise
 
 
@@ -137,7 +87,7 @@ def exists(uri: str) -> bool:
         try:
             _ = os.stat(path) if isinstance(fs, LocalFileSystem) else fs.info(path)
         except FileNotFoundError as error:
-            _raise_without_bucket(error)
+            raise_without_bucket(error)
             return False
         return True
 
@@ -195,7 +145,7 @@ def create(uri: str, data: bytes) -> bool:
                     fs.pipe_file(path, data, mode="create")
                     return True
                 except OSError as error:
-                    code = _s3_code(error)
+                    code = s3_code(error)
                     # A conflict with a write in progress, which may yet fail.
                     if code in ("409", "ConditionalRequestConflict", "OperationAborted"):
                         continue
@@ -283,13 +233,13 @@ def remove(uri: str) -> None:
         try:
             fs.rm(path, recursive=True)
         except FileNotFoundError as error:
-            _raise_without_bucket(error)
+            raise_without_bucket(error)
             return
         # s3fs does not pass on that a server refused to delete.
         if not isinstance(fs, LocalFileSystem):
             left = [name for name, about in fs.find(path, detail=True).items() if about["type"] == "file"]
             if left:
-                raise StorageError(f"{_shown(uri)}: could not be deleted ({left[0]}); grant s3:DeleteObject")
+                raise StorageError(f"{shown(uri)}: could not be deleted ({left[0]}); grant s3:DeleteObject")
 
 
 def list_names(uri: str) -> list[str]:
@@ -299,7 +249,7 @@ def list_names(uri: str) -> list[str]:
         try:
             entries = fs.ls(path, detail=False)
         except FileNotFoundError as error:
-            _raise_without_bucket(error)
+            raise_without_bucket(error)
             return []
         return sorted(os.path.basename(str(entry).rstrip("/")) for entry in entries)
 
@@ -350,111 +300,8 @@ def sha256_of_file(local_path: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@contextlib.contextmanager
-def _explained(uri: str) -> Iterator[None]:
-    """Turns what the file systems raise into one message; a missing file stays a FileNotFoundError."""
-    try:
-        yield
-    except StorageError:
-        raise
-    except Exception as error:
-        if isinstance(error, FileNotFoundError) and not _lacks_bucket(error):
-            raise
-        message = f"{_shown(uri)}: {_meaning(uri, error)}"
-        for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
-            message = message.replace(os.environ.get(name) or "\0", "***")
-        raise StorageError(message) from error
-
-
-def _meaning(uri: str, error: BaseException) -> str:
-    """What is wrong, and what to do about it."""
-    import botocore.exceptions as boto  # type: ignore[import-untyped]
-
-    code = _s3_code(error)
-    if code is not None:
-        # The answer to HEAD has no body that could tell a wrong secret from a missing right.
-        code = _code_of_listing(uri) or code if code.isdigit() else code
-        meaning = _S3_MEANINGS.get(code) or str(error)
-        return f"{meaning} ({_endpoint(uri)} answered {code})"
-    for each in _chain(error):
-        if type(each).__name__ in ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"):
-            return (
-                f"no credentials ({each}): set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, "
-                "or give the machine a role"
-            )
-        if isinstance(each, socket.gaierror):
-            return f"cannot connect to {_endpoint(uri)}: its name is not known: correct AWS_ENDPOINT_URL, or see to DNS"
-        if isinstance(each, ConnectionRefusedError):
-            return f"cannot connect to {_endpoint(uri)}: nothing listens: start the server, or correct AWS_ENDPOINT_URL"
-        if isinstance(each, ssl.SSLError):
-            return f"no secure connection to {_endpoint(uri)}: {each}; correct AWS_ENDPOINT_URL or AWS_CA_BUNDLE"
-    if isinstance(error, boto.ConnectionError | boto.HTTPClientError | TimeoutError | ConnectionError):
-        reason = str(error) or type(error).__name__
-        return f"{_endpoint(uri)} does not answer ({reason}): start it, open the way to it, or correct AWS_ENDPOINT_URL"
-    if isinstance(error, OSError) and error.errno in _LOCAL_MEANINGS:
-        place = _file_in_the_way(error.filename) or error.filename
-        return _LOCAL_MEANINGS[error.errno] + (f" ({place})" if isinstance(place, str) else "")
-    return f"storage said: {str(error) or type(error).__name__}"
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An exception and what led to it."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _s3_code(error: BaseException) -> str | None:
-    """What an S3 server called its refusal, where there was one."""
-    for each in _chain(error):
-        if isinstance(response := getattr(each, "response", None), dict):
-            return str(response.get("Error", {}).get("Code"))
-    return None
-
-
-def _lacks_bucket(error: BaseException) -> bool:
-    """Whether not the object is missing but what it should be in."""
-    # Without a bucket's name for it, "not found" means that this is no S3 service, unless one object was asked for.
-    operations = {getattr(each, "operation_name", None) for each in _chain(error)}
-    return _s3_code(error) == "NoSuchBucket" or (
-        _s3_code(error) == "404" and not operations & {"HeadObject", "GetObject", "DeleteObject"}
-    )
-
-
-def _raise_without_bucket(error: FileNotFoundError) -> None:
-    if _lacks_bucket(error):
-        raise error
-
-
-def _code_of_listing(uri: str) -> str | None:
-    fs, path = filesystem(uri)
-    try:
-        fs.call_s3("list_objects_v2", Bucket=fs.split_path(path)[0], MaxKeys=1)
-    except OSError as error:
-        return _s3_code(error)
-    return None
-
-
-def _endpoint(uri: str) -> str:
-    try:
-        return _shown(filesystem(uri)[0].s3.meta.endpoint_url)
-    except Exception:  # Another kind of storage, or what is to be explained is that there is no connection.
-        return "the server"
-
-
-def _shown(uri: str) -> str:
-    """A URI without the name and password that some schemes allow in it."""
-    return re.sub(r"://[^/@]*@", "://", uri)
-
-
-def _file_in_the_way(path: Any) -> str | None:
-    while isinstance(path, str) and path not in ("", "/"):
-        if os.path.isfile(path):
-            return path
-        path = os.path.dirname(path)
-    return None
+def _explained(uri: str) -> contextlib.AbstractContextManager[None]:
+    return explained(uri, filesystem)
 
 
 class JsonLines:

@@ -18,17 +18,21 @@ from dpo_ray.errors import ConfigError
 _TOKENIZER_FILES = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template", "spiece")
 
 
-def localize(uri: str) -> str:
-    """A local folder with the files of a model; a remote one is copied once per node and content.
+def localize(uri: str, weights: bool = True) -> str:
+    """A local folder with the files of a model; of a remote one they are copied once per node and content.
+
+    Args:
+        uri: transformers directory.
+        weights: Whether the weights are needed too.
 
     Raises:
         ConfigError: There is no model at this place.
     """
-    if not storage.exists(storage.join(uri, "config.json")):
-        raise ConfigError(f"{uri}: no config.json there; model.path is a transformers directory (local or s3://)")
+    if weights and not storage.exists(storage.join(uri, "config.json")):
+        raise _no_config(uri)
     if storage.is_local(uri):
         return storage.filesystem(uri)[1]
-    files = _model_files(uri)
+    files = _model_files(uri) if weights else _small_files(uri)
     content = hashlib.sha256(repr(_identities(uri, files)).encode()).hexdigest()[:24]
     cache = os.environ.get("DPO_RAY_CACHE") or os.path.join(tempfile.gettempdir(), f"dpo_ray-{os.getuid()}")
     folder = os.path.join(cache, "models", content)
@@ -44,8 +48,10 @@ def load_tokenizer(uri: str) -> PreTrainedTokenizerBase:
     Raises:
         ConfigError: There is none.
     """
+    if not _small_files(uri):
+        raise ConfigError(f"{uri}: no tokenizer there; model.path and model.tokenizer are transformers directories")
     try:
-        return AutoTokenizer.from_pretrained(localize(uri))
+        return AutoTokenizer.from_pretrained(localize(uri, weights=False))
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"{uri}: cannot load a tokenizer: {first_line(error)}; set model.tokenizer") from None
 
@@ -70,7 +76,7 @@ def weights_digest(uri: str, cache_uri: str) -> str:
 
 def vocabulary_size(uri: str) -> int:
     """Rows of a model's embedding."""
-    return int(model_config(localize(uri)).get_text_config().vocab_size)
+    return int(model_config(uri).get_text_config().vocab_size)
 
 
 def check_vocabulary(uri: str, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -87,28 +93,39 @@ def check_vocabulary(uri: str, tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def model_config(folder: str) -> PretrainedConfig:
+def model_config(uri: str) -> PretrainedConfig:
     """A model's configuration, dropout off.
 
     Raises:
-        ConfigError: It cannot be read.
+        ConfigError: There is none, or it cannot be read.
     """
+    if not storage.exists(storage.join(uri, "config.json")):
+        raise _no_config(uri)
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(localize(uri, weights=False))
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{folder}: cannot read the model's config.json: {first_line(error)}") from None
+        raise ConfigError(f"{uri}: cannot read the model's config.json: {first_line(error)}") from None
     for name, value in vars(config).items():
         if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float):
             setattr(config, name, 0.0)
     return config
 
 
-def _model_files(uri: str) -> list[str]:
+def _no_config(uri: str) -> ConfigError:
+    return ConfigError(f"{uri}: no config.json there; model.path is a transformers directory (local or s3://)")
+
+
+def _small_files(uri: str) -> list[str]:
+    """All but the weights."""
     names = storage.list_names(uri)
-    wanted = [name for name in names if name.endswith((".safetensors", ".json")) or name.startswith(_TOKENIZER_FILES)]
-    if not any(name.endswith(".safetensors") for name in wanted):
+    return [name for name in names if name.endswith(".json") or name.startswith(_TOKENIZER_FILES)]
+
+
+def _model_files(uri: str) -> list[str]:
+    weights = [name for name in storage.list_names(uri) if name.endswith(".safetensors")]
+    if not weights:
         raise ConfigError(f"{uri}: no .safetensors file there; other weight formats can execute code and are not read")
-    return wanted
+    return sorted([*weights, *_small_files(uri)])
 
 
 def _identities(uri: str, files: list[str]) -> list[tuple[str, str]]:

@@ -29,7 +29,7 @@ def load_pretrained(uri: str, dtype: str, attention: str) -> PreTrainedModel:
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder,
-            config=model_config(folder),
+            config=model_config(uri),
             dtype=DTYPES[dtype],
             attn_implementation=attention,
             use_safetensors=True,
@@ -41,7 +41,7 @@ def load_pretrained(uri: str, dtype: str, attention: str) -> PreTrainedModel:
 
 def empty_model(uri: str, attention: str) -> PreTrainedModel:
     """The model's structure with float32 parameters on the meta device and real buffers, dropout off."""
-    config = model_config(localize(uri))
+    config = model_config(uri)
     # Buffers such as rotary frequencies are computed, not stored: on the meta device they would be lost.
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)

@@ -1,18 +1,15 @@
-"""Before a run: `ensure_resources` refuses what could never start, `examine` is what `dpo-ray doctor` shows."""
+"""Before a run: what `dpo-ray doctor` shows."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import shutil
-import socket
 import struct
 import subprocess
 import sys
-import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterable
@@ -27,21 +24,20 @@ from dpo_ray import storage
 from dpo_ray.config import Config
 from dpo_ray.errors import ConfigError, DpoRayError
 from dpo_ray.model.files import check_vocabulary, first_line, load_tokenizer, model_config
-from dpo_ray.orchestration.stream import LOAD_CPUS
+from dpo_ray.orchestration.prepare import survey
+from dpo_ray.orchestration.resources import as_number, as_text, demands, ensure_resources, possible_nodes
+from dpo_ray.orchestration.watch import SourcePreview, Watcher
 from dpo_ray.pairs.tokenize import Limits, PairTokenizer
 
 Level = Literal["ok", "note", "wrong"]
 
 PACKAGES = ("dpo_ray", "ray", "torch", "transformers")
-CONNECT_TIMEOUT_S = 10.0
 NODE_TIMEOUT_S = 120.0
 MAX_CLOCK_SKEW_S = 2.0
 # Ray stops spilling to a disk that is fuller than this.
 MAX_DISK_USED = 0.95
 MIN_SHM_BYTES = 2**30
 GIB = 2**30
-# Of a model's folder, all but the weights.
-SMALL_FILE_BYTES = 64 * 2**20
 _DRIVER = "driver"
 
 
@@ -87,123 +83,6 @@ class NodeReport:
     unreadable: list[str]
 
 
-def ensure_cluster_answers(address: str) -> None:
-    """Refuses an address where nothing listens: Ray would try for minutes.
-
-    Args:
-        address: The value of RAY_ADDRESS.
-
-    Raises:
-        ConfigError: Nothing listens there.
-    """
-    host, _, port = address.rpartition(":")
-    if "/" in address or not host or not port.isdigit():
-        return
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
-    except OSError as error:
-        raise ConfigError(
-            f"RAY_ADDRESS: no Ray cluster answers at {address} ({error}): correct it, start the cluster "
-            "(`ray start --head`), or unset RAY_ADDRESS to use this machine alone"
-        ) from None
-
-
-def ensure_resources(config: Config, workers: bool = True, references: bool = True) -> None:
-    """Refuses what the cluster could never start, which Ray would wait for without end.
-
-    Args:
-        config: The run.
-        workers: Whether policy workers will be asked for.
-        references: Whether reference actors will be.
-
-    Raises:
-        ConfigError: More is asked for than the cluster has, or can grow to.
-    """
-    nodes = _possible_nodes()
-    if nodes is None:
-        return
-    total: dict[str, float] = {}
-    for key, count, each in _demands(config, workers, references):
-        room = sum(times * _how_often(each, resources) for resources, times in nodes)
-        if room < count:
-            raise ConfigError(
-                f"{key}: {count} x {_text(each)}: the cluster has room for {_number(room)} of them at most; "
-                f"lower {key} or what each asks for, or add nodes ({_describe(nodes)})"
-            )
-        for name, amount in each.items():
-            total[name] = total.get(name, 0.0) + count * amount
-    for name, amount in total.items():
-        most = sum(times * resources.get(name, 0.0) for resources, times in nodes)
-        if amount > most:
-            raise ConfigError(
-                f"scaling.workers and reference.replicas: together they need {_number(amount)} {name}, the cluster can "
-                f"have at most {_number(most)}; ask for less, add nodes, or score ahead with `dpo-ray reference`"
-            )
-
-
-def _demands(config: Config, workers: bool, references: bool) -> list[tuple[str, int, dict[str, float]]]:
-    scaling, reference = config.scaling, config.reference
-    asked: list[tuple[str, int, dict[str, float]]] = []
-    if workers:
-        asked.append(
-            ("scaling.workers", scaling.workers, {"CPU": scaling.cpus_per_worker, "GPU": scaling.gpus_per_worker})
-        )
-        asked.append(("loading pairs", 1, {"CPU": LOAD_CPUS}))
-    if references and config.needs_reference:
-        each = {"CPU": reference.cpus_per_replica, "GPU": reference.gpus_per_replica, **reference.resources_per_replica}
-        asked.append(("reference.replicas", reference.replicas, each))
-    return [(key, count, {name: amount for name, amount in each.items() if amount}) for key, count, each in asked]
-
-
-def _possible_nodes() -> list[tuple[dict[str, float], float]] | None:
-    """Resources of nodes, and how many such nodes there can be; None where nobody knows how far a cluster grows."""
-    alive = [node for node in ray.nodes() if node["Alive"]]
-    group_of = [node.get("Labels", {}).get("ray.io/node-group") for node in alive]
-    known = ray._private.state.state.get_cluster_config()
-    groups = {group.name: group for group in known.node_group_configs} if known else {}
-    if not groups and (any(group_of) or _has_autoscaler()):
-        return None
-    nodes = [(node["Resources"], 1.0) for node, group in zip(alive, group_of, strict=True) if group not in groups]
-    for group in groups.values():
-        resources = {name: math.inf if amount == -1 else float(amount) for name, amount in group.resources.items()}
-        nodes.append((resources, math.inf if group.max_count == -1 else float(group.max_count)))
-    return nodes
-
-
-def _has_autoscaler() -> bool:
-    from ray.autoscaler.v2.utils import is_autoscaler_v2
-    from ray.experimental.internal_kv import _internal_kv_get
-
-    if is_autoscaler_v2(fetch_from_server=True):
-        return True
-    # Without an autoscaler its monitor only mirrors the nodes, each as a type of its own.
-    status = json.loads(_internal_kv_get("__autoscaling_status") or "{}")
-    types = (status.get("autoscaler_report") or {}).get("active_nodes") or {}
-    return any(not name.startswith("node_") for name in types)
-
-
-def _how_often(each: dict[str, float], resources: dict[str, float]) -> float:
-    return min((resources.get(name, 0.0) + 1e-6) // amount for name, amount in each.items())
-
-
-def _text(resources: dict[str, float]) -> str:
-    return "{" + ", ".join(f"{name}: {_number(amount)}" for name, amount in resources.items()) + "}"
-
-
-def _number(value: float) -> str:
-    return f"{value:g}"
-
-
-def _describe(nodes: list[tuple[dict[str, float], float]]) -> str:
-    hidden = ("node:", "memory", "object_store_memory", "accelerator_type:")
-    counts: dict[str, float] = {}
-    for resources, times in nodes:
-        shown = {name: amount for name, amount in resources.items() if not name.startswith(hidden)}
-        text = _text(dict(sorted(shown.items())))
-        counts[text] = counts.get(text, 0.0) + times
-    return "it has " + ", ".join(f"{_number(times)} x {text}" for text, times in sorted(counts.items()))
-
-
 def examine(config: Config, connect: Callable[[], None]) -> list[Row]:
     """Looks at everything that a run needs; a check that fails is a row too.
 
@@ -217,6 +96,8 @@ def examine(config: Config, connect: Callable[[], None]) -> list[Row]:
     rows += _guarded("model", config.model.path, lambda: _check_model(config))
     if config.needs_reference and config.reference_path != config.model.path:
         rows += _guarded("reference", config.reference_path, lambda: _check_weights("reference", config.reference_path))
+    if all(row.level == "ok" for row in rows):
+        rows += _guarded("format", "this machine", lambda: _check_format(config))
     connected = _guarded("Ray", os.environ.get("RAY_ADDRESS") or "this machine", lambda: _connect(connect))
     rows += connected
     if all(row.level == "ok" for row in connected):
@@ -283,20 +164,35 @@ def _check_data(config: Config) -> list[Row]:
     return rows
 
 
+def _check_format(config: Config) -> list[Row]:
+    """How the pairs are written, by their first rows."""
+    watcher = _Previews()
+    survey(config, watcher)
+    rows = [Row("format", config.store_uri, "ok", "the pair store is there already")] if not watcher.previews else []
+    for preview in watcher.previews:
+        level: Level = "note" if preview.problem else "ok"
+        rows.append(Row("format", preview.pattern, level, preview.reading.format, preview.problem or ""))
+    return rows
+
+
+class _Previews(Watcher):
+    def __init__(self) -> None:
+        self.previews: list[SourcePreview] = []
+
+    def source(self, preview: SourcePreview) -> None:
+        self.previews.append(preview)
+
+
 def _check_model(config: Config) -> list[Row]:
     """The policy: its weights are whole, its tokenizer loads, fits and can do what the configuration asks."""
     rows = _check_weights("model", config.model.path)
     tokenizer_uri = config.model.tokenizer or config.model.path
-    with tempfile.TemporaryDirectory(prefix="dpo_ray-doctor-") as folder:
-        policy = _small_files(config.model.path, os.path.join(folder, "model"))
-        beside = _small_files(tokenizer_uri, os.path.join(folder, "tokenizer"))
-        try:
-            tokenizer = load_tokenizer(beside)
-            check_vocabulary(policy, tokenizer)
-            PairTokenizer(tokenizer, config.data.chat_template, Limits(config.data.max_length))
-        except ConfigError as error:
-            shown = str(error).replace(policy, config.model.path).replace(beside, tokenizer_uri)
-            return [*rows, Row("tokenizer", tokenizer_uri, "wrong", shown, "as the result says")]
+    try:
+        tokenizer = load_tokenizer(tokenizer_uri)
+        check_vocabulary(config.model.path, tokenizer)
+        PairTokenizer(tokenizer, config.data.chat_template, Limits(config.data.max_length))
+    except ConfigError as error:
+        return [*rows, Row("tokenizer", tokenizer_uri, "wrong", str(error), "as the result says")]
     return [*rows, Row("tokenizer", tokenizer_uri, "ok", f"{len(tokenizer)} tokens, as the model has or fewer")]
 
 
@@ -304,9 +200,7 @@ def _check_weights(check: str, uri: str) -> list[Row]:
     """A model's configuration and, by their headers alone, its weights."""
     if not storage.exists(storage.join(uri, "config.json")):
         return [Row(check, uri, "wrong", "no config.json there", "give a transformers directory (local or s3://)")]
-    with tempfile.TemporaryDirectory(prefix="dpo_ray-doctor-") as folder:
-        storage.download(storage.join(uri, "config.json"), os.path.join(folder, "config.json"))
-        model_type = model_config(folder).model_type
+    model_type = model_config(uri).model_type
     names = storage.list_names(uri)
     files = [name for name in names if name.endswith(".safetensors")]
     problems, tensors = [], dict[str, str]()
@@ -347,20 +241,10 @@ def _tensors(uri: str) -> list[str] | str:
     return list(header) if size == whole else f"{size} bytes instead of {whole}"
 
 
-def _small_files(uri: str, folder: str) -> str:
-    """Copies what a model's folder has besides weights. Returns where to."""
-    os.makedirs(folder)
-    for name in storage.list_names(uri):
-        place = storage.join(uri, name)
-        if name.endswith((".json", ".jinja", ".model", ".txt")) and storage.size(place) <= SMALL_FILE_BYTES:
-            storage.download(place, os.path.join(folder, name))
-    return folder
-
-
 def _check_resources(config: Config) -> list[Row]:
     ensure_resources(config)
-    asked = [f"{count} x {_text(each)} for {key}" for key, count, each in _demands(config, True, True)]
-    if _possible_nodes() is None:
+    asked = [f"{count} x {as_text(each)} for {key}" for key, count, each in demands(config)]
+    if possible_nodes() is None:
         result = f"{'; '.join(asked)}: how far the autoscaler goes is not known"
         return [Row("resources", "cluster", "note", result)]
     return [Row("resources", "cluster", "ok", "; ".join(asked))]
@@ -528,7 +412,7 @@ def _rows_of(report: NodeReport, where: str, gpus: float, own: dict[str, str]) -
         rows.append(Row("versions", where, "ok", ", ".join(f"{name} {version}" for name, version in own.items())))
     if gpus:
         good = report.num_gpus >= gpus
-        result = f"torch computes on {report.num_gpus} of {_number(gpus)} GPUs {report.gpu_error}".strip()
+        result = f"torch computes on {report.num_gpus} of {as_number(gpus)} GPUs {report.gpu_error}".strip()
         rows.append(Row("GPUs", where, "ok" if good else "wrong", result, "" if good else "see to driver and torch"))
     free, total = report.disk
     full = free < (1 - MAX_DISK_USED) * total

@@ -33,8 +33,8 @@ from dpo_ray.pairs.store import Chunk, PairStore
 from dpo_ray.pairs.tokenize import Limits, PairTokenizer, Tokenized, tokenizer_digest
 
 # Raw text of a block, and token data of a range: what one task holds, several times over, while it works.
-BLOCK_BYTES = 16 * 2**20
-MERGE_BYTES = 64 * 2**20
+BLOCK_BYTES = 8 * 2**20
+MERGE_BYTES = 16 * 2**20
 SAMPLE_ROWS = 100
 EXAMPLES_SHOWN = 3
 REJECTS_SHOWN = 5

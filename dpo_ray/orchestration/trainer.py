@@ -25,13 +25,13 @@ from dpo_ray import errors, storage
 from dpo_ray.config import Config, changed_keys
 from dpo_ray.errors import ConfigError, FinalError
 from dpo_ray.lease import RunLease
-from dpo_ray.orchestration.preflight import ensure_cluster_answers, ensure_resources
 from dpo_ray.orchestration.prepare import Survey, prepare, survey
 from dpo_ray.orchestration.reference_filler import (
     ReferenceFiller,
     chunks_in_order_of_need,
     open_reference_store,
 )
+from dpo_ray.orchestration.resources import ensure_cluster_answers, ensure_resources
 from dpo_ray.orchestration.stream import LOAD_CPUS, LOADS_IN_FLIGHT, Places, StreamConfig, make_plan
 from dpo_ray.orchestration.watch import Watcher
 from dpo_ray.orchestration.worker import final_error, stop_uri, work

@@ -21,9 +21,10 @@ from dpo_ray import storage
 from dpo_ray.config import Config, to_yaml
 from dpo_ray.errors import ConfigError, StorageError
 from dpo_ray.orchestration import preflight
-from dpo_ray.orchestration.preflight import Row, ensure_resources, examine
+from dpo_ray.orchestration.preflight import Row, examine
+from dpo_ray.orchestration.resources import ensure_resources
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

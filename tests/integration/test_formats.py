@@ -138,7 +138,8 @@ def write(folder: Path, rows: list[Row], suffix: str = ".jsonl") -> Path:
 
 def prepared(folder: Path, model: Path, pairs: Path, *overrides: str) -> tuple[dict[bytes, tuple[str, ...]], str]:
     """Runs `dpo-ray prepare`; returns prompt and answers by content id, decoded, and what was shown."""
-    config = tiny_config(str(folder / "s"), "run", model, str(pairs), data={"eval_fraction": 0.0})
+    sections: dict[str, Any] = {"data": {"eval_fraction": 0.0}, "train": {"eval_every_steps": None}}
+    config = tiny_config(str(folder / "s"), "run", model, str(pairs), **sections)
     (folder / "run.yaml").write_text(to_yaml(config))
     settings = [part for override in overrides for part in ("--set", override)]
     done = dpo_ray_command("prepare", str(folder / "run.yaml"), *settings)
@@ -162,6 +163,7 @@ def rendered(tokenizer: PreTrainedTokenizerBase, system: str, after: str) -> set
     return {(whole(prompt, chosen), whole(prompt, rejected)) for prompt, chosen, rejected in FACTS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_on_the_command_line(tmp_path: Path, tiny_model: Path, shared_cluster: None, name: str) -> None:
     """Decoded prompt + completion is the template's rendering, byte for byte, so that content ids are equal too."""
@@ -189,6 +191,7 @@ def test_the_same_rows_in_two_formats_have_the_same_ids(tmp_path: Path, tiny_mod
     assert len(ids) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".jsonl.zst", ".parquet"])
 def test_pre_tokenized_rows(tmp_path: Path, tiny_model: Path, shared_cluster: None, suffix: str) -> None:
     """Tokens as they are: nothing added, nothing cut."""

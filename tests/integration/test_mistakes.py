@@ -89,6 +89,7 @@ FILES: dict[str, tuple[str, bytes, str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mistake", FILES)
 def test_files(tmp_path: Path, tiny_model: Path, mistake: str) -> None:
     name, content, message = FILES[mistake]
@@ -123,6 +124,7 @@ MODELS: list[tuple[Callable[[Path], None], str]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("harm", "message"), MODELS)
 def test_models(tmp_path: Path, tiny_model: Path, harm: Callable[[Path], None], message: str) -> None:
     shutil.copytree(tiny_model, tmp_path / "model")
@@ -142,6 +144,7 @@ KEYS: dict[str, str] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("override", KEYS)
 def test_keys(tmp_path: Path, tiny_model: Path, override: str) -> None:
     (tmp_path / "pairs.jsonl").write_bytes(lines(GOOD))
@@ -150,7 +153,7 @@ def test_keys(tmp_path: Path, tiny_model: Path, override: str) -> None:
 
 
 def test_a_loss_that_is_not_finite_names_its_pairs(tmp_path: Path, tiny_model: Path) -> None:
-    """A learning rate of 1e30: the second step's loss is not finite for any pair. Eight are named by file and row."""
+    """A learning rate of 1e30: the second step's gradient is not finite. Of its batch of 12 eight are named by row."""
     (tmp_path / "pairs.jsonl").write_bytes(lines(make_pairs(60, seed=3)))
     config = tiny_config(str(tmp_path / "s"), "run", tiny_model, str(tmp_path / "pairs.jsonl"))
     (tmp_path / "run.yaml").write_text(to_yaml(config))
@@ -159,10 +162,10 @@ def test_a_loss_that_is_not_finite_names_its_pairs(tmp_path: Path, tiny_model: P
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     said = " ".join(done.stderr.split())
-    assert "step 2: loss nan" in said
-    assert "Lower optimizer.learning_rate (now 1e+30)" in said
+    assert re.search(r"step 2: loss \S+, gradient norm nan; nothing of this step was kept", said), said
+    assert "Lower optimizer.learning_rate (now " in said
     assert said.count(f"{tmp_path}/pairs.jsonl row ") == 8
-    assert said.split("All pairs of this batch: ")[1].count(",") == 11  # A batch of 12.
+    assert said.split("All pairs of this batch: ")[1].count(",") == 11
 
 
 def test_a_newcomers_file_is_mended_by_the_messages_alone(tmp_path: Path, tiny_model: Path) -> None:

@@ -14,7 +14,7 @@ from helpers import tiny_config, write_pairs
 from dpo_ray import storage
 from dpo_ray.config import to_yaml
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(300)]
 # Of which the imports take some 7 s here.
 SOON_S = 40
 

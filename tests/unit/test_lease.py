@@ -192,6 +192,7 @@ def test_a_storage_outage_is_waited_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.integration
+@pytest.mark.slow
 def test_train_twice_at_once_and_a_takeover_while_it_trains(tmp_path: Path, tiny_model: Path) -> None:
     """The second command is refused while the first trains; when the run is taken over, the first stops by itself."""
     config = tiny_config(str(tmp_path), "run", tiny_model, write_pairs(tmp_path / "pairs.jsonl", 60))

@@ -1,0 +1,137 @@
+"""What a cluster can and cannot give: `ensure_resources` refuses what could never start."""
+
+from __future__ import annotations
+
+import json
+import math
+import socket
+
+import ray
+
+from dpo_ray.config import Config
+from dpo_ray.errors import ConfigError
+from dpo_ray.orchestration.stream import LOAD_CPUS
+
+CONNECT_TIMEOUT_S = 10.0
+
+Resources = dict[str, float]
+
+
+def ensure_cluster_answers(address: str) -> None:
+    """Refuses an address where nothing listens: Ray would try for minutes.
+
+    Args:
+        address: The value of RAY_ADDRESS.
+
+    Raises:
+        ConfigError: Nothing listens there.
+    """
+    host, _, port = address.rpartition(":")
+    if "/" in address or not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise ConfigError(
+            f"RAY_ADDRESS: no Ray cluster answers at {address} ({error}): correct it, start the cluster "
+            "(`ray start --head`), or unset RAY_ADDRESS to use this machine alone"
+        ) from None
+
+
+def ensure_resources(config: Config, workers: bool = True, references: bool = True) -> None:
+    """Refuses what the cluster could never start, which Ray would wait for without end.
+
+    Args:
+        config: The run.
+        workers: Whether policy workers will be asked for.
+        references: Whether reference actors will be.
+
+    Raises:
+        ConfigError: More is asked for than the cluster has, or can grow to.
+    """
+    nodes = possible_nodes()
+    if nodes is None:
+        return
+    total: Resources = {}
+    for key, count, each in demands(config, workers, references):
+        room = sum(times * _how_often(each, resources) for resources, times in nodes)
+        if room < count:
+            raise ConfigError(
+                f"{key}: {count} x {as_text(each)}: the cluster has room for {as_number(room)} of them at most; "
+                f"lower {key} or what each asks for, or add nodes ({_describe(nodes)})"
+            )
+        for name, amount in each.items():
+            total[name] = total.get(name, 0.0) + count * amount
+    for name, amount in total.items():
+        most = sum(times * resources.get(name, 0.0) for resources, times in nodes)
+        if amount > most:
+            raise ConfigError(
+                f"scaling.workers and reference.replicas: together they need {as_number(amount)} {name}, the cluster "
+                f"can have at most {as_number(most)}; ask for less, add nodes, or score ahead with `dpo-ray reference`"
+            )
+
+
+def demands(config: Config, workers: bool = True, references: bool = True) -> list[tuple[str, int, Resources]]:
+    """What a run asks for at the same time: key of the configuration, how many, and what each of them needs."""
+    scaling, reference = config.scaling, config.reference
+    asked: list[tuple[str, int, Resources]] = []
+    if workers:
+        asked.append(
+            ("scaling.workers", scaling.workers, {"CPU": scaling.cpus_per_worker, "GPU": scaling.gpus_per_worker})
+        )
+        asked.append(("loading pairs", 1, {"CPU": LOAD_CPUS}))
+    if references and config.needs_reference:
+        each = {"CPU": reference.cpus_per_replica, "GPU": reference.gpus_per_replica, **reference.resources_per_replica}
+        asked.append(("reference.replicas", reference.replicas, each))
+    return [(key, count, {name: amount for name, amount in each.items() if amount}) for key, count, each in asked]
+
+
+def possible_nodes() -> list[tuple[Resources, float]] | None:
+    """Resources of nodes, and how many such nodes there can be; None where nobody knows how far a cluster grows."""
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    group_of = [node.get("Labels", {}).get("ray.io/node-group") for node in alive]
+    known = ray._private.state.state.get_cluster_config()
+    groups = {group.name: group for group in known.node_group_configs} if known else {}
+    if not groups and (any(group_of) or _has_autoscaler()):
+        return None
+    nodes = [(node["Resources"], 1.0) for node, group in zip(alive, group_of, strict=True) if group not in groups]
+    for group in groups.values():
+        resources = {name: math.inf if amount == -1 else float(amount) for name, amount in group.resources.items()}
+        nodes.append((resources, math.inf if group.max_count == -1 else float(group.max_count)))
+    return nodes
+
+
+def _has_autoscaler() -> bool:
+    from ray.autoscaler.v2.utils import is_autoscaler_v2
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    if is_autoscaler_v2(fetch_from_server=True):
+        return True
+    # Without an autoscaler its monitor only mirrors the nodes, each as a type of its own.
+    status = json.loads(_internal_kv_get("__autoscaling_status") or "{}")
+    types = (status.get("autoscaler_report") or {}).get("active_nodes") or {}
+    return any(not name.startswith("node_") for name in types)
+
+
+def _how_often(each: Resources, resources: Resources) -> float:
+    return min((resources.get(name, 0.0) + 1e-6) // amount for name, amount in each.items())
+
+
+def as_text(resources: Resources) -> str:
+    """Resources for people to read."""
+    return "{" + ", ".join(f"{name}: {as_number(amount)}" for name, amount in resources.items()) + "}"
+
+
+def as_number(value: float) -> str:
+    """A number without needless digits."""
+    return f"{value:g}"
+
+
+def _describe(nodes: list[tuple[Resources, float]]) -> str:
+    hidden = ("node:", "memory", "object_store_memory", "accelerator_type:")
+    counts: Resources = {}
+    for resources, times in nodes:
+        shown = {name: amount for name, amount in resources.items() if not name.startswith(hidden)}
+        text = as_text(dict(sorted(shown.items())))
+        counts[text] = counts.get(text, 0.0) + times
+    return "it has " + ", ".join(f"{as_number(times)} x {text}" for text, times in sorted(counts.items()))
