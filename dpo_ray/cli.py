@@ -54,7 +54,7 @@ def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
 
     Example: dpo-ray prepare jobs/dpo-smollm2-135m-1n0g-fsdp2.yaml
     """
-    from dpo_ray.display import ProgressBar, pairs_table
+    from dpo_ray.display import ProgressBar
     from dpo_ray.orchestration import prepare as preparing
     from dpo_ray.orchestration.trainer import final_errors, start_ray
 
@@ -65,7 +65,6 @@ def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
         if found.job is not None:
             start_ray(parsed)
         made = preparing.prepare(parsed, watcher, found)
-    console.print(pairs_table(made))
     console.print(f"pair store  {made.uri}")
 
 

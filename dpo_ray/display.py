@@ -74,6 +74,15 @@ class ProgressBar(Watcher):
         if done == total:
             self._progress.update(task, visible=False)
 
+    def prepared(self, pairs: PairStore) -> None:
+        """Shows what became of the rows."""
+        self._console.print(pairs_table(pairs))
+        if differ := pairs.counts["prompts_differ"]:
+            self.warning(
+                f"of {differ:,} pairs the chat template writes another prompt before an answer than it asks the model "
+                "with: what is trained is the one before the answer; see the prompts above"
+            )
+
     def planned(self, plan: Plan, position: int) -> None:
         """Starts the bar of the training."""
         if position:

@@ -134,14 +134,16 @@ def prepare(config: Config, watcher: Watcher | None = None, found: Survey | None
     made = found.made
     if found.job is not None:
         try:
-            return _make(config, found.job, found.about, watcher)
+            made = _make(config, found.job, found.about, watcher)
         except Exception:
             # Another run may have made the same store meanwhile, and removed its runs.
             made = store.open_store(found.uri)
             if made is None:
                 raise
     assert made is not None
-    _check_rejects(config, made.counts, _show_rejects(config, found.uri))
+    if made.counts["rejects"]:
+        _check_rejects(config, made.counts, _show_rejects(config, found.uri))
+    watcher.prepared(made)
     return made
 
 
@@ -154,12 +156,10 @@ def _make(config: Config, job: Job, about: dict[str, Any], watcher: Watcher) -> 
         for split, run in record["runs"].items():
             written[split].append(Run(**run))
     counts = {name: total[name] for name in store.COUNTS}
-    shown = _show_rejects(config, uri)
-    try:
-        _check_rejects(config, counts, shown)
-    except DataError:
+    if _too_many_rejects(config, counts):
+        shown = _show_rejects(config, uri)
         storage.remove(uri)
-        raise
+        _check_rejects(config, counts, shown)
     good = {split: total[f"good_{split}"] for split in written}
     if not good["train"]:
         storage.remove(uri)
@@ -309,11 +309,14 @@ def _show_rejects(config: Config, uri: str) -> list[dict[str, Any]]:
     return shown
 
 
+def _too_many_rejects(config: Config, counts: dict[str, int]) -> bool:
+    return counts["rejects"] > config.data.max_reject_fraction * counts["rows"]
+
+
 def _check_rejects(config: Config, counts: dict[str, int], shown: list[dict[str, Any]]) -> None:
-    limit = config.data.max_reject_fraction
-    if counts["rejects"] > limit * counts["rows"]:
+    if _too_many_rejects(config, counts):
         first = "\n".join(f"  {reject['source']} row {reject['row']}: {reject['reason']}" for reject in shown)
         raise DataError(
             f"{counts['rejects']} of {counts['rows']} rows cannot become a pair, more than data.max_reject_fraction "
-            f"({limit:g}) allows:\n{first}\nAll of them: {config.run_uri}/rejects/"
+            f"({config.data.max_reject_fraction:g}) allows:\n{first}\nAll of them: {config.run_uri}/rejects/"
         )

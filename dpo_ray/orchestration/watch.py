@@ -7,6 +7,7 @@ from typing import Any
 
 from dpo_ray.pairs.formats import Reading
 from dpo_ray.pairs.plan import Plan
+from dpo_ray.pairs.store import PairStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,9 @@ class Watcher:
 
     def progress(self, what: str, done: int, total: int) -> None:
         """How far a long phase is, in a unit of its own."""
+
+    def prepared(self, pairs: PairStore) -> None:
+        """The pair store is there."""
 
     def planned(self, plan: Plan, position: int) -> None:
         """Training is about to begin at a position."""
