@@ -1,7 +1,6 @@
 """Memory and speed of `dpo-ray prepare` on short pairs: does its peak memory depend on the size of the data?
 
-Each size runs `dpo-ray prepare` in a process of its own, on local Ray with the demo's byte-level tokenizer and its chat
-template. Peak memory is the proportional set size (PSS) of the whole process tree, Ray's processes and its object store
+Each size runs `dpo-ray prepare` in a process of its own, on local Ray with the demo's byte-level tokenizer. Peak memory is the proportional set size (PSS) of the whole process tree, Ray's processes and its object store
 included, sampled twice a second.
 
     python benchmarks/bench_prepare.py --pairs 100000 1000000 10000000
@@ -65,7 +64,7 @@ def pss_bytes(process: psutil.Process) -> int:
     return total
 
 
-def run(folder: Path, num_pairs: int) -> dict[str, float]:
+def run(folder: Path, num_pairs: int, chat_template: str) -> dict[str, float]:
     """One size."""
     num_bytes = write_pairs(folder / "pairs", num_pairs)
     config = parse_config(
@@ -73,7 +72,12 @@ def run(folder: Path, num_pairs: int) -> dict[str, float]:
             "name": "bench",
             "storage_path": str(folder),
             "model": {"path": str(folder.parent / "model")},
-            "data": {"train": [str(folder / "pairs")], "max_length": 128, "eval_fraction": 0.01},
+            "data": {
+                "train": [str(folder / "pairs")],
+                "max_length": 128,
+                "eval_fraction": 0.01,
+                "chat_template": chat_template,
+            },
         }
     )
     (folder / "config.yaml").write_text(to_yaml(config))
@@ -104,6 +108,7 @@ def main() -> None:
     """Runs all sizes, prints a table, writes JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, nargs="+", default=[100_000, 1_000_000, 10_000_000])
+    parser.add_argument("--chat-template", choices=["tokenizer", "none"], default="tokenizer")
     parser.add_argument("--output", default="bench_prepare.json")
     arguments = parser.parse_args()
     results = []
@@ -111,7 +116,7 @@ def main() -> None:
         write_model(Path(root) / "model")
         for num_pairs in arguments.pairs:
             with tempfile.TemporaryDirectory(dir=root) as folder:
-                results.append(run(Path(folder), num_pairs))
+                results.append(run(Path(folder), num_pairs, arguments.chat_template))
             print(json.dumps(results[-1]), flush=True)
     table = Table(title="dpo-ray prepare")
     for name in results[0]:
@@ -119,7 +124,12 @@ def main() -> None:
     for result in results:
         table.add_row(*(f"{value:,.0f}" for value in result.values()))
     Console().print(table)
-    about = {"machine": platform.processor() or platform.machine(), "cpus": os.cpu_count(), "results": results}
+    about = {
+        "machine": platform.processor() or platform.machine(),
+        "cpus": os.cpu_count(),
+        "chat_template": arguments.chat_template,
+        "results": results,
+    }
     Path(arguments.output).write_text(json.dumps(about, indent=1) + "\n")
 
 

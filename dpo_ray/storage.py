@@ -14,6 +14,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
 import fsspec
@@ -254,8 +255,23 @@ def list_names(uri: str) -> list[str]:
         return sorted(os.path.basename(str(entry).rstrip("/")) for entry in entries)
 
 
-def expand(pattern: str) -> list[str]:
-    """Files that a path, a folder or a glob stands for, sorted.
+@dataclass(frozen=True, slots=True)
+class FileInfo:
+    """A file as a listing has it.
+
+    Attributes:
+        uri: The file.
+        num_bytes: Its size.
+        identity: What changes when its content does: etag, or size and time of change.
+    """
+
+    uri: str
+    num_bytes: int
+    identity: str
+
+
+def expand(pattern: str) -> list[FileInfo]:
+    """Files that a path, a folder or a glob stands for, sorted; listed, not asked for one by one.
 
     Raises:
         StorageError: There is none, or the place cannot be read.
@@ -263,28 +279,36 @@ def expand(pattern: str) -> list[str]:
     with _explained(pattern):
         fs, path = filesystem(pattern)
         if any(mark in path for mark in "*?["):
-            found = fs.glob(path)
+            found = fs.glob(path, detail=True)
         elif fs.isdir(path):
             if isinstance(fs, LocalFileSystem):
                 os.listdir(path)  # What may not be read is not empty.
             # An empty folder, where a server has those, is found as itself.
-            files = [name for name, about in fs.find(path, detail=True).items() if about["type"] != "directory"]
-            found = [name for name in files if not os.path.basename(name).startswith((".", "_"))]
+            files = {name: about for name, about in fs.find(path, detail=True).items() if about["type"] != "directory"}
+            found = {name: about for name, about in files.items() if not os.path.basename(name).startswith((".", "_"))}
         else:
-            found = [path] if exists(pattern) else []
+            found = {path: fs.info(path)} if exists(pattern) else {}
         if not found:
             exists(pattern)  # Fails where the bucket is missing.
             raise StorageError(f"{pattern}: no such file; give a file, a folder, or a glob such as pairs/*.jsonl.gz")
-        return sorted(fs.unstrip_protocol(name) if not isinstance(fs, LocalFileSystem) else name for name in found)
+        local = isinstance(fs, LocalFileSystem)
+        infos = [
+            FileInfo(name if local else fs.unstrip_protocol(name), int(about["size"] or 0), _identity(about))
+            for name, about in found.items()
+        ]
+        return sorted(infos, key=lambda info: info.uri)
 
 
 def identity(uri: str) -> str:
     """What changes when an object's content does, without reading it: etag, or size and time of change."""
     with _explained(uri):
         fs, path = filesystem(uri)
-        info = fs.info(path)
-        mark = info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("LastModified")
-        return f"{info.get('size')}:{mark}"
+        return _identity(fs.info(path))
+
+
+def _identity(about: dict[str, Any]) -> str:
+    mark = about.get("ETag") or about.get("etag") or about.get("mtime") or about.get("LastModified")
+    return f"{about.get('size')}:{mark}"
 
 
 def size(uri: str) -> int:

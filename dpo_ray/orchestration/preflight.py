@@ -159,7 +159,7 @@ def _check_data(config: Config) -> list[Row]:
     rows = []
     for pattern in [*config.data.train, *config.data.eval]:
         files = storage.expand(pattern)
-        num_bytes = sum(storage.size(uri) for uri in files)
+        num_bytes = sum(file.num_bytes for file in files)
         rows.append(Row("pairs", pattern, "ok", f"{len(files)} files, {num_bytes:,} bytes"))
     return rows
 
@@ -330,7 +330,7 @@ def _inputs(config: Config) -> list[str]:
     inputs = [storage.join(uri, "config.json") for uri in sorted(models)]
     for pattern in [*config.data.train, *config.data.eval]:
         try:
-            inputs.append(storage.expand(pattern)[0])
+            inputs.append(storage.expand(pattern)[0].uri)
         except DpoRayError:
             continue  # This machine's check has told.
     return inputs

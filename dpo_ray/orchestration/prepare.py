@@ -31,34 +31,16 @@ from dpo_ray.pairs.formats import Reading, parse_row, recognise
 from dpo_ray.pairs.runs import Run
 from dpo_ray.pairs.store import Chunk, PairStore
 from dpo_ray.pairs.tokenize import Limits, PairTokenizer, Tokenized, tokenizer_digest
+from dpo_ray.storage import FileInfo
 
-# Raw text of a block, and token data of a range: what one task holds, several times over, while it works.
+# Raw text of a block, and token data of a range: what one task holds, several times over, while it works. Every range
+# asks every run, so that both grow where there would be more than so many: at most a million requests.
+MOST_RUNS = MOST_MERGES = 1000
 BLOCK_BYTES = 8 * 2**20
 MERGE_BYTES = 16 * 2**20
 SAMPLE_ROWS = 100
 EXAMPLES_SHOWN = 3
 REJECTS_SHOWN = 5
-
-
-def locate(config: Config) -> tuple[str, dict[str, Any]]:
-    """Where the store of a configuration's pairs is, made or not, and what it is made from.
-
-    Raises:
-        DataError: A file is missing or of an unknown kind.
-        ConfigError: The tokenizer cannot be loaded or does not fit.
-    """
-    data = config.data
-    tokenizer = load_tokenizer(_tokenizer_uri(config))
-    check_vocabulary(config.model.path, tokenizer)
-    PairTokenizer(tokenizer, data.chat_template, _limits(config))
-    about = {
-        "format": store.FORMAT_VERSION,
-        "tokenizer": tokenizer_digest(tokenizer),
-        **data.model_dump(exclude={"train", "eval", "max_reject_fraction"}),
-        "train": [[uri, storage.identity(uri)] for uri in _files(data.train)],
-        "eval": [[uri, storage.identity(uri)] for uri in _files(data.eval)],
-    }
-    return storage.join(config.store_uri, "pairs", storage.fingerprint(about)), about
 
 
 def _tokenizer_uri(config: Config) -> str:
@@ -76,12 +58,22 @@ def _limits(config: Config) -> Limits:
     )
 
 
-def _files(patterns: list[str]) -> list[str]:
-    found = sorted({uri for pattern in patterns for uri in storage.expand(pattern)})
-    for uri in found:
-        if not uri.endswith(rows.SUFFIXES):
-            raise DataError(f"{uri}: unknown kind of file; known are {', '.join(rows.SUFFIXES)}")
-    return found
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """An entry of `data.train` or `data.eval`, and its files."""
+
+    split: str
+    pattern: str
+    files: list[FileInfo]
+
+
+def _sources(config: Config) -> list[_Source]:
+    entries = [("train", entry) for entry in config.data.train] + [("eval", entry) for entry in config.data.eval]
+    sources = [_Source(split, pattern, storage.expand(pattern)) for split, pattern in entries]
+    for file in (file for source in sources for file in source.files):
+        if not file.uri.endswith(rows.SUFFIXES):
+            raise DataError(f"{file.uri}: unknown kind of file; known are {', '.join(rows.SUFFIXES)}")
+    return sources
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,9 +104,26 @@ def survey(config: Config, watcher: Watcher | None = None) -> Survey:
         DataError: A file is missing, of an unknown kind, or damaged where it begins; or it has no known format.
         ConfigError: The tokenizer cannot be loaded or does not fit.
     """
-    uri, about = locate(config)
+    data = config.data
+    tokenizer = load_tokenizer(_tokenizer_uri(config))
+    check_vocabulary(config.model.path, tokenizer)
+    pair_tokenizer = PairTokenizer(tokenizer, data.chat_template, _limits(config), vocabulary_size(config.model.path))
+    sources = _sources(config)
+    about = {
+        "format": store.FORMAT_VERSION,
+        "tokenizer": tokenizer_digest(tokenizer),
+        **data.model_dump(exclude={"train", "eval", "max_reject_fraction"}),
+    }
+    for split in ("train", "eval"):
+        files = {file.uri: file.identity for source in sources if source.split == split for file in source.files}
+        about[split] = sorted(map(list, files.items()))
+    uri = storage.join(config.store_uri, "pairs", storage.fingerprint(about))
     made = store.open_store(uri)
-    return Survey(uri, about, made, _job(config, uri, watcher or Watcher()) if made is None else None)
+    if made is not None:
+        return Survey(uri, about, made, None)
+    watcher = watcher or Watcher()
+    readings = [_recognised(config, source, pair_tokenizer, tokenizer.decode, watcher) for source in sources]
+    return Survey(uri, about, None, _job(config, uri, sources, readings))
 
 
 def prepare(config: Config, watcher: Watcher | None = None, found: Survey | None = None) -> PairStore:
@@ -176,34 +185,42 @@ def _make(config: Config, job: Job, about: dict[str, Any], watcher: Watcher) -> 
     return made
 
 
-def _job(config: Config, uri: str, watcher: Watcher) -> Job:
-    """Recognises each source, shows it, and lists its files."""
-    data = config.data
-    vocab_size = vocabulary_size(config.model.path)
-    tokenizer = load_tokenizer(_tokenizer_uri(config))
-    pair_tokenizer = PairTokenizer(tokenizer, data.chat_template, _limits(config), vocab_size)
+def _recognised(
+    config: Config, source: _Source, tokenizer: PairTokenizer, decode: Callable[[Any], str], watcher: Watcher
+) -> Reading:
+    """How a source is written; shown before anything is done with it."""
+    sample = _sample(source)
+    written = [row for _, row in sample if isinstance(row, dict)]
+    try:
+        reading = recognise(written, config.data.format, config.data.columns)
+    except DataError as error:
+        raise DataError(f"{source.pattern}: {error}") from None
+    watcher.source(_preview(source, sample, reading, tokenizer, decode))
+    return reading
+
+
+def _job(config: Config, uri: str, sources: list[_Source], readings: list[Reading]) -> Job:
     files: dict[str, SourceFile] = {}
-    for split, pattern in [*(("train", entry) for entry in data.train), *(("eval", entry) for entry in data.eval)]:
-        uris = _files([pattern])
-        sizes = [storage.size(file) for file in uris]
-        sample = _sample(pattern, uris)
-        try:
-            reading = recognise([row for _, row in sample if isinstance(row, dict)], data.format, data.columns)
-        except DataError as error:
-            raise DataError(f"{pattern}: {error}") from None
-        watcher.source(_preview((pattern, sizes), sample, reading, pair_tokenizer, tokenizer.decode))
-        for file, num_bytes in zip(uris, sizes, strict=True):
-            if files.setdefault(file, SourceFile(file, num_bytes, split, reading)).split != split:
-                raise DataError(f"{file} is in data.train and in data.eval: keep it in one of them")
-    ordered = tuple(files[file] for file in sorted(files))
-    tokenizer_uri, fraction = _tokenizer_uri(config), data.eval_fraction
-    return Job(uri, ordered, tokenizer_uri, data.chat_template, _limits(config), vocab_size, fraction)
+    for source, reading in zip(sources, readings, strict=True):
+        for file in source.files:
+            known = files.setdefault(file.uri, SourceFile(file.uri, file.num_bytes, source.split, reading))
+            if known.split != source.split:
+                raise DataError(f"{file.uri} is in data.train and in data.eval: keep it in one of them")
+    return Job(
+        uri=uri,
+        files=tuple(files[file] for file in sorted(files)),
+        tokenizer_uri=_tokenizer_uri(config),
+        chat_template=config.data.chat_template,
+        limits=_limits(config),
+        vocab_size=vocabulary_size(config.model.path),
+        eval_fraction=config.data.eval_fraction,
+    )
 
 
-def _sample(pattern: str, uris: list[str]) -> list[tuple[str, dict[str, Any] | RowError]]:
+def _sample(source: _Source) -> list[tuple[str, dict[str, Any] | RowError]]:
     """The first rows of a source, each with its file and number."""
     found = list[tuple[str, dict[str, Any] | RowError]]()
-    texts = ((uri, part) for uri in uris for part, _ in rows.open_rows(uri))
+    texts = ((file.uri, part) for file in source.files for part, _ in rows.open_rows(file.uri))
     numbers: Counter[str] = Counter()
     for uri, part in texts:
         for text in part:
@@ -213,7 +230,7 @@ def _sample(pattern: str, uris: list[str]) -> list[tuple[str, dict[str, Any] | R
         if len(found) == SAMPLE_ROWS:
             break
     if not any(isinstance(row, dict) for _, row in found):
-        what = f"{found[0][0]}: {found[0][1]}" if found else f"{pattern}: there is no row in it"
+        what = f"{found[0][0]}: {found[0][1]}" if found else f"{source.pattern}: there is no row in it"
         raise DataError(f"{what}; give files with a JSON object on each line, or Parquet")
     return found
 
@@ -226,7 +243,7 @@ def _object_or_error(text: bytes) -> dict[str, Any] | RowError:
 
 
 def _preview(
-    source: tuple[str, list[int]],
+    source: _Source,
     sample: list[tuple[str, dict[str, Any] | RowError]],
     reading: Reading,
     tokenizer: PairTokenizer,
@@ -242,8 +259,8 @@ def _preview(
             continue
         prompt, *answers = map(decode, made.pair.parts)
         examples.append(Example(prompt, tuple(answers), tuple(map(len, made.pair.parts))))
-    pattern, sizes = source
-    return SourcePreview(pattern, len(sizes), sum(sizes), reading, tuple(examples), problem)
+    num_bytes = sum(file.num_bytes for file in source.files)
+    return SourcePreview(source.pattern, len(source.files), num_bytes, reading, tuple(examples), problem)
 
 
 def _tokenized(row: dict[str, Any], reading: Reading, tokenizer: PairTokenizer) -> Tokenized | RowError:
@@ -260,9 +277,9 @@ def _make_runs(job: Job, watcher: Watcher) -> Iterator[dict[str, Any]]:
     texts = ray.data.from_items(list(files), override_num_blocks=len(files)).map_batches(
         rows.read, batch_size=1, num_cpus=0.5, fn_args=(job,)
     )
-    texts.context.target_max_block_size = BLOCK_BYTES
-    made = texts.map_batches(rows.make_runs, batch_size=None, batch_format="pyarrow", num_cpus=1, fn_args=(job,))
     done, total = 0, sum(file.num_bytes for file in job.files)
+    texts.context.target_max_block_size = max(BLOCK_BYTES, total // MOST_RUNS)
+    made = texts.map_batches(rows.make_runs, batch_size=None, batch_format="pyarrow", num_cpus=1, fn_args=(job,))
     for row in made.iter_rows():
         record = json.loads(row["record"])
         done += record["num_bytes"]
@@ -279,7 +296,8 @@ def _write_chunks(
         if not good[split]:
             continue
         chunks = store.num_chunks(good[split], chunk_pairs)
-        tasks = min(chunks, -(-sum(run.num_bytes for run in its_runs) // MERGE_BYTES))
+        num_bytes = sum(run.num_bytes for run in its_runs)
+        tasks = min(chunks, -(-num_bytes // max(MERGE_BYTES, num_bytes // MOST_MERGES)))
         for task in range(tasks):
             first, stop = (chunks * bound // tasks for bound in (task, task + 1))
             ids = store.chunk_start(first, chunks), store.chunk_start(stop, chunks)

@@ -119,12 +119,11 @@ def test_hh_rlhf_on_s3(s3_server: S3Server, smollm2: Path, hh_rlhf: Path, cluste
     assert "reference" in nodes[reference["Address"]["NodeID"]]["Resources"]
 
     # The first step did not wait until all chunks were scored.
-    scored = storage.expand(storage.join(config.store_uri, "reference"))
+    scored = [file.uri for file in storage.expand(storage.join(config.store_uri, "reference"))]
     fs, _ = storage.filesystem(scored[0])
     times = [fs.info(uri.removeprefix("s3://"))["LastModified"].timestamp() for uri in scored]
-    manifest = next(
-        uri for uri in storage.expand(storage.join(config.store_uri, "pairs")) if uri.endswith("manifest.json")
-    )
+    stored = [file.uri for file in storage.expand(storage.join(config.store_uri, "pairs"))]
+    manifest = next(uri for uri in stored if uri.endswith("manifest.json"))
     store = open_store(os.path.dirname(manifest))
     assert store is not None
     assert len(scored) == len(store.train) + len(store.eval)
@@ -148,8 +147,8 @@ def test_hh_rlhf_on_s3(s3_server: S3Server, smollm2: Path, hh_rlhf: Path, cluste
 
     # The export in plain transformers: its log-probabilities are those that the policy had at its last evaluation.
     folder = tmp_path / "export"
-    for uri in storage.expand(result.export_uri):
-        storage.download(uri, str(folder / os.path.basename(uri)))
+    for file in storage.expand(result.export_uri):
+        storage.download(file.uri, str(folder / os.path.basename(file.uri)))
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     pairs = [pair for chunk in store.eval for pair in read_chunk(store.uri, chunk)]

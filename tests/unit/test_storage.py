@@ -53,9 +53,11 @@ def test_objects(place: str, tmp_path: Path) -> None:
 def test_expand_and_decompress(place: str) -> None:
     storage.write_bytes(storage.join(place, "x.jsonl.gz"), gzip.compress(b"1\n2\n"))
     storage.write_bytes(storage.join(place, "deep", "y.jsonl"), b"3\n")
-    assert [uri.removeprefix(place) for uri in storage.expand(place)] == ["/deep/y.jsonl", "/x.jsonl.gz"]
-    assert [uri.removeprefix(place) for uri in storage.expand(place + "/*.gz")] == ["/x.jsonl.gz"]
-    assert storage.expand(storage.join(place, "x.jsonl.gz")) == [storage.join(place, "x.jsonl.gz")]
+    assert [file.uri.removeprefix(place) for file in storage.expand(place)] == ["/deep/y.jsonl", "/x.jsonl.gz"]
+    assert [file.uri.removeprefix(place) for file in storage.expand(place + "/*.gz")] == ["/x.jsonl.gz"]
+    (file,) = storage.expand(storage.join(place, "x.jsonl.gz"))
+    assert file.uri == storage.join(place, "x.jsonl.gz")
+    assert (file.num_bytes, file.identity) == (storage.size(file.uri), storage.identity(file.uri))
     with storage.open_read(storage.join(place, "x.jsonl.gz")) as (file, _):
         assert list(file) == [b"1\n", b"2\n"]
     with pytest.raises(StorageError, match="no such file"):
