@@ -1,7 +1,8 @@
 """Memory and speed of `dpo-ray prepare` on short pairs: does its peak memory depend on the size of the data?
 
-Each size runs `dpo-ray prepare` in a process of its own, on local Ray with the demo's byte-level tokenizer. Peak memory is the proportional set size (PSS) of the whole process tree, Ray's processes and its object store
-included, sampled twice a second.
+Each size runs `dpo-ray prepare` in a process of its own, on local Ray with the demo's byte-level tokenizer. Peak memory
+is the proportional set size (PSS) of the whole process tree, Ray's processes and its object store included, sampled
+twice a second.
 
     python benchmarks/bench_prepare.py --pairs 100000 1000000 10000000
 """

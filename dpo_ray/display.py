@@ -122,7 +122,8 @@ def source_table(preview: SourcePreview) -> Table:
     reading = preview.reading
     columns = ", ".join(role if role == name else f"{role} = {name!r}" for role, name in reading.columns.items())
     files = f"{preview.num_files} file{'s' if preview.num_files > 1 else ''}, {preview.num_bytes:,} bytes"
-    table = Table(title=f"{preview.pattern}: {files}\nformat {reading.format}, columns {columns}", title_justify="left")
+    title = Text(f"{preview.pattern}: {files}\nformat {reading.format}, columns {columns}")
+    table = Table(title=title, title_justify="left")
     table.add_column("tokens", justify="right", no_wrap=True)
     table.add_column("")
     table.add_column("as the model sees it; the answers' tokens, all of them, are trained", overflow="fold")

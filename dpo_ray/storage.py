@@ -13,6 +13,7 @@ import io
 import json
 import os
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
@@ -74,6 +75,28 @@ def check_reachable(uri: str) -> None:
 def is_local(uri: str) -> bool:
     """Whether a URI names a path of this machine."""
     return isinstance(filesystem(uri)[0], LocalFileSystem)
+
+
+def name_of(uri: str) -> str:
+    """The last part of a URI."""
+    return uri.rstrip("/").rpartition("/")[2]
+
+
+def as_storage_error(uri: str, error: Exception) -> Exception:
+    """What a file system raised while a stream was read, as one message; an error with a message of its own stays."""
+    try:
+        with _explained(uri):
+            raise error
+    except Exception as explained_error:
+        return explained_error
+
+
+def is_damage(error: Exception) -> bool:
+    """Whether an error says that a file's content is broken, not that the storage failed."""
+    if isinstance(error, EOFError | zlib.error | gzip.BadGzipFile | pa.ArrowException):
+        return True
+    # Arrow's own decompressors and readers raise bare OSErrors.
+    return type(error) is OSError and error.errno is None and s3_code(error) is None
 
 
 def join(uri: str, *parts: str) -> str:

@@ -11,7 +11,7 @@ import ssl
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from dpo_ray.errors import StorageError
+from dpo_ray.errors import DpoRayError, StorageError
 
 FileSystemOf = Callable[[str], tuple[Any, str]]
 
@@ -73,7 +73,7 @@ def explained(uri: str, filesystem: FileSystemOf) -> Iterator[None]:
     """
     try:
         yield
-    except StorageError:
+    except DpoRayError:
         raise
     except Exception as error:
         if isinstance(error, FileNotFoundError) and not lacks_bucket(error):

@@ -96,7 +96,7 @@ def examine(config: Config, connect: Callable[[], None]) -> list[Row]:
     rows += _guarded("model", config.model.path, lambda: _check_model(config))
     if config.needs_reference and config.reference_path != config.model.path:
         rows += _guarded("reference", config.reference_path, lambda: _check_weights("reference", config.reference_path))
-    if all(row.level == "ok" for row in rows):
+    if all(row.level != "wrong" for row in rows):
         rows += _guarded("format", "this machine", lambda: _check_format(config))
     connected = _guarded("Ray", os.environ.get("RAY_ADDRESS") or "this machine", lambda: _connect(connect))
     rows += connected

@@ -33,11 +33,13 @@ from dpo_ray.pairs.store import Chunk, PairStore
 from dpo_ray.pairs.tokenize import Limits, PairTokenizer, Tokenized, tokenizer_digest
 from dpo_ray.storage import FileInfo
 
-# Raw text of a block, and token data of a range: what one task holds, several times over, while it works. Every range
-# asks every run, so that both grow where there would be more than so many: at most a million requests.
-MOST_RUNS = MOST_MERGES = 1000
+# Raw text of a block, and token data of a range: what one task holds, several times over, while it works.
 BLOCK_BYTES = 8 * 2**20
 MERGE_BYTES = 16 * 2**20
+# Every range asks every run: with very large data, or very many files, blocks and ranges grow instead.
+MOST_RUNS, MOST_REQUESTS = 1000, 10**6
+# Small files share a task, and so a block.
+READ_BYTES = 2**20
 SAMPLE_ROWS = 100
 EXAMPLES_SHOWN = 3
 REJECTS_SHOWN = 5
@@ -56,6 +58,10 @@ def _limits(config: Config) -> Limits:
         data.prompt_truncation_side,
         data.completion_truncation_side,
     )
+
+
+# Rows with their places, or why they cannot be read.
+Sample = list[tuple[str, dict[str, Any] | RowError]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,23 +113,37 @@ def survey(config: Config, watcher: Watcher | None = None) -> Survey:
     data = config.data
     tokenizer = load_tokenizer(_tokenizer_uri(config))
     check_vocabulary(config.model.path, tokenizer)
-    pair_tokenizer = PairTokenizer(tokenizer, data.chat_template, _limits(config), vocabulary_size(config.model.path))
+    vocab_size = vocabulary_size(config.model.path)
+    pair_tokenizer = PairTokenizer(tokenizer, data.chat_template, _limits(config), vocab_size)
     sources = _sources(config)
     about = {
         "format": store.FORMAT_VERSION,
         "tokenizer": tokenizer_digest(tokenizer),
         **data.model_dump(exclude={"train", "eval", "max_reject_fraction"}),
     }
-    for split in ("train", "eval"):
-        files = {file.uri: file.identity for source in sources if source.split == split for file in source.files}
-        about[split] = sorted(map(list, files.items()))
+    samples = [_sample(source) for source in sources]
+    readings = [_recognised(config, source, sample) for source, sample in zip(sources, samples, strict=True)]
+    files = _source_files(sources, readings)
+    about["files"] = [[file.uri, file.identity, file.split, asdict(file.reading)] for file in files]
+    if any(reading.format == "tokens" for reading in readings):
+        about["vocab_size"] = vocab_size
     uri = storage.join(config.store_uri, "pairs", storage.fingerprint(about))
     made = store.open_store(uri)
     if made is not None:
         return Survey(uri, about, made, None)
-    watcher = watcher or Watcher()
-    readings = [_recognised(config, source, pair_tokenizer, tokenizer.decode, watcher) for source in sources]
-    return Survey(uri, about, None, _job(config, uri, sources, readings))
+    for source, sample, reading in zip(sources, samples, readings, strict=True):
+        (watcher or Watcher()).source(_preview(source, sample, reading, pair_tokenizer, tokenizer.decode))
+    job = Job(
+        uri=uri,
+        files=files,
+        tokenizer_uri=_tokenizer_uri(config),
+        tokenizer_digest=about["tokenizer"],
+        chat_template=data.chat_template,
+        limits=_limits(config),
+        vocab_size=vocab_size,
+        eval_fraction=data.eval_fraction,
+    )
+    return Survey(uri, about, None, job)
 
 
 def prepare(config: Config, watcher: Watcher | None = None, found: Survey | None = None) -> PairStore:
@@ -149,6 +169,7 @@ def prepare(config: Config, watcher: Watcher | None = None, found: Survey | None
             made = store.open_store(found.uri)
             if made is None:
                 raise
+            storage.remove(storage.join(found.uri, "runs"))
     assert made is not None
     if made.counts["rejects"]:
         _check_rejects(config, made.counts, _show_rejects(config, found.uri))
@@ -167,57 +188,50 @@ def _make(config: Config, job: Job, about: dict[str, Any], watcher: Watcher) -> 
     counts = {name: total[name] for name in store.COUNTS}
     if _too_many_rejects(config, counts):
         shown = _show_rejects(config, uri)
-        storage.remove(uri)
+        storage.remove(storage.join(uri, "runs"))
         _check_rejects(config, counts, shown)
     good = {split: total[f"good_{split}"] for split in written}
     if not good["train"]:
-        storage.remove(uri)
+        storage.remove(storage.join(uri, "runs"))
         raise DataError(f"{', '.join(config.data.train)}: no pair to train on; of the rows: {json.dumps(counts)}")
-    chunks = _write_chunks(uri, written, good, config.data.chunk_pairs, watcher)
+    chunks = _write_chunks(config, uri, written, good, watcher)
     counts["pairs"], counts["eval_pairs"] = (sum(chunk.num_pairs for chunk in chunks[split]) for split in written)
     counts["duplicates"] = sum(good.values()) - counts["pairs"] - counts["eval_pairs"]
     made = PairStore(uri, tuple(chunks["train"]), tuple(chunks["eval"]), counts)
     if not made.train:
         raise DataError(f"{', '.join(config.data.train)}: every pair is held out too; {json.dumps(counts)}")
-    about = {**about, "readings": [[file.uri, asdict(file.reading)] for file in job.files]}
     store.write_manifest(made, about)
     storage.remove(storage.join(uri, "runs"))
     return made
 
 
-def _recognised(
-    config: Config, source: _Source, tokenizer: PairTokenizer, decode: Callable[[Any], str], watcher: Watcher
-) -> Reading:
-    """How a source is written; shown before anything is done with it."""
-    sample = _sample(source)
+def _recognised(config: Config, source: _Source, sample: Sample) -> Reading:
+    """How a source is written."""
     written = [row for _, row in sample if isinstance(row, dict)]
     try:
-        reading = recognise(written, config.data.format, config.data.columns)
+        return recognise(written, config.data.format, config.data.columns)
     except DataError as error:
         raise DataError(f"{source.pattern}: {error}") from None
-    watcher.source(_preview(source, sample, reading, tokenizer, decode))
-    return reading
 
 
-def _job(config: Config, uri: str, sources: list[_Source], readings: list[Reading]) -> Job:
+def _source_files(sources: list[_Source], readings: list[Reading]) -> tuple[SourceFile, ...]:
+    """Every file once, in the order of their URIs."""
     files: dict[str, SourceFile] = {}
     for source, reading in zip(sources, readings, strict=True):
         for file in source.files:
-            known = files.setdefault(file.uri, SourceFile(file.uri, file.num_bytes, source.split, reading))
+            entry = SourceFile(file.uri, file.num_bytes, file.identity, source.split, reading)
+            known = files.setdefault(file.uri, entry)
             if known.split != source.split:
                 raise DataError(f"{file.uri} is in data.train and in data.eval: keep it in one of them")
-    return Job(
-        uri=uri,
-        files=tuple(files[file] for file in sorted(files)),
-        tokenizer_uri=_tokenizer_uri(config),
-        chat_template=config.data.chat_template,
-        limits=_limits(config),
-        vocab_size=vocabulary_size(config.model.path),
-        eval_fraction=config.data.eval_fraction,
-    )
+            if known.reading != reading:
+                raise DataError(
+                    f"{file.uri} is in two entries of data.{source.split}, read as {known.reading.format} and as "
+                    f"{reading.format}: keep it in one of them"
+                )
+    return tuple(files[uri] for uri in sorted(files))
 
 
-def _sample(source: _Source) -> list[tuple[str, dict[str, Any] | RowError]]:
+def _sample(source: _Source) -> Sample:
     """The first rows of a source, each with its file and number."""
     found = list[tuple[str, dict[str, Any] | RowError]]()
     texts = ((file.uri, part) for file in source.files for part, _ in rows.open_rows(file.uri))
@@ -244,7 +258,7 @@ def _object_or_error(text: bytes) -> dict[str, Any] | RowError:
 
 def _preview(
     source: _Source,
-    sample: list[tuple[str, dict[str, Any] | RowError]],
+    sample: Sample,
     reading: Reading,
     tokenizer: PairTokenizer,
     decode: Callable[[Any], str],
@@ -272,14 +286,15 @@ def _tokenized(row: dict[str, Any], reading: Reading, tokenizer: PairTokenizer) 
 
 def _make_runs(job: Job, watcher: Watcher) -> Iterator[dict[str, Any]]:
     """Pass 1. Yields the record of each block."""
-    files = range(len(job.files))
+    files, total = range(len(job.files)), sum(file.num_bytes for file in job.files)
+    tasks = min(len(files), max(1, total // READ_BYTES))
     # Reading and tokenizing differ in their resources so that they do not fuse: one large file then feeds many tasks.
-    texts = ray.data.from_items(list(files), override_num_blocks=len(files)).map_batches(
+    texts = ray.data.from_items(list(files), override_num_blocks=tasks).map_batches(
         rows.read, batch_size=1, num_cpus=0.5, fn_args=(job,)
     )
-    done, total = 0, sum(file.num_bytes for file in job.files)
     texts.context.target_max_block_size = max(BLOCK_BYTES, total // MOST_RUNS)
     made = texts.map_batches(rows.make_runs, batch_size=None, batch_format="pyarrow", num_cpus=1, fn_args=(job,))
+    done = 0
     for row in made.iter_rows():
         record = json.loads(row["record"])
         done += record["num_bytes"]
@@ -288,20 +303,21 @@ def _make_runs(job: Job, watcher: Watcher) -> Iterator[dict[str, Any]]:
 
 
 def _write_chunks(
-    uri: str, written: dict[str, list[Run]], good: dict[str, int], chunk_pairs: int, watcher: Watcher
+    config: Config, uri: str, written: dict[str, list[Run]], good: dict[str, int], watcher: Watcher
 ) -> dict[str, list[Chunk]]:
     """Pass 2. Returns the chunks of each split, in order."""
     merges = []
+    has_eval_files = bool(config.data.eval)  # Else a pair is held out by its id, and none is in both splits.
     for split, its_runs in written.items():
         if not good[split]:
             continue
-        chunks = store.num_chunks(good[split], chunk_pairs)
+        chunks = store.num_chunks(good[split], config.data.chunk_pairs)
         num_bytes = sum(run.num_bytes for run in its_runs)
-        tasks = min(chunks, -(-num_bytes // max(MERGE_BYTES, num_bytes // MOST_MERGES)))
+        tasks = min(chunks, -(-num_bytes // MERGE_BYTES), max(1, MOST_REQUESTS // len(its_runs)))
         for task in range(tasks):
             first, stop = (chunks * bound // tasks for bound in (task, task + 1))
             ids = store.chunk_start(first, chunks), store.chunk_start(stop, chunks)
-            held_out = runs.extents(written["eval"], *ids) if split == "train" else []
+            held_out = runs.extents(written["eval"], *ids) if split == "train" and has_eval_files else []
             merges.append(Merge(split, chunks, first, stop, runs.extents(its_runs, *ids), held_out))
 
     def write(batch: dict[str, Any]) -> pa.Table:
@@ -319,6 +335,7 @@ def _write_chunks(
 
 def _show_rejects(config: Config, uri: str) -> list[dict[str, Any]]:
     """Copies the rejects beside the run, and returns the first of them."""
+    storage.remove(storage.join(config.run_uri, "rejects"))
     shown = list[dict[str, Any]]()
     for name in storage.list_names(storage.join(uri, "rejects")):
         part = storage.read_bytes(storage.join(uri, "rejects", name))

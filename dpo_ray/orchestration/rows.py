@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
-import zlib
+import socket
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,7 +23,7 @@ from dpo_ray.errors import DataError, RowError
 from dpo_ray.model.files import load_tokenizer
 from dpo_ray.pairs import runs, store
 from dpo_ray.pairs.formats import Reading, parse_row
-from dpo_ray.pairs.tokenize import Limits, PairTokenizer, Tokenized
+from dpo_ray.pairs.tokenize import Limits, PairTokenizer, Tokenized, tokenizer_digest
 from dpo_ray.types import PreferencePair, TokenRow
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
@@ -41,12 +41,14 @@ class SourceFile:
     Attributes:
         uri: The file.
         num_bytes: Its size.
+        identity: What changes when its content does.
         split: "train" or "eval".
         reading: How its rows are read.
     """
 
     uri: str
     num_bytes: int
+    identity: str
     split: str
     reading: Reading
 
@@ -59,6 +61,7 @@ class Job:
         uri: The store that is being made.
         files: The input, in the order of their URIs.
         tokenizer_uri: Directory of the tokenizer.
+        tokenizer_digest: Of the tokenizer that is meant.
         chat_template: As in the configuration.
         limits: As in the configuration.
         vocab_size: Rows of the model's embedding.
@@ -68,6 +71,7 @@ class Job:
     uri: str
     files: tuple[SourceFile, ...]
     tokenizer_uri: str
+    tokenizer_digest: str
     chat_template: str
     limits: Limits
     vocab_size: int
@@ -89,8 +93,10 @@ def open_rows(uri: str, columns: Sequence[str] | None = None) -> Iterator[tuple[
         for rows, share in _parquet_rows(uri, columns) if uri.endswith(".parquet") else _lines(uri):
             yield rows, share
             number += len(rows)
-    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
-        raise DataError(f"{uri}: cannot read past row {number}: {error}; restore the file") from None
+    except Exception as error:
+        if storage.is_damage(error):
+            raise DataError(f"{uri}: cannot read past row {number}: {error}; restore the file") from None
+        raise storage.as_storage_error(uri, error) from None
 
 
 def _lines(uri: str) -> Iterator[tuple[list[bytes], float]]:
@@ -148,15 +154,23 @@ def make_runs(block: pa.Table, job: Job) -> pa.Table:
     first, last = (f"{block['file'][row].as_py():06d}-{block['row'][row].as_py():012d}" for row in (0, -1))
     place = storage.join(job.uri, "runs", f"{first}-{last}")
     num_bytes = sum(block["num_bytes"].to_pylist())
-    try:
-        record = json.loads(storage.read_bytes(f"{place}.json"))
-    except FileNotFoundError:
-        record = _make_runs(block, job, place, first)
+    record = _record(place)
+    if record is None:
+        record = _make_runs(block, job, place)
         storage.write_json(f"{place}.json", record)
     return pa.table({"record": [json.dumps({**record, "num_bytes": num_bytes})]})
 
 
-def _make_runs(block: pa.Table, job: Job, place: str, first: str) -> dict[str, Any]:
+def _record(place: str) -> dict[str, Any] | None:
+    """What an earlier `prepare` has recorded, where its runs are still there."""
+    try:
+        record: dict[str, Any] = json.loads(storage.read_bytes(f"{place}.json"))
+    except FileNotFoundError:
+        return None
+    return record if all(storage.exists(run["uri"]) for run in record["runs"].values()) else None
+
+
+def _make_runs(block: pa.Table, job: Job, place: str) -> dict[str, Any]:
     tables: dict[str, list[pa.Table]] = {"train": [], "eval": []}
     rejects, counts = list[dict[str, Any]](), Counter[str]()
     # Arrow tables at once: as Python objects short pairs take ten times the memory of their tokens.
@@ -181,7 +195,7 @@ def _make_runs(block: pa.Table, job: Job, place: str, first: str) -> dict[str, A
             tables[split].append(_run_table(pairs))
     counts["rejects"] = len(rejects)
     if rejects:
-        storage.write_json_lines(storage.join(job.uri, "rejects", f"{first}.jsonl"), rejects)
+        storage.write_json_lines(storage.join(job.uri, "rejects", f"{storage.name_of(place)}.jsonl"), rejects)
     written = {
         split: asdict(runs.write_run(f"{place}.{split}.arrow", pa.concat_tables(parts)))
         for split, parts in tables.items()
@@ -197,15 +211,21 @@ def _tokenize(block: pa.Table, job: Job) -> Iterator[tuple[SourceFile, int, byte
         if text is not None and text.strip()
     ]
     parsed = [_parsed(text, file.reading) for file, _, text in rows]
-    tokenizer = _pair_tokenizer(job.tokenizer_uri, job.chat_template, job.limits, job.vocab_size)
+    tokenizer = _pair_tokenizer(job.tokenizer_uri, job.tokenizer_digest, job.chat_template, job.limits, job.vocab_size)
     tokenized = iter(tokenizer([pair for pair in parsed if not isinstance(pair, RowError)]))
     for (file, number, text), pair in zip(rows, parsed, strict=True):
         yield file, number, text, pair if isinstance(pair, RowError) else next(tokenized)
 
 
 @functools.cache
-def _pair_tokenizer(uri: str, chat_template: Any, limits: Limits, vocab_size: int) -> PairTokenizer:
-    return PairTokenizer(load_tokenizer(uri), chat_template, limits, vocab_size)
+def _pair_tokenizer(uri: str, digest: str, chat_template: Any, limits: Limits, vocab_size: int) -> PairTokenizer:
+    tokenizer = load_tokenizer(uri)
+    if tokenizer_digest(tokenizer) != digest:
+        raise DataError(
+            f"{uri}: on node {socket.gethostname()} this is another tokenizer than where the run was started, or it "
+            "was changed meanwhile: put the same files there, or use a place that all nodes share"
+        )
+    return PairTokenizer(tokenizer, chat_template, limits, vocab_size)
 
 
 def _parsed(text: bytes, reading: Reading) -> PreferencePair | TokenRow | RowError:
@@ -227,7 +247,7 @@ def json_object(text: bytes) -> dict[str, Any]:
         raise RowError(
             f"not UTF-8: byte {error.object[error.start]:#04x} at position {error.start}; save the file as UTF-8"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RowError(f"not valid JSON: {error}; mend the line, or leave it out") from None
     if not isinstance(value, dict):
         kind = type(value).__name__
@@ -266,7 +286,13 @@ class Merge:
 def write_chunks(merge: Merge, uri: str) -> Iterator[store.Chunk]:
     """Merges runs into the chunks of a range of ids."""
     starts = [store.chunk_start(index, merge.chunks) for index in range(merge.first, merge.stop + 1)]
-    table = runs.read_range(merge.parts, starts[0], starts[-1])
+    try:
+        table = runs.read_range(merge.parts, starts[0], starts[-1])
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{uri}: a file of this pair store went away while it was made ({error}): another run that makes the same "
+            "store has given up; give the command again"
+        ) from None
     if merge.held_out:
         ids = runs.read_range(merge.held_out, starts[0], starts[-1])["pair_id"]
         table = table.filter(pc.invert(pc.is_in(table["pair_id"], value_set=ids.combine_chunks())))

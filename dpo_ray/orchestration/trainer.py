@@ -109,14 +109,26 @@ def train(config: Config, watcher: Watcher | None = None) -> Result:
     watcher = watcher or Watcher()
     check_trackers(config)
     storage.check_reachable(config.storage_path)
-    _refuse_changed_config(config)
-    if finished := finished_run(config):
-        watcher.phase(f"{config.run_uri} is finished: nothing to do")
+    if finished := _as_it_stands(config, watcher):
         return finished
     watcher.phase("looking at the pairs")
     found = survey(config, watcher)
     with RunLease(config.run_uri, watcher.phase, _interrupt_here()):
-        return _train(config, watcher, found)
+        # Another driver may have begun or ended the run since we looked.
+        return _as_it_stands(config, watcher) or _train(config, watcher, found)
+
+
+def _as_it_stands(config: Config, watcher: Watcher) -> Result | None:
+    """The result of a run that is finished; None for one to begin or to go on with.
+
+    Raises:
+        ConfigError: It has another configuration.
+    """
+    _refuse_changed_config(config)
+    finished = finished_run(config)
+    if finished is not None:
+        watcher.phase(f"{config.run_uri} is finished: nothing to do")
+    return finished
 
 
 def _interrupt_here() -> Callable[[], None]:

@@ -198,6 +198,9 @@ def _columns(known: Format, named: Mapping[Role, str | None], filled: Mapping[st
         present = [name for name in names if name in filled]
         if present:
             found[role] = max(present, key=lambda name: filled[name])
+    # Where an instruction was joined with its input already, the prompt has both.
+    if "input" not in named and "instruction" in filled and found.get("prompt") not in (None, "instruction"):
+        found.pop("input", None)
     if "prompt" not in found and "input" in found and {"prompt", "input"} <= set(known.roles) and "prompt" not in named:
         found["prompt"] = found.pop("input")
     return found

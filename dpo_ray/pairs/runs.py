@@ -83,7 +83,7 @@ def read_range(parts: Sequence[Extent], low: int, high: int) -> pa.Table:
     Of equal pairs the one whose source and row come first stays.
     """
     tables = [_within(table, low, high) for part in parts for table in _slices(part)]
-    table = _sorted(pa.concat_tables(tables)) if tables else RUN_SCHEMA.empty_table()
+    table = _sorted(pa.concat_tables([RUN_SCHEMA.empty_table(), *(table for table in tables if table.num_rows)]))
     ids = _id_bytes(table)
     different = np.ones(len(ids), dtype=bool)
     different[1:] = (ids[1:] != ids[:-1]).any(axis=1)
@@ -114,7 +114,8 @@ def _within(table: pa.Table, low: int, high: int) -> pa.Table:
     heads = id_heads(table)
     start = int(np.searchsorted(heads, np.uint64(low)))
     stop = len(heads) if high == 2**64 else int(np.searchsorted(heads, np.uint64(high)))
-    return table.slice(start, stop - start)
+    # A copy: a slice would hold all that it was cut from.
+    return table.take(pa.array(np.arange(start, stop)))
 
 
 def _sorted(table: pa.Table) -> pa.Table:

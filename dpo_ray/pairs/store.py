@@ -84,13 +84,11 @@ def num_chunks(num_pairs: int, chunk_pairs: int) -> int:
     return max(1, -(-num_pairs // target))
 
 
-def chunk_of(pair_id: bytes, chunks: int) -> int:
-    """The chunk that a pair belongs to: its id is uniform, so this shuffles and balances."""
-    return (int.from_bytes(pair_id[:8], "big") * chunks) >> 64
-
-
 def chunk_start(index: int, chunks: int) -> int:
-    """The least first 8 bytes of an id, as a number, that belong to a chunk; 2^64 for the one after the last."""
+    """The least first 8 bytes of an id, as a number, that belong to a chunk; 2^64 for the one after the last.
+
+    Ids are uniform, so this shuffles and balances.
+    """
     return -(-(index << 64) // chunks)
 
 

@@ -11,12 +11,16 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import S3Server
 from helpers import tiny_config
+from rich.console import Console
 
 from dpo_ray import storage
 from dpo_ray.demo_data import make_pairs
-from dpo_ray.errors import DataError
-from dpo_ray.orchestration.prepare import prepare
-from dpo_ray.orchestration.watch import Watcher
+from dpo_ray.display import source_table
+from dpo_ray.errors import DataError, RowError
+from dpo_ray.orchestration.prepare import Survey, prepare, survey
+from dpo_ray.orchestration.rows import json_object
+from dpo_ray.orchestration.watch import SourcePreview, Watcher
+from dpo_ray.pairs.formats import Reading
 from dpo_ray.pairs.store import read_chunk
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
@@ -101,7 +105,8 @@ def test_rejects(tmp_path: Path, tiny_model: Path, local_ray: None) -> None:
         prepare(tiny_config(str(tmp_path), "strict", tiny_model, str(path), data={"max_length": 256}))
     (rejected,) = (tmp_path / "strict" / "rejects").iterdir()
     assert len(storage.read_json_lines(str(rejected))) == 3
-    assert len(list((tmp_path / "store" / "pairs").iterdir())) == 1
+    (refused,) = set((tmp_path / "store" / "pairs").iterdir()) - {Path(made.uri)}
+    assert [path.name for path in refused.iterdir()] == ["rejects"]
 
 
 def test_what_a_killed_prepare_has_done_is_not_done_again(tmp_path: Path, tiny_model: Path, local_ray: None) -> None:
@@ -149,3 +154,41 @@ def test_held_out_pairs_are_not_trained_on(tmp_path: Path, tiny_model: Path, loc
     assert not ids[0] & ids[1]
     assert len(ids[1]) == len(set(rows[100:]))
     assert len(ids[0]) + len(ids[1]) == len(set(rows))
+
+
+def test_a_store_is_named_by_how_its_files_are_read(tmp_path: Path, tiny_model: Path) -> None:
+    """b.jsonl repeats its prompts, a.jsonl does not: read as one source both are text, as two each is what it is."""
+    plain = [{"prompt": f"question {n}", "chosen": f"yes {n}", "rejected": "no"} for n in range(90)]
+    repeated = [
+        {"prompt": f"what is {n}", "chosen": f"what is {n} yes", "rejected": f"what is {n} no"} for n in range(9)
+    ]
+    for name, rows in (("a", plain), ("b", repeated)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def found(*patterns: str) -> Survey:
+        data = {"train": [str(tmp_path / pattern) for pattern in patterns]}
+        return survey(tiny_config(str(tmp_path / "s"), "run", tiny_model, "", data=data))
+
+    together, apart = found("*.jsonl"), found("a.jsonl", "b.jsonl")
+    assert together.job is not None
+    assert apart.job is not None
+    assert [file.reading.format for file in together.job.files] == ["text", "text"]
+    assert [file.reading.format for file in apart.job.files] == ["text", "repeated"]
+    assert together.uri != apart.uri
+    with pytest.raises(DataError, match=r"b.jsonl is in two entries of data.train, read as text and as repeated"):
+        found("*.jsonl", "b.jsonl")
+
+
+def test_a_row_that_is_nested_too_deeply_is_a_reject() -> None:
+    with pytest.raises(RowError, match="not valid JSON"):
+        json_object(b'{"a": ' + b"[" * 100_000)
+
+
+def test_names_of_files_are_not_markup() -> None:
+    """Square brackets are markup to the library that draws the table."""
+    preview = SourcePreview("data/[ab]*[/x].jsonl", 1, 10, Reading("text", {"prompt": "[/y]"}), (), None)
+    console = Console(width=100, record=True)
+    console.print(source_table(preview))
+    shown = console.export_text()
+    assert "data/[ab]*[/x].jsonl: 1 file, 10 bytes" in shown
+    assert "prompt = '[/y]'" in shown

@@ -528,3 +528,10 @@ def test_every_row_of_hh_is_reproduced_or_refused_for_a_known_reason() -> None:
         assert transcript(pair.prompt + pair.answers[1]) == row["rejected"]
     assert reasons == {"part": 4, "empty": 4}
     assert num_pairs == 1992
+
+
+def test_an_input_that_the_prompt_has_already_is_not_added_again() -> None:
+    row = {"instruction": "Add", "input": "1 2", "prompt": "Add\n1 2", "chosen": "3", "rejected": "12"}
+    assert recognise([row] * 5).columns == {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
+    del row["prompt"]
+    assert recognise([row] * 5).columns["input"] == "input"
