@@ -16,7 +16,10 @@ import torch
 
 from dpo_ray.config import Config, parse_config
 from dpo_ray.demo_data import make_pairs
+from dpo_ray.errors import RowError
 from dpo_ray.pairs import store
+from dpo_ray.pairs.formats import parse_row, recognise
+from dpo_ray.pairs.tokenize import Limits, PairTokenizer
 from dpo_ray.types import TokenizedPair
 
 
@@ -45,6 +48,22 @@ def tiny_config(storage_path: str, name: str, model: Path, pairs: str, **section
     for section, values in sections.items():
         raw[section] = {**raw.get(section, {}), **values}
     return parse_config(raw)
+
+
+def tokenized(
+    rows: Sequence[dict[str, str]], tokenizer: Any, chat_template: Any = "tokenizer", max_length: int = 512
+) -> list[TokenizedPair | RowError]:
+    """Rows as tokens, or why a row has none."""
+    reading = recognise(rows)
+    tokenize = PairTokenizer(tokenizer, chat_template, Limits(max_length))
+    found: list[TokenizedPair | RowError] = []
+    for row in rows:
+        try:
+            (made,) = tokenize([parse_row(row, reading)])
+        except RowError as error:
+            made = error
+        found.append(made if isinstance(made, RowError) else made.pair)
+    return found
 
 
 def chunk_table(pairs: Sequence[TokenizedPair], source: str = "source") -> pa.Table:

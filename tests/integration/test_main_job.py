@@ -11,6 +11,7 @@ import pytest
 import ray
 import torch
 from conftest import S3Server
+from helpers import tokenized
 from ray.cluster_utils import Cluster
 from transformers import AutoModelForCausalLM
 
@@ -18,9 +19,8 @@ from dpo_ray import storage, train
 from dpo_ray.config import parse_config
 from dpo_ray.errors import RowError
 from dpo_ray.model.files import load_tokenizer
-from dpo_ray.pairs.formats import parse_row
 from dpo_ray.pairs.store import open_store, read_chunk
-from dpo_ray.pairs.tokenize import PairTokenizer
+from dpo_ray.types import TokenizedPair
 
 pytestmark = [pytest.mark.integration, pytest.mark.shared, pytest.mark.timeout(1500)]
 # In float32 a CPU core does some 60 GFLOP/s: a short pair costs it two seconds of training.
@@ -29,16 +29,14 @@ NUM_PAIRS, LONGEST = 80, 100
 
 def short_rows(hh_rlhf: Path, model: Path) -> list[dict[str, str]]:
     """The first rows whose prompt and answers are short together; one that cannot become a pair is among them."""
-    tokenize = PairTokenizer(load_tokenizer(str(model)), "tokenizer", 1024)
-    short, broken = [], []
     with gzip.open(hh_rlhf, "rt", encoding="utf-8") as file:
-        for line in file:
-            row = json.loads(line)
-            try:
-                if tokenize(parse_row(row)).num_tokens < LONGEST:
-                    short.append(row)
-            except RowError:
-                broken.append(row)
+        rows = [json.loads(line) for line in file]
+    short, broken = [], []
+    for row, pair in zip(rows, tokenized(rows, load_tokenizer(str(model)), max_length=1024), strict=True):
+        if isinstance(pair, RowError):
+            broken.append(row)
+        elif pair.num_tokens < LONGEST:
+            short.append(row)
     return [*short[: NUM_PAIRS - 1], broken[0]]
 
 
@@ -140,10 +138,11 @@ def test_hh_rlhf_on_s3(s3_server: S3Server, smollm2: Path, hh_rlhf: Path, cluste
     assert counts["pairs"] + counts["eval_pairs"] + counts["rejects"] + counts["duplicates"] + counts[
         "identical"
     ] == len(rows)
-    tokenize = PairTokenizer(load_tokenizer(str(smollm2)), "tokenizer", 1024)
     held = {pair.pair_id for chunk in store.eval for pair in read_chunk(store.uri, chunk)}
     everything = held | {pair.pair_id for chunk in store.train for pair in read_chunk(store.uri, chunk)}
-    assert tokenize(parse_row(rows[0])).pair_id in everything
+    (first, *_) = tokenized(rows, load_tokenizer(str(smollm2)), max_length=1024)
+    assert isinstance(first, TokenizedPair)
+    assert first.pair_id in everything
 
     # The export in plain transformers: its log-probabilities are those that the policy had at its last evaluation.
     folder = tmp_path / "export"

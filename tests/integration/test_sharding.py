@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import run_ranks
+from helpers import run_ranks, tokenized
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
@@ -19,8 +19,6 @@ from dpo_ray.model.load import load_pretrained
 from dpo_ray.model.shard import gathered_state_dict, sharded_policy
 from dpo_ray.objective.losses import LOSSES, AnswerStats
 from dpo_ray.pairs import pack
-from dpo_ray.pairs.formats import parse_row
-from dpo_ray.pairs.tokenize import PairTokenizer
 from dpo_ray.reference.scorer import Scorer
 from dpo_ray.training import checkpoint, manifest
 from dpo_ray.training.optimizer import build_optimizer
@@ -36,8 +34,7 @@ def sigmoid(stats: AnswerStats) -> torch.Tensor:
 
 
 def scored_pairs(model: str, num: int = 10, dtype: str = "float32") -> list[ScoredPair]:
-    tokenize = PairTokenizer(byte_tokenizer(), "tokenizer", 512)
-    pairs = [tokenize(parse_row(row)) for row in make_pairs(num, seed=2)]
+    pairs = tokenized(make_pairs(num, seed=2), byte_tokenizer())
     scores = Scorer(model, dtype, "sdpa", 500, CPU).score(pairs)
     return [ScoredPair(pair, score) for pair, score in zip(pairs, scores, strict=True)]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import run_ranks
+from helpers import run_ranks, tokenized
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_ray.config import ModelConfig, OptimizerConfig
@@ -17,8 +17,6 @@ from dpo_ray.model.shard import sharded_policy
 from dpo_ray.objective.losses import LOSSES, AnswerStats
 from dpo_ray.objective.rewards import finish_metrics
 from dpo_ray.pairs import pack
-from dpo_ray.pairs.formats import parse_row
-from dpo_ray.pairs.tokenize import PairTokenizer
 from dpo_ray.reference.scorer import Scorer
 from dpo_ray.training.optimizer import build_optimizer, learning_rate_at
 from dpo_ray.training.step import Objective, train_step
@@ -37,8 +35,7 @@ def sigmoid(stats: AnswerStats) -> torch.Tensor:
 
 
 def ours(rank: int, world: int, model: str, rows: list[dict[str, str]], target: str) -> None:
-    tokenize = PairTokenizer(byte_tokenizer(), "none", 512)
-    pairs = [tokenize(parse_row(row)) for row in rows]
+    pairs = tokenized(rows, byte_tokenizer(), "none")
     scores = Scorer(model, "float32", "sdpa", 400, torch.device("cpu")).score(pairs)
     scored = [ScoredPair(pair, score) for pair, score in zip(pairs, scores, strict=True)]
     policy = sharded_policy(ModelConfig(path=model, compute_dtype="float32"), torch.device("cpu"))
