@@ -20,6 +20,7 @@ from dpo_ray import storage, train
 from dpo_ray.config import parse_config
 from dpo_ray.errors import RowError
 from dpo_ray.model.files import load_tokenizer
+from dpo_ray.orchestration.watch import Watcher
 from dpo_ray.pairs.store import open_store, read_chunk
 from dpo_ray.types import TokenizedPair
 
