@@ -38,8 +38,9 @@ BLOCK_BYTES = 8 * 2**20
 MERGE_BYTES = 16 * 2**20
 # Every range asks every run: with very large data, or very many files, blocks and ranges grow instead.
 MOST_RUNS, MOST_REQUESTS = 1000, 10**6
-# Blocks that wait to be tokenized.
-BLOCKS_PER_CPU = 4
+# Reading is much faster than tokenizing. This share of the object store, which grows with the cluster, is some four
+# blocks for each CPU on usual nodes (4 GiB of memory for a CPU, 30 % of it Ray's object store).
+READ_AHEAD = 0.05
 # Small files share a task, and so a block.
 READ_BYTES = 2**20
 SAMPLE_ROWS = 100
@@ -296,10 +297,7 @@ def _make_runs(job: Job, watcher: Watcher) -> Iterator[dict[str, Any]]:
     )
     block_bytes = max(BLOCK_BYTES, total // MOST_RUNS)
     texts.context.target_max_block_size = block_bytes
-    # Reading is much faster than tokenizing, and would fill half of the object store.
-    texts.context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(
-        object_store_memory=BLOCKS_PER_CPU * ray.cluster_resources().get("CPU", 1) * block_bytes
-    )
+    texts.context.override_object_store_memory_limit_fraction = min(0.5, READ_AHEAD * block_bytes / BLOCK_BYTES)
     made = texts.map_batches(rows.make_runs, batch_size=None, batch_format="pyarrow", num_cpus=1, fn_args=(job,))
     done = 0
     for row in made.iter_rows():

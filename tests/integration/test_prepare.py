@@ -3,12 +3,15 @@
 import gzip
 import json
 import os
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 from conftest import S3Server
 from helpers import tiny_config
 from rich.console import Console
@@ -17,11 +20,13 @@ from dpo_ray import storage
 from dpo_ray.demo_data import make_pairs
 from dpo_ray.display import source_table
 from dpo_ray.errors import DataError, RowError
-from dpo_ray.orchestration.prepare import Survey, prepare, survey
-from dpo_ray.orchestration.rows import json_object
+from dpo_ray.orchestration import rows
+from dpo_ray.orchestration.prepare import Survey, _make_runs, prepare, survey
+from dpo_ray.orchestration.rows import Job, SourceFile, json_object
 from dpo_ray.orchestration.watch import SourcePreview, Watcher
 from dpo_ray.pairs.formats import Reading
 from dpo_ray.pairs.store import read_chunk
+from dpo_ray.pairs.tokenize import Limits
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
@@ -162,8 +167,8 @@ def test_a_store_is_named_by_how_its_files_are_read(tmp_path: Path, tiny_model: 
     repeated = [
         {"prompt": f"what is {n}", "chosen": f"what is {n} yes", "rejected": f"what is {n} no"} for n in range(9)
     ]
-    for name, rows in (("a", plain), ("b", repeated)):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, its_rows in (("a", plain), ("b", repeated)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in its_rows))
 
     def found(*patterns: str) -> Survey:
         data = {"train": [str(tmp_path / pattern) for pattern in patterns]}
@@ -192,3 +197,37 @@ def test_names_of_files_are_not_markup() -> None:
     shown = console.export_text()
     assert "data/[ab]*[/x].jsonl: 1 file, 10 bytes" in shown
     assert "prompt = '[/y]'" in shown
+
+
+def test_reading_waits_for_tokenizing(tmp_path: Path, local_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Raw text does not pile up in memory where reading is faster than tokenizing."""
+    num_files, file_bytes = 28, 2 * 2**20
+    store_bytes = ray.cluster_resources()["object_store_memory"]
+    sources = []
+    for number in range(num_files):
+        path = tmp_path / f"{number:02d}.jsonl"
+        path.write_text((json.dumps({"text": "x" * 1000}) + "\n") * (file_bytes // 1013))
+        sources.append(SourceFile(str(path), path.stat().st_size, "", "train", Reading("standard", {})))
+    job = Job("", tuple(sources), "", "", "none", Limits(512), 0, 0.0)
+    log, read = tmp_path / "log", rows.read
+
+    def logged_read(batch: dict[str, Any], job: Job) -> Iterator[pa.Table]:
+        with log.open("a") as file:
+            file.write("read\n")
+        yield from read(batch, job)
+
+    def slow(table: pa.Table, job: Job) -> pa.Table:
+        time.sleep(0.2)
+        with log.open("a") as file:
+            file.write("made\n")
+        return pa.table({"record": [json.dumps({"num_bytes": 1})]})
+
+    monkeypatch.setattr(rows, "read", logged_read)
+    monkeypatch.setattr(rows, "make_runs", slow)
+    # A share of the store that holds some three files.
+    monkeypatch.setattr("dpo_ray.orchestration.prepare.READ_AHEAD", 3 * file_bytes / store_bytes)
+    assert len(list(_make_runs(job, Watcher()))) >= num_files
+    events = log.read_text().split()
+    ahead = max(events[:end].count("read") - events[:end].count("made") for end in range(len(events)))
+    # Ray lets a task run in any case, and learns the size of a block from the first: a few more than the share.
+    assert ahead <= 12
