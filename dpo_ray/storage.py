@@ -1,29 +1,220 @@
 """Local paths and object storage behind one set of functions: the sole owner of fsspec and s3fs.
 
 Credentials and endpoints come from where the AWS tools take them (environment, shared files, instance roles), so that
-none ever stands in a configuration.
+none ever stands in a configuration. Outages are waited out here, so that nobody else need think of them.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import errno
+import functools
 import gzip
 import hashlib
+import inspect
 import io
 import json
+import logging
 import os
+import random
+import re
+import sys
 import tempfile
+import threading
+import time
 import zlib
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, ParamSpec, TypeVar, cast
 
 import fsspec
 import pyarrow as pa
+from fsspec.asyn import AsyncFileSystem, sync
+from fsspec.exceptions import FSTimeoutError
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.utils import glob_translate
 
 from dpo_ray.errors import StorageError
-from dpo_ray.storage_errors import explained, raise_without_bucket, s3_code, shown
+from dpo_ray.storage_errors import explained, forget, is_passing, raise_without_bucket, s3_code, said, shown
+
+# For how long what fails is tried again; the environment's DPO_RAY_STORAGE_PATIENCE_S, in seconds, goes before it.
+PATIENCE_S = 1800.0
+# The same for the first write after `check_reachable`: a server that is full, too, says only that it failed.
+FIRST_WRITE_PATIENCE_S = 5.0
+# A server that accepts connections but does not answer is noticed after these.
+CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 10.0, 25.0
+# Of single requests, below: a listing or an upload of a thousand of them would else fail for one in a thousand.
+ATTEMPTS_PER_REQUEST = 2
+# A request that takes longer than this and its bytes at the lowest speed is given up, as is one whose body a server
+# does not take. Asked again, its bytes get twice the time, for a line may be slow: at most eight times.
+REQUEST_S, LOWEST_BYTES_PER_S, MOST_DOUBLINGS = 60.0, 1 << 20, 3
+# A listing or a deletion is as many requests as there are thousands of objects.
+MANY_REQUESTS_S = 1800.0
+# Who waits is told after the first, and then whenever the second has passed.
+TELL_AFTER_S, TELL_EVERY_S = 10.0, 30.0
+LONGEST_PAUSE_S = 10.0
+STREAM_BLOCK_BYTES = 8 << 20
+
+# Told, from whichever thread waits, that the storage fails and that it answers again; what it raises ends the waiting.
+on_waiting: Callable[[str], None] = logging.getLogger(__name__).warning
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+_patience_here: ContextVar[float | None] = ContextVar("_patience_here", default=None)
+_stretch: ContextVar[float] = ContextVar("_stretch", default=1.0)
+# Not the generator that training seeds and saves.
+_jitter = random.Random()
+
+
+@contextlib.contextmanager
+def patience(seconds: float) -> Iterator[None]:
+    """Another patience for what this thread does in a `with` block, such as little where an answer is not needed."""
+    token = _patience_here.set(seconds)
+    try:
+        yield
+    finally:
+        _patience_here.reset(token)
+
+
+def _patience_s() -> float:
+    here = _patience_here.get()
+    if here is not None:
+        return here
+    given = os.environ.get("DPO_RAY_STORAGE_PATIENCE_S")
+    try:
+        return PATIENCE_S if not given else float(given)
+    except ValueError:
+        raise StorageError(f"DPO_RAY_STORAGE_PATIENCE_S={given}: give a number of seconds, such as 1800") from None
+
+
+@dataclass(slots=True)
+class _Outage:
+    """What this process knows of a place that fails: since when, and when that was last told, or None."""
+
+    since: float
+    told: float | None = None
+
+
+_lock = threading.Lock()
+_outages: dict[str, _Outage] = {}
+# Places that the process has looked for, and not yet written to.
+_on_trial: set[str] = set()
+
+
+def failing() -> bool:
+    """Whether this process waits for a storage that fails."""
+    return bool(_outages)
+
+
+def _place(uri: str) -> str:
+    scheme, marked, rest = shown(uri).partition("://")
+    return f"{scheme}://{rest.partition('/')[0]}" if marked else uri
+
+
+def _asked_again(writes: bool = False) -> Callable[[Callable[_P, _T]], Callable[_P, _T]]:
+    """Makes a function repeat itself while the storage fails, until the patience ends, and explain what it raises.
+
+    Args:
+        writes: Whether the function writes at its URI.
+    """
+
+    def decorate(function: Callable[_P, _T]) -> Callable[_P, _T]:
+        signature = inspect.signature(function)
+        name = "uri" if "uri" in signature.parameters else next(iter(signature.parameters))
+
+        @functools.wraps(function)
+        def patient(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+            uri = signature.bind(*args, **kwargs).arguments[name]
+            return _ask_until_answered(uri, functools.partial(function, *args, **kwargs), writes)
+
+        return patient
+
+    return decorate
+
+
+def _ask_until_answered(uri: str, ask: Callable[[], _T], writes: bool) -> _T:
+    handled = sys.exc_info()[1]
+    place, since, failures, too_slow = _place(uri), 0.0, 0, 0
+    try:
+        while True:
+            # Asked again outside of `except`, or each error would drag along the one before it.
+            error, result = _attempt(ask, 2.0 ** min(too_slow, MOST_DOUBLINGS))
+            if error is None:
+                if writes:
+                    _on_trial.discard(place)
+                if failures:
+                    _tell_answer(place)
+                return cast(_T, result)
+            forget(error, handled)
+            now = time.monotonic()
+            since = since if failures else now
+            failures += 1
+            # What is silent altogether raises a timeout of another type.
+            too_slow += type(error) is FSTimeoutError and type(error.__cause__) is TimeoutError
+            passing = is_passing(error, local=isinstance(filesystem(uri)[0], LocalFileSystem))
+            patience_s = _patience_s() if passing else 0.0
+            if writes and place in _on_trial and s3_code(error) is not None:
+                patience_s = min(patience_s, FIRST_WRITE_PATIENCE_S)
+            pause_s = _jitter.uniform(0, min(LONGEST_PAUSE_S, 0.25 * 2.0 ** min(failures, 10)))
+            # A process that ends does not wait for its threads' storage.
+            ending = not threading.main_thread().is_alive()
+            if not passing or ending or now + pause_s - since > patience_s:
+                with explained(uri, filesystem, tried_s=now - since):
+                    raise error
+            _tell_failure(place, since, functools.partial(_waiting_message, uri, error, now - since, patience_s))
+            time.sleep(pause_s)
+    finally:
+        if failures:
+            with _lock:
+                _outages.pop(place, None)
+
+
+def _attempt(ask: Callable[[], _T], stretch: float) -> tuple[Exception | None, _T | None]:
+    token = _stretch.set(stretch)
+    try:
+        return None, ask()
+    except Exception as error:
+        return error, None
+    finally:
+        _stretch.reset(token)
+
+
+def _waiting_message(uri: str, error: Exception, tried_s: float, patience_s: float) -> str:
+    what = " ".join(said(uri, error, filesystem).split())
+    return f"{what}; tried for {tried_s:.0f} s, and again until {patience_s:.0f} s have passed"
+
+
+def _tell_failure(place: str, since: float, message: Callable[[], str]) -> None:
+    """Once for all threads that wait for the same place."""
+    now = time.monotonic()
+    with _lock:
+        outage = _outages.setdefault(place, _Outage(since))
+        due = now - outage.since >= TELL_AFTER_S if outage.told is None else now - outage.told >= TELL_EVERY_S
+        if due:
+            outage.told = now
+    if due:
+        on_waiting(message())
+
+
+def _tell_answer(place: str) -> None:
+    with _lock:
+        outage = _outages.pop(place, None)
+    if outage is not None and outage.told is not None:
+        on_waiting(f"{place} answers again after {time.monotonic() - outage.since:.0f} s")
+
+
+def _within_s(num_bytes: int = 0, base_s: float | None = None) -> float:
+    """How long a request may take."""
+    return (base_s or REQUEST_S) + num_bytes / LOWEST_BYTES_PER_S * _stretch.get()
+
+
+def _call(fs: Any, method: str, *args: Any, within_s: float | None = None, **kwargs: Any) -> Any:
+    """Calls a method of a file system, and gives up when it takes too long, where that can be done."""
+    if isinstance(fs, AsyncFileSystem):
+        kwargs["timeout"] = within_s or _within_s()
+    return getattr(fs, method)(*args, **kwargs)
 
 
 def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -34,8 +225,15 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """
     try:
         # A cached listing would hide what another process has just written.
-        options = {} if "://" not in uri or uri.startswith("file://") else {"use_listings_cache": False}
+        options: dict[str, Any] = {}
+        if "://" in uri and not uri.startswith("file://"):
+            options["use_listings_cache"] = False
+        if uri.startswith(("s3://", "s3a://")):
+            timeouts = {"connect_timeout": CONNECT_TIMEOUT_S, "read_timeout": READ_TIMEOUT_S}
+            options["config_kwargs"] = {**timeouts, "retries": {"total_max_attempts": ATTEMPTS_PER_REQUEST}}
         fs, path = fsspec.core.url_to_fs(uri, **options)
+        if "config_kwargs" in options:
+            fs.retries = 1  # Not once more by s3fs.
     except ImportError as error:
         scheme = uri.partition("://")[0]
         raise StorageError(
@@ -51,13 +249,15 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
 def check_reachable(uri: str) -> None:
     """Fails within seconds when the server of a URI cannot be reached; all else is left to what comes next.
 
-    A server that goes away later is waited for much longer: it was there, and will come back.
+    A server that goes away later is waited for much longer: it was there, and will come back. What it answers to the
+    first write is not: it may be full.
 
     Raises:
         StorageError: Nothing answers.
     """
     if not uri.startswith("s3://"):
         return
+    _on_trial.add(_place(uri))
     with _explained(uri):
         fs = fsspec.filesystem(
             "s3",
@@ -66,7 +266,7 @@ def check_reachable(uri: str) -> None:
         )
         fs.retries = 1
         try:
-            fs.call_s3("head_bucket", Bucket=fs.split_path(uri)[0])
+            fs.call_s3("head_bucket", Bucket=fs.split_path(uri)[0], timeout=15)
         except OSError as error:
             if s3_code(error) is None:
                 raise
@@ -104,18 +304,19 @@ def join(uri: str, *parts: str) -> str:
     return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
 
 
+@_asked_again()
 def exists(uri: str) -> bool:
     """Whether an object is there."""
-    with _explained(uri):
-        fs, path = filesystem(uri)
-        try:
-            _ = os.stat(path) if isinstance(fs, LocalFileSystem) else fs.info(path)
-        except FileNotFoundError as error:
-            raise_without_bucket(error)
-            return False
-        return True
+    fs, path = filesystem(uri)
+    try:
+        _ = os.stat(path) if isinstance(fs, LocalFileSystem) else _call(fs, "info", path)
+    except FileNotFoundError as error:
+        raise_without_bucket(error)
+        return False
+    return True
 
 
+@_asked_again()
 def read_bytes(uri: str, start: int | None = None, stop: int | None = None) -> bytes:
     """A whole object, or its bytes from `start` up to `stop`.
 
@@ -123,26 +324,55 @@ def read_bytes(uri: str, start: int | None = None, stop: int | None = None) -> b
         FileNotFoundError: It is not there.
         StorageError: It cannot be read.
     """
-    with _explained(uri):
-        fs, path = filesystem(uri)
-        return bytes(fs.cat_file(path, start=start, end=stop))
+    fs, path = filesystem(uri)
+    return _read(fs, path, start, stop)
 
 
+def _read(fs: Any, path: str, start: int | None, stop: int | None, etag: str | None = None) -> bytes:
+    if start is not None and start == stop:
+        return b""
+    if "s3" not in fs.protocol:
+        return bytes(_call(fs, "cat_file", path, start=start, end=stop, within_s=_within_s((stop or 0) - (start or 0))))
+    # Not by s3fs, which asks for the size of an object first, and does not know how long its body may take.
+    bucket, key, _ = fs.split_path(path)
+    wanted = {"Bucket": bucket, "Key": key}
+    if start is not None or stop is not None:
+        wanted["Range"] = f"bytes={start or 0}-{'' if stop is None else stop - 1}"
+    if etag:
+        wanted["IfMatch"] = etag
+    return cast(bytes, sync(fs.loop, _get_object, fs, wanted))
+
+
+async def _get_object(fs: Any, wanted: dict[str, str]) -> bytes:
+    async with asyncio.timeout(_within_s()):
+        answer = await fs._call_s3("get_object", **wanted)
+    num_bytes = answer["ContentLength"]
+    try:
+        async with asyncio.timeout(_within_s(num_bytes)):
+            data: bytes = await answer["Body"].read()
+    finally:
+        answer["Body"].close()
+    if len(data) != num_bytes:
+        raise ConnectionError(f"{len(data)} bytes came of {num_bytes}")
+    return data
+
+
+@_asked_again(writes=True)
 def write_bytes(uri: str, data: bytes) -> None:
     """Writes a whole object atomically: a reader sees the old one or the new one, never a part.
 
     Raises:
         StorageError: It cannot be written.
     """
-    with _explained(uri):
-        fs, path = filesystem(uri)
-        if not isinstance(fs, LocalFileSystem):
-            fs.pipe_file(path, data)
-            return
-        with _written_beside(path, data) as written:
-            os.replace(written, path)
+    fs, path = filesystem(uri)
+    if not isinstance(fs, LocalFileSystem):
+        _call(fs, "pipe_file", path, data, within_s=_within_s(len(data)))
+        return
+    with _written_beside(path, data) as written:
+        os.replace(written, path)
 
 
+@_asked_again(writes=True)
 def create(uri: str, data: bytes) -> bool:
     """Writes a whole object where there is none: of many that try at the same time, one succeeds.
 
@@ -157,28 +387,22 @@ def create(uri: str, data: bytes) -> bool:
     Raises:
         StorageError: It cannot be written.
     """
-    with _explained(uri):
-        fs, path = filesystem(uri)
-        if isinstance(fs, LocalFileSystem):
-            with _written_beside(path, data) as written, contextlib.suppress(FileExistsError):
-                os.link(written, path)
-                return True
-        else:
-            for _ in range(10):
-                try:
-                    fs.pipe_file(path, data, mode="create")
-                    return True
-                except OSError as error:
-                    code = s3_code(error)
-                    # A conflict with a write in progress, which may yet fail.
-                    if code in ("409", "ConditionalRequestConflict", "OperationAborted"):
-                        continue
-                    if code not in ("412", "PreconditionFailed") and not isinstance(error, FileExistsError):
-                        raise
-                    break
-        with contextlib.suppress(FileNotFoundError):
-            return read_bytes(uri) == data
-        return False
+    fs, path = filesystem(uri)
+    if isinstance(fs, LocalFileSystem):
+        with _written_beside(path, data) as written, contextlib.suppress(FileExistsError):
+            os.link(written, path)
+            return True
+    else:
+        try:
+            _call(fs, "pipe_file", path, data, mode="create", within_s=_within_s(len(data)))
+            return True
+        except OSError as error:
+            # A conflict with a write in progress, which may yet fail, is asked again.
+            if s3_code(error) not in ("412", "PreconditionFailed") and not isinstance(error, FileExistsError):
+                raise
+    with contextlib.suppress(FileNotFoundError):
+        return read_bytes(uri) == data
+    return False
 
 
 @contextlib.contextmanager
@@ -217,9 +441,7 @@ def open_read(uri: str) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
         FileNotFoundError: It is not there.
         StorageError: It cannot be opened.
     """
-    with _explained(uri):
-        fs, path = filesystem(uri)
-        raw = fs.open(path, "rb")
+    raw = _opened(uri)
     with raw:
         if uri.endswith(".gz"):
             with gzip.GzipFile(fileobj=raw) as unzipped:
@@ -231,51 +453,114 @@ def open_read(uri: str) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
             yield raw, raw.tell
 
 
+@_asked_again()
+def _opened(uri: str) -> BinaryIO:
+    fs, path = filesystem(uri)
+    about = {} if isinstance(fs, LocalFileSystem) else _call(fs, "info", path)
+    if about.get("type") == "directory":
+        raise IsADirectoryError(errno.EISDIR, "Is a directory", path)
+    if about.get("size") is None:
+        return cast(BinaryIO, fs.open(path, "rb"))
+    return io.BufferedReader(_ObjectStream(uri, about["size"], about.get("ETag")), STREAM_BLOCK_BYTES)
+
+
+class _ObjectStream(io.RawIOBase):
+    """A remote object, read by ranges: one that fails is asked for again, and the stream goes on where it stood."""
+
+    def __init__(self, uri: str, num_bytes: int, etag: str | None) -> None:
+        self._uri, self._num_bytes, self._etag = uri, num_bytes, etag
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._position = max(
+            0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._num_bytes}[whence]
+        )
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        stop = min(self._position + len(buffer), self._num_bytes)
+        if stop <= self._position:
+            return 0
+        data = _read_range(self._uri, self._position, stop, self._etag)
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+
+@_asked_again()
+def _read_range(uri: str, start: int, stop: int, etag: str | None) -> bytes:
+    fs, path = filesystem(uri)
+    data = _read(fs, path, start, stop, etag)
+    if len(data) != stop - start:
+        raise ConnectionError(f"{len(data)} bytes came of {stop - start}")
+    return data
+
+
+@_asked_again(writes=True)
 def upload(local_path: str, uri: str) -> None:
-    """Copies a local file to an object."""
-    with _explained(uri):
-        fs, path = filesystem(uri)
-        if isinstance(fs, LocalFileSystem):
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-        fs.put_file(local_path, path)
+    """Copies a local file to an object, which appears only when it is whole, unless it is a local file too."""
+    fs, path = filesystem(uri)
+    if isinstance(fs, LocalFileSystem):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+    _call(fs, "put_file", local_path, path, within_s=_within_s(os.path.getsize(local_path)))
 
 
+@_asked_again()
 def download(uri: str, local_path: str) -> None:
     """Copies an object to a local file, which appears only when it is whole."""
-    with _explained(uri):
-        fs, path = filesystem(uri)
-        os.makedirs(os.path.dirname(local_path), exist_ok=True)
-        partial = f"{local_path}.{os.getpid()}.partial"
-        fs.get_file(path, partial)
+    fs, path = filesystem(uri)
+    num_bytes = _call(fs, "size", path)
+    os.makedirs(os.path.dirname(local_path), exist_ok=True)
+    partial = f"{local_path}.{os.getpid()}-{threading.get_ident()}.partial"
+    try:
+        _call(fs, "get_file", path, partial, within_s=_within_s(num_bytes or 0))
+        if num_bytes is not None and os.path.getsize(partial) != num_bytes:
+            raise ConnectionError(f"{os.path.getsize(partial)} bytes came of {num_bytes}")
         os.replace(partial, local_path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(partial)
 
 
+@_asked_again()
 def remove(uri: str) -> None:
     """Removes an object or everything below a prefix; nothing happens when it is not there."""
-    with _explained(uri):
-        fs, path = filesystem(uri)
-        try:
-            fs.rm(path, recursive=True)
-        except FileNotFoundError as error:
-            raise_without_bucket(error)
-            return
-        # s3fs does not pass on that a server refused to delete.
-        if not isinstance(fs, LocalFileSystem):
-            left = [name for name, about in fs.find(path, detail=True).items() if about["type"] == "file"]
-            if left:
-                raise StorageError(f"{shown(uri)}: could not be deleted ({left[0]}); grant s3:DeleteObject")
+    fs, path = filesystem(uri)
+    try:
+        _call(fs, "rm", path, recursive=True, within_s=_within_s(base_s=MANY_REQUESTS_S))
+    except FileNotFoundError as error:
+        raise_without_bucket(error)
+        return
+    # s3fs does not pass on what a server has not deleted, nor why.
+    if not isinstance(fs, LocalFileSystem):
+        found = _call(fs, "find", path, detail=True, within_s=_within_s(base_s=MANY_REQUESTS_S))
+        for name in [name for name, about in found.items() if about["type"] == "file"][:1]:
+            try:
+                _call(fs, "rm_file", name)
+            except PermissionError:
+                raise StorageError(f"{shown(uri)}: could not be deleted ({name}); grant s3:DeleteObject") from None
+            raise ConnectionError(f"{name} was not deleted with the others")
 
 
+@_asked_again()
 def list_names(uri: str) -> list[str]:
     """Names right below a prefix, sorted; empty when nothing is there."""
-    with _explained(uri):
-        fs, path = filesystem(uri)
-        try:
-            entries = fs.ls(path, detail=False)
-        except FileNotFoundError as error:
-            raise_without_bucket(error)
-            return []
-        return sorted(os.path.basename(str(entry).rstrip("/")) for entry in entries)
+    fs, path = filesystem(uri)
+    try:
+        entries = _call(fs, "ls", path, detail=False, within_s=_within_s(base_s=MANY_REQUESTS_S))
+    except FileNotFoundError as error:
+        raise_without_bucket(error)
+        return []
+    return sorted(os.path.basename(str(entry).rstrip("/")) for entry in entries)
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,40 +578,63 @@ class FileInfo:
     identity: str
 
 
+@_asked_again()
 def expand(pattern: str) -> list[FileInfo]:
     """Files that a path, a folder or a glob stands for, sorted; listed, not asked for one by one.
 
     Raises:
         StorageError: There is none, or the place cannot be read.
     """
-    with _explained(pattern):
-        fs, path = filesystem(pattern)
-        if any(mark in path for mark in "*?["):
-            found = fs.glob(path, detail=True)
-        elif fs.isdir(path):
-            if isinstance(fs, LocalFileSystem):
-                os.listdir(path)  # What may not be read is not empty.
-            # An empty folder, where a server has those, is found as itself.
-            files = {name: about for name, about in fs.find(path, detail=True).items() if about["type"] != "directory"}
-            found = {name: about for name, about in files.items() if not os.path.basename(name).startswith((".", "_"))}
-        else:
-            found = {path: fs.info(path)} if exists(pattern) else {}
-        if not found:
-            exists(pattern)  # Fails where the bucket is missing.
-            raise StorageError(f"{pattern}: no such file; give a file, a folder, or a glob such as pairs/*.jsonl.gz")
-        local = isinstance(fs, LocalFileSystem)
-        infos = [
-            FileInfo(name if local else fs.unstrip_protocol(name), int(about["size"] or 0), _identity(about))
-            for name, about in found.items()
-        ]
-        return sorted(infos, key=lambda info: info.uri)
+    fs, path = filesystem(pattern)
+    local, listing_s = isinstance(fs, LocalFileSystem), _within_s(base_s=MANY_REQUESTS_S)
+    if any(mark in path for mark in "*?["):
+        found = fs.glob(path, detail=True) if local else _globbed(fs, path)
+    elif _call(fs, "isdir", path, within_s=listing_s):
+        if local:
+            os.listdir(path)  # What may not be read is not empty.
+        # An empty folder, where a server has those, is found as itself.
+        files = _call(fs, "find", path, detail=True, within_s=listing_s)
+        files = {name: about for name, about in files.items() if about["type"] != "directory"}
+        found = {name: about for name, about in files.items() if not os.path.basename(name).startswith((".", "_"))}
+    else:
+        found = {path: _call(fs, "info", path)} if exists(pattern) else {}
+    if not found:
+        exists(pattern)  # Fails where the bucket is missing.
+        raise StorageError(f"{pattern}: no such file; give a file, a folder, or a glob such as pairs/*.jsonl.gz")
+    infos = [
+        FileInfo(name if local else fs.unstrip_protocol(name), int(about["size"] or 0), _identity(about))
+        for name, about in found.items()
+    ]
+    return sorted(infos, key=lambda info: info.uri)
 
 
+def _globbed(fs: Any, pattern: str) -> dict[str, dict[str, Any]]:
+    """What fits a pattern. The file systems' own glob leaves out what it fails to list, as if it were not there."""
+    within_s = _within_s(base_s=MANY_REQUESTS_S)
+    parts = pattern.split("/")
+    depth = next(depth for depth, part in enumerate(parts) if re.search(r"[*?[]", part))
+    root = "/".join(parts[:depth])
+    if "**" in pattern:
+        found = _call(fs, "find", root, detail=True, withdirs=True, within_s=within_s)
+        return {name: about for name, about in found.items() if re.match(glob_translate(pattern), name)}
+    found, folders = {}, [root]
+    for upto in range(depth + 1, len(parts) + 1):
+        fits = re.compile(glob_translate("/".join(parts[:upto])))
+        found = {}
+        for folder in folders:
+            with contextlib.suppress(FileNotFoundError):
+                for about in _call(fs, "ls", folder, detail=True, within_s=within_s):
+                    if fits.match(about["name"].rstrip("/")):
+                        found[about["name"].rstrip("/")] = about
+        folders = [name for name, about in found.items() if about["type"] == "directory"]
+    return found
+
+
+@_asked_again()
 def identity(uri: str) -> str:
     """What changes when an object's content does, without reading it: etag, or size and time of change."""
-    with _explained(uri):
-        fs, path = filesystem(uri)
-        return _identity(fs.info(path))
+    fs, path = filesystem(uri)
+    return _identity(_call(fs, "info", path))
 
 
 def _identity(about: dict[str, Any]) -> str:
@@ -334,11 +642,11 @@ def _identity(about: dict[str, Any]) -> str:
     return f"{about.get('size')}:{mark}"
 
 
+@_asked_again()
 def size(uri: str) -> int:
     """Bytes of an object."""
-    with _explained(uri):
-        fs, path = filesystem(uri)
-        return int(fs.size(path))
+    fs, path = filesystem(uri)
+    return int(_call(fs, "size", path))
 
 
 def sha256_of_file(local_path: str) -> str:
@@ -349,28 +657,6 @@ def sha256_of_file(local_path: str) -> str:
 
 def _explained(uri: str) -> contextlib.AbstractContextManager[None]:
     return explained(uri, filesystem)
-
-
-class JsonLines:
-    """A growing file of JSON lines. Object storage cannot append, so `flush` puts all lines as a whole."""
-
-    def __init__(self, uri: str, keep_until_step: int) -> None:
-        """Opens the file and drops the lines of steps after `keep_until_step`: they will be done again."""
-        self.uri = uri
-        self._lines = [line for line in read_json_lines(uri) if line["step"] <= keep_until_step]
-        self._dirty = True
-        self.flush()
-
-    def append(self, value: dict[str, Any]) -> None:
-        """Adds a line; it is durable after the next `flush`."""
-        self._lines.append(value)
-        self._dirty = True
-
-    def flush(self) -> None:
-        """Makes all lines durable."""
-        if self._dirty:
-            write_json_lines(self.uri, self._lines)
-            self._dirty = False
 
 
 def read_json_lines(uri: str) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import re
 import socket
@@ -23,6 +24,7 @@ _DENIED = (
 _FULL = "the storage is full: free space there, or raise its quota"
 _FAILED = "the server failed again and again: it is overloaded, starting, or out of space or quota; see its log"
 _REGION = "the bucket is in another region: set AWS_DEFAULT_REGION"
+_CHANGED = "the object was changed while it was read: leave it as it is until this run has read it"
 _EXPIRED = "the session token is not valid, or no longer: log in again, or renew AWS_SESSION_TOKEN"
 _S3_MEANINGS = {
     "AccessDenied": _DENIED,
@@ -35,6 +37,8 @@ _S3_MEANINGS = {
     "InvalidToken": _EXPIRED,
     "RequestTimeTooSkewed": "this machine's clock and the server's differ: set the clock",
     "NoSuchBucket": "there is no such bucket: create it, or correct the URI or AWS_ENDPOINT_URL",
+    "412": _CHANGED,
+    "PreconditionFailed": _CHANGED,
     "404": "there is no such bucket, or no S3 service: create it, or correct the URI or AWS_ENDPOINT_URL",
     "InvalidBucketName": "this cannot be a bucket's name: correct the URI",
     "PermanentRedirect": _REGION,
@@ -50,6 +54,26 @@ _S3_MEANINGS = {
     "500": _FAILED,
     "503": _FAILED,
 }
+# What the next request may find mended, besides whatever the server marks as its own failure (5xx).
+_PASSING_CODES = {
+    "408",
+    "409",
+    "429",
+    "BadDigest",
+    "ConditionalRequestConflict",
+    "IncompleteBody",
+    "NoSuchUpload",  # The answer that completed an upload was lost, or the server has cleaned up: it begins anew.
+    "OperationAborted",
+    "RequestTimeout",
+    "SlowDown",
+    "TooManyRequests",
+    "XAmzContentChecksumMismatch",
+    "XAmzContentSHA256Mismatch",
+}
+# Not implemented, version not supported, insufficient storage.
+_LASTING_5XX = (501, 505, 507)
+# Of file systems that machines share; a local disk has others, or is broken.
+_PASSING_ERRNOS = (errno.ESTALE, errno.EIO, errno.ETIMEDOUT)
 _RIGHTS = "permission denied: give this user the rights (chown, chmod), or choose another place"
 _LOCAL_MEANINGS = {
     errno.ENOSPC: "no space left on this machine's disk: free some, or choose another place",
@@ -64,34 +88,87 @@ _LOCAL_MEANINGS = {
 
 
 @contextlib.contextmanager
-def explained(uri: str, filesystem: FileSystemOf) -> Iterator[None]:
+def explained(uri: str, filesystem: FileSystemOf, tried_s: float = 0.0) -> Iterator[None]:
     """Turns what the file systems raise into one message; a missing file stays a FileNotFoundError.
 
     Args:
         uri: What is read or written.
         filesystem: Gives the file system of a URI, to ask it more.
+        tried_s: For how long it was tried.
     """
     try:
         yield
     except DpoRayError:
         raise
     except Exception as error:
-        if isinstance(error, FileNotFoundError) and not lacks_bucket(error):
+        if isinstance(error, FileNotFoundError) and not lacks_bucket(error) and not is_passing(error, local=False):
             raise
-        message = f"{shown(uri)}: {_meaning(uri, error, filesystem)}"
-        for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
-            message = message.replace(os.environ.get(name) or "\0", "***")
-        raise StorageError(message) from error
+        tried = f"; tried for {tried_s:.0f} s" if tried_s else ""
+        raise StorageError(said(uri, error, filesystem) + tried) from error
+
+
+def said(uri: str, error: BaseException, filesystem: FileSystemOf) -> str:
+    """What is wrong with what, and what to do about it; without secrets."""
+    message = f"{shown(uri)}: {_meaning(uri, error, filesystem)}"
+    for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        message = message.replace(os.environ.get(name) or "\0", "***")
+    return message
+
+
+def is_passing(error: BaseException, local: bool) -> bool:
+    """Whether what failed may succeed when it is tried again: the server or the way to it failed, not the request.
+
+    Args:
+        error: What the file system raised.
+        local: Whether it is one of this machine's, or mounted there.
+    """
+    if isinstance(error, DpoRayError):
+        return False
+    if local:
+        return isinstance(error, OSError) and error.errno in _PASSING_ERRNOS
+    if (code := s3_code(error)) is not None:
+        status = _s3_status(error)
+        failed = status >= 500 and status not in _LASTING_5XX and _S3_MEANINGS.get(code) != _FULL
+        return code in _PASSING_CODES or failed or status in (408, 429)
+    if isinstance(error, FileNotFoundError | PermissionError):
+        return False
+    chain = list(_chain(error))
+    return not any(isinstance(each, ssl.SSLCertVerificationError) for each in chain) and any(
+        isinstance(each, _way_failures()) for each in chain
+    )
+
+
+@functools.cache
+def _way_failures() -> tuple[type[BaseException], ...]:
+    """What is raised when the way to a server fails, or what comes over it is not whole."""
+    import aiohttp
+    import botocore.exceptions as boto  # type: ignore[import-untyped]
+    import botocore.parsers  # type: ignore[import-untyped]
+
+    return (
+        TimeoutError,
+        ConnectionError,
+        socket.gaierror,
+        ssl.SSLError,
+        aiohttp.ClientError,
+        boto.ConnectionError,
+        boto.HTTPClientError,
+        boto.CredentialRetrievalError,
+        boto.FlexibleChecksumError,
+        boto.IncompleteReadError,
+        botocore.parsers.ResponseParserError,
+    )
 
 
 def _meaning(uri: str, error: BaseException, filesystem: FileSystemOf) -> str:
     """What is wrong, and what to do about it."""
-    import botocore.exceptions as boto  # type: ignore[import-untyped]
+    import botocore.exceptions as boto
 
     code, server = s3_code(error), _endpoint(uri, filesystem)
     if code is not None:
         # The answer to HEAD has no body that could tell a wrong secret from a missing right.
-        code = _code_of_listing(uri, filesystem) or code if code.isdigit() else code
+        if code.isdigit() and not is_passing(error, local=False):
+            code = _code_of_listing(uri, filesystem) or code
         meaning = _S3_MEANINGS.get(code) or str(error)
         return f"{meaning} ({server} answered {code})"
     for each in _chain(error):
@@ -132,6 +209,20 @@ def s3_code(error: BaseException) -> str | None:
     return None
 
 
+def _s3_status(error: BaseException) -> int:
+    for each in _chain(error):
+        if isinstance(response := getattr(each, "response", None), dict):
+            return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    return 0
+
+
+def forget(error: BaseException, handled: BaseException | None) -> None:
+    """Cuts off what was being handled when an error was raised: it led to the request, not to its failure."""
+    for each in _chain(error):
+        if handled is not None and each.__context__ is handled:
+            each.__context__ = None
+
+
 def lacks_bucket(error: BaseException) -> bool:
     """Whether not the object is missing but what it should be in."""
     # Without a bucket's name for it, "not found" means that this is no S3 service, unless one object was asked for.
@@ -151,7 +242,7 @@ def _code_of_listing(uri: str, filesystem: FileSystemOf) -> str | None:
     fs, path = filesystem(uri)
     try:
         fs.call_s3("list_objects_v2", Bucket=fs.split_path(path)[0], MaxKeys=1)
-    except OSError as error:
+    except Exception as error:  # Also the way to it may fail now.
         return s3_code(error)
     return None
 

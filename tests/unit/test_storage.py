@@ -1,8 +1,11 @@
 """Storage on a local path and on a real S3 server: the same behaviour."""
 
 import contextlib
+import errno
 import gzip
+import os
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -10,10 +13,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from aiohttp import ClientPayloadError
+from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError, ReadTimeoutError
 from conftest import S3Server
+from fsspec.exceptions import FSTimeoutError
+from s3fs.errors import translate_boto_error
 
 from dpo_ray import storage
 from dpo_ray.errors import StorageError
+from dpo_ray.storage_errors import is_passing
+from dpo_ray.training.record import Lines
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -55,6 +64,14 @@ def test_expand_and_decompress(place: str) -> None:
     storage.write_bytes(storage.join(place, "deep", "y.jsonl"), b"3\n")
     assert [file.uri.removeprefix(place) for file in storage.expand(place)] == ["/deep/y.jsonl", "/x.jsonl.gz"]
     assert [file.uri.removeprefix(place) for file in storage.expand(place + "/*.gz")] == ["/x.jsonl.gz"]
+    for pattern, found in {
+        "/*/*.jsonl": ["/deep/y.jsonl"],
+        "/d*p/?.jsonl": ["/deep/y.jsonl"],
+        "/[xz].*": ["/x.jsonl.gz"],
+        "/**/*.jsonl": ["/deep/y.jsonl"],
+        "/dee*/y.jsonl": ["/deep/y.jsonl"],
+    }.items():
+        assert [file.uri.removeprefix(place) for file in storage.expand(place + pattern)] == found
     (file,) = storage.expand(storage.join(place, "x.jsonl.gz"))
     assert file.uri == storage.join(place, "x.jsonl.gz")
     assert (file.num_bytes, file.identity) == (storage.size(file.uri), storage.identity(file.uri))
@@ -66,11 +83,11 @@ def test_expand_and_decompress(place: str) -> None:
 
 def test_json_lines_drop_what_will_be_done_again(place: str) -> None:
     uri = storage.join(place, "lines.jsonl")
-    lines = storage.JsonLines(uri, 0)
+    lines = Lines(uri, 0)
     for step in range(1, 6):
         lines.append({"step": step})
     lines.flush()
-    again = storage.JsonLines(uri, 3)
+    again = Lines(uri, 3)
     again.append({"step": 4, "again": True})
     again.flush()
     assert storage.read_json_lines(uri) == [{"step": 1}, {"step": 2}, {"step": 3}, {"step": 4, "again": True}]
@@ -177,6 +194,91 @@ def test_a_hanging_server_is_given_up_at_the_start(monkeypatch: pytest.MonkeyPat
         ):
             storage.check_reachable("s3://any/thing")
         assert time.monotonic() - began < 15
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "passes"),
+    [
+        ("InternalError", 500, True),
+        ("SlowDown", 503, True),
+        ("503", 503, True),
+        ("SomethingNew", 502, True),
+        ("429", 429, True),
+        ("RequestTimeout", 400, True),
+        ("IncompleteBody", 400, True),
+        ("NoSuchUpload", 404, True),
+        ("ConditionalRequestConflict", 409, True),
+        ("NotImplemented", 501, False),
+        ("XMinioStorageFull", 507, False),
+        ("QuotaExceeded", 503, False),
+        ("AccessDenied", 403, False),
+        ("NoSuchBucket", 404, False),
+        ("NoSuchKey", 404, False),
+        ("PreconditionFailed", 412, False),
+        ("PermanentRedirect", 301, False),
+        ("ExpiredToken", 400, False),
+        ("RequestTimeTooSkewed", 403, False),
+    ],
+)
+def test_answers_that_may_pass(code: str, status: int, passes: bool) -> None:
+    """Whichever exception s3fs makes of them."""
+    answer = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    error = ClientError(answer, "GetObject")
+    assert is_passing(error, local=False) == passes
+    assert is_passing(translate_boto_error(error), local=False) == passes
+
+
+@pytest.mark.parametrize(
+    ("error", "passes"),
+    [
+        (EndpointConnectionError(endpoint_url="http://x"), True),
+        (ReadTimeoutError(endpoint_url="http://x"), True),
+        (ClientPayloadError("cut"), True),
+        (FSTimeoutError(), True),
+        (ConnectionResetError(), True),
+        (socket.gaierror(), True),
+        (NoCredentialsError(), False),
+        (FileNotFoundError(), False),
+        (OSError(errno.ENOSPC, "full"), False),
+        (OSError(errno.EIO, "the disk that is downloaded to"), False),
+        (ssl.SSLCertVerificationError(), False),
+        (ValueError(), False),
+    ],
+)
+def test_failures_on_the_way_that_may_pass(error: Exception, passes: bool) -> None:
+    assert is_passing(error, local=False) == passes
+
+
+def test_a_shared_file_system_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = [errno.ESTALE, errno.EIO, errno.ETIMEDOUT]
+    replace = os.replace
+
+    def fail_first(source: str, target: str) -> None:
+        if numbers:
+            raise OSError(numbers.pop(), "not now")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail_first)
+    storage.write_bytes(str(tmp_path / "object"), b"x")
+    assert not numbers
+    for lasting in (errno.ENOSPC, errno.EACCES, errno.EDQUOT):
+        # A second attempt would succeed.
+        numbers.append(lasting)
+        with pytest.raises(StorageError, match="space|permission|quota"):
+            storage.write_bytes(str(tmp_path / "object"), b"y")
+    assert storage.read_bytes(str(tmp_path / "object")) == b"x"
+    assert [path.name for path in tmp_path.iterdir()] == ["object"]
+
+
+def test_a_patience_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(source: str, target: str) -> None:
+        raise OSError(errno.ESTALE, "not now")
+
+    monkeypatch.setattr(os, "replace", fail)
+    began = time.monotonic()
+    with storage.patience(0.5), pytest.raises(StorageError, match="tried for|not now"):
+        storage.write_bytes(str(tmp_path / "object"), b"x")
+    assert time.monotonic() - began < 2
 
 
 def test_places_that_are_in_the_way(tmp_path: Path) -> None:
