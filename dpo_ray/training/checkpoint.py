@@ -1,127 +1,604 @@
-"""Checkpoints: sharded by DCP, committed by a manifest that is written last, verified before anything is read.
+"""Checkpoints: sharded by DCP, written in the background, committed by a manifest, verified before anything is read.
 
-A checkpoint exists when its `manifest.json` does. The manifest has the run's state and the size and SHA-256 of every
-file; each rank verifies the files that it reads, and a checkpoint that fails is set aside.
+What a rank has of weights and optimizer is copied into buffers of the CPU, and training goes on; a thread then writes
+the copy, one safetensors file per rank, with a digest taken on the way. `layout.json` says where each part of each
+tensor is. The manifest, which rank 0 writes last, makes it a checkpoint. Nothing here is pickled to storage, so that
+nothing read from it can run.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
 import os
 import tempfile
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial, wraps
+from threading import Thread
+from types import TracebackType
+from typing import Any, ParamSpec, TypeVar
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
 from torch import nn
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem, SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
+from torch.distributed.tensor import DTensor
 from torch.futures import Future
 from torch.optim import Optimizer
 
 from dpo_ray import storage
-from dpo_ray.errors import CheckpointError
-from dpo_ray.training.manifest import FORMAT_VERSION, checkpoint_name, prune, read_manifest, set_aside
+from dpo_ray.config import Config
+from dpo_ray.errors import CheckpointError, DpoRayError, StorageError
+from dpo_ray.training.manifest import (
+    FORMAT_VERSION,
+    FileRecord,
+    Manifest,
+    attempt_folder,
+    checkpoint_name,
+    checkpoint_uri,
+    commit,
+    is_new_best,
+    prune,
+    read_manifest,
+    set_aside,
+)
 from dpo_ray.types import TrainState
 
+_log = logging.getLogger(__name__)
+_LAYOUT = "layout.json"
+_DTYPES = {  # As safetensors names them.
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_PIECE_BYTES = 2**20  # Hashed and written while it is in the CPU's cache.
 
-def save(run_uri: str, model: nn.Module, optimizer: Optimizer, state: TrainState, attempt: int, keep: int) -> str:
-    """Writes and commits a checkpoint, then removes those beyond the newest `keep`.
+P = ParamSpec("P")
+T = TypeVar("T")
 
-    Each rank uploads its own shards under names that no other attempt uses; the manifest makes them a checkpoint.
 
-    Returns:
-        Its name.
+class Checkpointer:
+    """Saves and restores this rank's part of a model and its optimizer.
 
-    Collective: all ranks.
+    A context manager: leaving it waits for the save in flight, unless an error is under way, when peers may be dead.
     """
-    name = checkpoint_name(state.step)
-    folder = storage.join(run_uri, "checkpoints", name)
-    weights, moments = get_state_dict(model, optimizer)
-    with tempfile.TemporaryDirectory(prefix="dpo_ray-save-") as local:
-        # thread_count 1: with helper threads DCP commits although one of them has failed (pytorch#191391).
-        writer = FileSystemWriter(local, single_file_per_rank=True, thread_count=1)
-        dcp.save({"model": weights, "optimizer": moments}, storage_writer=writer)
-        files = {}
-        for path in sorted(Path(local).iterdir()):
-            stored = f"attempt-{attempt:04d}-{path.name.lstrip('._')}"
-            storage.upload(str(path), storage.join(folder, stored))
-            files[path.name] = {
-                "object": stored,
-                "size": path.stat().st_size,
-                "sha256": storage.sha256_of_file(str(path)),
-            }
-    everyones: list[dict[str, Any]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(everyones, files)
-    if dist.get_rank() == 0:
-        manifest = {
-            "format": FORMAT_VERSION,
-            "state": asdict(state),
-            "attempt": attempt,
-            "world_size": dist.get_world_size(),
-            "files": {file: about for rank_files in everyones for file, about in rank_files.items()},
-        }
-        storage.write_json(storage.join(folder, "manifest.json"), manifest)
-        prune(run_uri, keep)
-    dist.barrier()
-    return name
+
+    def __init__(
+        self,
+        run_uri: str,
+        model: nn.Module,
+        optimizer: Optimizer,
+        attempt: int,
+        keep: int,
+        keep_best: str | None = None,
+        before_commit: Callable[[TrainState], None] | None = None,
+    ) -> None:
+        """Makes a process group for the traffic of checkpoints.
+
+        Args:
+            run_uri: The run.
+            model: With DTensors for parameters.
+            optimizer: Of these parameters.
+            attempt: Names what is written.
+            keep: Newest checkpoints kept.
+            keep_best: The metric whose best step's checkpoint is kept too.
+            before_commit: Called on rank 0, in the background, with the state that was saved, right before it is
+                committed; when it raises, nothing is committed, and its error is that of the save.
+
+        Collective: all ranks.
+        """
+        self._run_uri, self._model, self._optimizer = run_uri, model, optimizer
+        self._attempt, self._keep, self._keep_best = attempt, keep, keep_best
+        self._before_commit = before_commit or (lambda _: None)
+        # Its own: a save must not meet the train step's collectives. And of the CPU, where the copies are.
+        self._group = dist.new_group(backend="gloo")
+        self._rank = dist.get_rank()
+        self._buffers: dict[str, torch.Tensor] = {}
+        self._writing: _Background | None = None
+        self._stored_step: int | None = None
+
+    @classmethod
+    def of(
+        cls,
+        config: Config,
+        model: nn.Module,
+        optimizer: Optimizer,
+        attempt: int,
+        before_commit: Callable[[TrainState], None] | None = None,
+    ) -> Checkpointer:
+        """The checkpointer of a configured run."""
+        keep, keep_best = config.train.keep_checkpoints, config.train.keep_best
+        return cls(config.run_uri, model, optimizer, attempt, keep, keep_best, before_commit)
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.wait()
+            dist.destroy_process_group(self._group)
+
+    def is_best(self, state: TrainState, line: dict[str, Any]) -> bool:
+        """Whether an evaluation is the best so far, and its step's checkpoint to be kept; the state then says so."""
+        if self._keep_best is None or not is_new_best(self._keep_best, line, state):
+            return False
+        state.best_metric, state.best_step, state.best_value = self._keep_best, state.step, line[self._keep_best]
+        return True
+
+    def save(self, state: TrainState) -> None:
+        """Copies what there is now, and has it written and committed in the background.
+
+        Waits for the save before. A step that this attempt has saved, or begun with, is not saved again.
+
+        Raises:
+            DpoRayError: The save before has failed.
+
+        Collective: all ranks.
+        """
+        self.wait()
+        if state.step == self._stored_step:
+            return
+        self._stored_step = state.step
+        self._writing = _Background(partial(self._write, self._staged(), replace(state)))
+        self._writing.start()
+
+    def wait(self) -> None:
+        """Returns when the save in flight is committed.
+
+        Raises:
+            DpoRayError: It has failed, on whichever rank; the same on all ranks.
+        """
+        if self._writing is not None:
+            self._writing.join()
+            self.check()
+            self._writing = None
+
+    def check(self) -> None:
+        """Raises the error of a save that has failed, without waiting for one that is in flight."""
+        if self._writing is not None and not self._writing.is_alive() and self._writing.error is not None:
+            raise _cause(self._writing.error) from self._writing.error
+
+    def load(self, name: str) -> TrainState:
+        """Restores model and optimizer, at any world size.
+
+        Raises:
+            CheckpointError: A file is missing or damaged, and the checkpoint has been set aside, so that the next
+                attempt starts from the one before; or it does not fit the model. The same on all ranks.
+
+        Collective: all ranks.
+        """
+        try:
+            manifest = self._read(name)
+        except (Exception, CheckpointException) as error:
+            cause = _cause(error)
+            if isinstance(cause, _DamagedError):
+                try:
+                    if self._rank == 0:
+                        set_aside(self._run_uri, name, str(cause))
+                finally:
+                    # The first rank to leave ends the others, rank 0 too.
+                    dist.barrier(self._group)
+            raise cause from error
+        self._stored_step = manifest.state.step
+        return manifest.state
+
+    def _staged(self) -> dict[str, torch.Tensor]:
+        """A copy of this rank's part, in buffers that are used again at the next save."""
+        on_device = False
+        with torch.no_grad():
+            for name, tensor in tensors_of(self._model, self._optimizer).items():
+                if name not in self._buffers:
+                    self._buffers[name] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+                on_device |= tensor.is_cuda
+                _local(self._buffers[name]).copy_(_local(tensor), non_blocking=tensor.is_cuda)
+        if on_device:
+            torch.cuda.current_stream().synchronize()
+        return self._buffers
+
+    def _write(self, staged: dict[str, torch.Tensor], state: TrainState) -> None:
+        writer = _Writer(self._run_uri, state, self._attempt, partial(self._before_commit, state))
+        try:
+            planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+            dcp.save(dict(staged), storage_writer=writer, planner=planner, process_group=self._group)
+        except BaseException as error:  # DCP's CheckpointException is no Exception.
+            # A manifest whose writing failed may still have come to be. And storage that fails is not asked again.
+            if self._rank == 0 and not writer.committing and not isinstance(_cause(error), StorageError):
+                with suppress(DpoRayError, OSError):
+                    storage.remove(writer.folder)
+            raise
+        if self._rank == 0:
+            best = state.best_step if self._keep_best and self._keep_best == state.best_metric else None
+            try:
+                prune(self._run_uri, self._keep, self._attempt, best)
+            except (DpoRayError, OSError) as error:  # The checkpoint is there: old ones are nothing to fail for.
+                _log.warning("old checkpoints were not removed: %s", error)
+
+    def _read(self, name: str) -> Manifest:
+        manifest, layout = self._from_rank_0(partial(_read_layout, self._run_uri, name))
+        place = checkpoint_uri(self._run_uri, name)
+        if not self._optimizer.state:
+            _make_state(self._optimizer)
+        tensors = {key: tensor.detach() for key, tensor in tensors_of(self._model, self._optimizer).items()}
+        _check_fit(place, layout, tensors)
+        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        dcp.load(tensors, storage_reader=_Reader(place, manifest, layout), planner=planner, process_group=self._group)
+        return manifest
+
+    def _from_rank_0(self, work: Callable[[], T]) -> T:
+        """What `work` gives, or raises, on rank 0."""
+        answer: list[Any] = [None]
+        if self._rank == 0:
+            try:
+                answer = [work()]
+            except Exception as error:
+                answer = [_cause(error)]
+        dist.broadcast_object_list(answer, src=0, group=self._group)
+        if isinstance(answer[0], DpoRayError):
+            raise answer[0]
+        found: T = answer[0]
+        return found
 
 
-def load(run_uri: str, name: str, model: nn.Module, optimizer: Optimizer) -> TrainState:
-    """Restores model and optimizer, at any world size.
+class _DamagedError(CheckpointError):
+    """What is on storage is not what was written: the checkpoint must be set aside."""
+
+
+class _Background(Thread):
+    """A thread that keeps its error. It does not hold up the end of a process: its peers may be dead."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        super().__init__(name="checkpoint", daemon=True)
+        self._work = work
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:
+            self.error = error
+
+
+def _cause(error: BaseException) -> DpoRayError:
+    """One error for people out of what DCP gathered from all ranks; the same on each."""
+    if isinstance(error, CheckpointException):
+        causes = [_cause(failure) for _, (failure, _) in sorted(error.failures.items())]
+        return next((cause for cause in causes if isinstance(cause, _DamagedError)), causes[0])
+    if isinstance(error, DpoRayError):
+        return error
+    return CheckpointError(f"{type(error).__name__}: {error}")
+
+
+def _picklable(work: Callable[P, T]) -> Callable[P, T]:
+    """Lets only errors out that DCP can send to the other ranks; they would wait for ever for another."""
+
+    @wraps(work)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return work(*args, **kwargs)
+        except Exception as error:
+            raise _cause(error) from error
+
+    return wrapped
+
+
+def tensors_of(model: nn.Module, optimizer: Optimizer) -> dict[str, torch.Tensor]:
+    """Every tensor that training changes, by a name that does not depend on the world size.
 
     Raises:
-        CheckpointError: A file is missing or damaged; the checkpoint has been set aside, so that the next attempt
-            starts from the one before.
-
-    Collective: all ranks.
+        CheckpointError: The optimizer has state that is no tensor: a checkpoint would lose it.
     """
-    manifest = read_manifest(run_uri, name)
-    weights, moments = get_state_dict(model, optimizer)
-    with tempfile.TemporaryDirectory(prefix="dpo_ray-load-") as local:
-        reader = _VerifiedReader(local, storage.join(run_uri, "checkpoints", name), manifest["files"])
+    names: dict[torch.Tensor, str] = {}
+    # FSDP2 takes this call as the sign to put its sharded parameters in place. A tied weight is saved once.
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(tensor, name)
+    tensors: dict[str, Any] = {f"model.{name}": tensor for tensor, name in names.items()}
+    for parameter, state in optimizer.state.items():
+        tensors |= {f"optimizer.{names[parameter]}.{key}": value for key, value in state.items()}
+    for index, group in enumerate(optimizer.param_groups):
+        # All else of a group is the configuration's: a hyperparameter, or the learning rate of the next step.
+        state = {key: value for key, value in group.items() if key != "params" and key not in optimizer.defaults}
+        tensors |= {f"optimizer.group-{index}.{key}": value for key, value in state.items()}
+    for name, value in tensors.items():
+        if not isinstance(value, torch.Tensor):
+            raise CheckpointError(f"{name} is no tensor but {value!r}: checkpoints do not hold such optimizer state")
+    return tensors
+
+
+def _make_state(optimizer: Optimizer) -> None:
+    """Makes an optimizer's tensors by a step without gradient; what they hold is about to be replaced."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """Where a part of a tensor is: under which key of which file, and what that file is."""
+
+    file: str
+    key: str
+    record: FileRecord
+
+
+class _Writer(StorageWriter):
+    """Writes one safetensors file per rank; the coordinator adds the layout, and commits."""
+
+    def __init__(self, run_uri: str, state: TrainState, attempt: int, before_commit: Callable[[], None]) -> None:
+        self._run_uri, self._state, self._attempt, self._before_commit = run_uri, state, attempt, before_commit
+        self.folder = storage.join(checkpoint_uri(run_uri, checkpoint_name(state.step)), attempt_folder(attempt))
+        self.committing = False
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        pass
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return False
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        return [replace(plan, storage_data=f"rank-{rank:04d}.safetensors") for rank, plan in enumerate(plans)]
+
+    @_picklable
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        tensors: dict[str, torch.Tensor] = {}
+        keys = {item.index: f"{item.index.fqn}@{_text(item.index.offset)}" for item in plan.items}
+        for item in plan.items:
+            tensor = planner.resolve_data(item)
+            assert isinstance(tensor, torch.Tensor), f"{item.index.fqn} is no tensor"
+            tensors[keys[item.index]] = tensor
+        results = []
+        if tensors:
+            record = self._write(plan.storage_data, tensors)
+            for index, key in keys.items():
+                chunk = _Chunk(plan.storage_data, key, record)
+                results.append(WriteResult(index, tensors[key].nbytes, chunk))
+        written: Future[list[WriteResult]] = Future()
+        written.set_result(results)
+        return written
+
+    def _write(self, name: str, tensors: dict[str, torch.Tensor]) -> FileRecord:
+        place = storage.join(self.folder, name)
         try:
-            dcp.load({"model": weights, "optimizer": moments}, storage_reader=reader)
-        except BaseException as error:  # DCP's CheckpointException is no Exception.
-            if reader.problem is None:
-                raise
-            set_aside(run_uri, name, str(reader.problem))
-            raise CheckpointError(str(reader.problem)) from error
-    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
-    return TrainState(**manifest["state"])
+            if storage.is_local(place):
+                return write_safetensors(storage.filesystem(place)[1], tensors)
+            with tempfile.TemporaryDirectory(prefix="dpo_ray-save-") as local:
+                path = os.path.join(local, name)
+                record = write_safetensors(path, tensors)
+                storage.upload(path, place)
+                return record
+        except OSError as error:
+            raise CheckpointError(f"{place}: cannot be written: {error}") from error
+
+    @_picklable
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        chunks = {result.index: result.storage_data for rank_results in results for result in rank_results}
+        layout = json.dumps(_layout(metadata, chunks)).encode()
+        storage.write_bytes(storage.join(self.folder, _LAYOUT), layout)
+        files = {chunk.file: chunk.record for chunk in chunks.values()}
+        files[_LAYOUT] = FileRecord(len(layout), hashlib.sha256(layout).hexdigest())
+        there = {storage.name_of(info.uri): info.num_bytes for info in storage.expand(self.folder)}
+        for name, record in files.items():
+            if there.get(name) != record.size:
+                found = f"{there[name]} bytes" if name in there else "missing"
+                raise CheckpointError(f"{storage.join(self.folder, name)}: {found}, {record.size} bytes were written")
+        within = attempt_folder(self._attempt)
+        files = {f"{within}/{name}": record for name, record in sorted(files.items())}
+        manifest = Manifest(self._state, self._attempt, len(results), files)
+        commit(self._run_uri, manifest, self._begin_commit)
+
+    def _begin_commit(self) -> None:
+        self._before_commit()
+        self.committing = True
 
 
-class _VerifiedReader(FileSystemReader):
-    """Fetches each file that this rank reads, and checks it against the manifest before it is opened."""
+class _Reader(StorageReader):
+    """Reads what a rank needs out of files that it has verified."""
 
-    def __init__(self, local: str, uri: str, files: dict[str, dict[str, Any]]) -> None:
-        super().__init__(local)
-        self._local, self._uri, self._files = local, uri, files
-        self.problem: CheckpointError | None = None
+    def __init__(self, place: str, manifest: Manifest, layout: Metadata) -> None:
+        self._place, self._manifest, self._layout = place, manifest, layout
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        pass
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        self._fetch(".metadata")
-        return super().read_metadata(*args, **kwargs)
+        return self._layout
 
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return False
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        return plans
+
+    @_picklable
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        for name in sorted({self.storage_data[item.storage_index].relative_path for item in plan.items}):
-            self._fetch(name)
-        return super().read_data(plan, planner)
+        by_file: dict[str, list[ReadItem]] = {}
+        for item in plan.items:
+            by_file.setdefault(self._layout.storage_data[item.storage_index][0], []).append(item)
+        for file, items in sorted(by_file.items()):
+            with tempfile.TemporaryDirectory(prefix="dpo_ray-load-") as local:
+                path = _verified(self._place, file, self._manifest, local)
+                self._copy(path, storage.join(self._place, file), items, planner)
+        read: Future[None] = Future()
+        read.set_result(None)
+        return read
 
-    def _fetch(self, name: str) -> None:
-        path = os.path.join(self._local, name)
-        if os.path.exists(path):
-            return
-        about = self._files.get(name, {"object": name, "sha256": "none"})
-        place = storage.join(self._uri, about["object"])
+    def _copy(self, path: str, place: str, items: list[ReadItem], planner: LoadPlanner) -> None:
         try:
-            storage.download(place, path)
-        except FileNotFoundError:
-            self.problem = CheckpointError(f"{place}: missing; the checkpoint is set aside")
-            raise self.problem from None
-        if storage.sha256_of_file(path) != about["sha256"]:
-            self.problem = CheckpointError(f"{place}: damaged (SHA-256 differs); the checkpoint is set aside")
-            raise self.problem
+            with safe_open(path, framework="pt") as shard:
+                for item in items:
+                    saved = shard.get_tensor(self._layout.storage_data[item.storage_index][1])
+                    ranges = zip(item.storage_offsets, item.lengths, strict=True)
+                    part = saved[tuple(slice(start, start + length) for start, length in ranges)]
+                    target = planner.resolve_tensor(item)
+                    target.copy_(part)
+                    planner.commit_tensor(item, target)
+        except (SafetensorError, OSError) as error:
+            raise _DamagedError(f"{place}: damaged: {error}") from error
+
+
+def write_safetensors(path: str, tensors: dict[str, torch.Tensor]) -> FileRecord:
+    """Writes tensors of the CPU as a durable safetensors file, and takes its digest on the way.
+
+    The library's own function would need a second pass over the file for the digest, and in older versions a second
+    copy of all tensors in memory.
+
+    Args:
+        path: A local path; its folder is made.
+        tensors: By key.
+    """
+    # Wide elements first, as the library does, so that each tensor is aligned to its elements.
+    ordered = sorted(tensors.items(), key=lambda entry: (-entry[1].element_size(), entry[0]))
+    header, end = {}, 0
+    for key, tensor in ordered:
+        start, end = end, end + tensor.nbytes
+        header[key] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    parts: list[bytes | memoryview] = [len(text).to_bytes(8, "little") + text]
+    parts += [_bytes(tensor) for _, tensor in ordered]
+    digest = hashlib.sha256()
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "wb") as file:
+        for part in parts:
+            for start in range(0, len(part), _PIECE_BYTES):
+                piece = part[start : start + _PIECE_BYTES]
+                digest.update(piece)
+                file.write(piece)
+        file.flush()
+        os.fsync(file.fileno())
+        return FileRecord(file.tell(), digest.hexdigest())
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _layout(metadata: Metadata, chunks: dict[MetadataIndex, _Chunk]) -> dict[str, Any]:
+    tensors = {}
+    for name, about in metadata.state_dict_metadata.items():
+        assert isinstance(about, TensorStorageMetadata), f"{name} is no tensor"
+        parts = []
+        for part in about.chunks:
+            chunk = chunks[MetadataIndex(name, part.offsets)]
+            ranges = {"offsets": list(part.offsets), "sizes": list(part.sizes)}
+            parts.append({**ranges, "file": chunk.file, "key": chunk.key})
+        tensors[name] = {"dtype": _NAMES[about.properties.dtype], "size": list(about.size), "chunks": parts}
+    return {"format": FORMAT_VERSION, "tensors": tensors}
+
+
+def _read_layout(run_uri: str, name: str) -> tuple[Manifest, Metadata]:
+    """A checkpoint's manifest and, for DCP, where its tensors are."""
+    place = checkpoint_uri(run_uri, name)
+    try:
+        manifest = read_manifest(run_uri, name)
+    except (CheckpointError, FileNotFoundError) as error:
+        raise _DamagedError(str(error)) from error
+    within = attempt_folder(manifest.attempt)
+    with tempfile.TemporaryDirectory(prefix="dpo_ray-load-") as local:
+        path = _verified(place, f"{within}/{_LAYOUT}", manifest, local)
+        with open(path, "rb") as file:
+            raw = file.read()
+    tensors: dict[str, Any] = {}
+    stored: dict[MetadataIndex, tuple[str, str]] = {}
+    try:
+        for fqn, about in json.loads(raw)["tensors"].items():
+            parts = []
+            for part in about["chunks"]:
+                parts.append(ChunkStorageMetadata(torch.Size(part["offsets"]), torch.Size(part["sizes"])))
+                stored[MetadataIndex(fqn, parts[-1].offsets)] = f"{within}/{part['file']}", part["key"]
+            properties = TensorProperties(_DTYPES[about["dtype"]])
+            tensors[fqn] = TensorStorageMetadata(properties, torch.Size(about["size"]), parts)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _DamagedError(f"{storage.join(place, within, _LAYOUT)}: damaged: {error}") from error
+    return manifest, Metadata(tensors, storage_data=stored)
+
+
+def _verified(place: str, file: str, manifest: Manifest, local: str) -> str:
+    """A local path of a file that is what the manifest says.
+
+    Args:
+        place: The checkpoint.
+        file: Below it.
+        manifest: What the file must be.
+        local: Where to put what is not on this machine.
+    """
+    uri = storage.join(place, file)
+    if file not in manifest.files:
+        raise _DamagedError(f"{uri}: the manifest does not know it")
+    record = manifest.files[file]
+    try:
+        if storage.is_local(uri):
+            path = storage.filesystem(uri)[1]
+        else:
+            path = os.path.join(local, os.path.basename(file))
+            storage.download(uri, path)
+        size = os.stat(path).st_size
+        digest = storage.sha256_of_file(path) if size == record.size else ""
+    except FileNotFoundError:
+        raise _DamagedError(f"{uri}: missing") from None
+    if size != record.size:
+        raise _DamagedError(f"{uri}: damaged: {size} bytes instead of {record.size}")
+    if digest != record.sha256:
+        raise _DamagedError(f"{uri}: damaged: its SHA-256 differs")
+    return path
+
+
+def _check_fit(place: str, layout: Metadata, tensors: dict[str, torch.Tensor]) -> None:
+    saved = {
+        name: (tuple(about.size), about.properties.dtype)
+        for name, about in layout.state_dict_metadata.items()
+        if isinstance(about, TensorStorageMetadata)
+    }
+    needed = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    for name in sorted(saved.keys() | needed.keys()):
+        if saved.get(name) != needed.get(name):
+            raise CheckpointError(
+                f"{place} is of another model or optimizer: {name} is {saved.get(name)} there, {needed.get(name)} here"
+            )
+
+
+def _text(offset: torch.Size | None) -> str:
+    return ",".join(map(str, offset or ()))

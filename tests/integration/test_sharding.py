@@ -8,25 +8,28 @@ from typing import Any
 import pytest
 import torch
 from helpers import run_ranks, tokenized
+from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-from dpo_ray import storage
 from dpo_ray.config import ModelConfig, OptimizerConfig
 from dpo_ray.demo_data import byte_tokenizer, make_pairs
-from dpo_ray.errors import CheckpointError
 from dpo_ray.model.load import load_pretrained
 from dpo_ray.model.shard import gathered_state_dict, sharded_policy
 from dpo_ray.objective.losses import LOSSES, AnswerStats
 from dpo_ray.pairs import pack
 from dpo_ray.reference.scorer import Scorer
-from dpo_ray.training import checkpoint, manifest
+from dpo_ray.training.checkpoint import Checkpointer, tensors_of
 from dpo_ray.training.optimizer import build_optimizer
 from dpo_ray.training.step import Objective, train_step
 from dpo_ray.types import ScoredPair, TrainState
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 CPU = torch.device("cpu")
+OTHER_OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "rmsprop": {},
+    "adamw_kahan": {"weights_dtype": "bfloat16", "compute_dtype": "bfloat16"},
+}
 
 
 def sigmoid(stats: AnswerStats) -> torch.Tensor:
@@ -39,9 +42,8 @@ def scored_pairs(model: str, num: int = 10, dtype: str = "float32") -> list[Scor
     return [ScoredPair(pair, score) for pair, score in zip(pairs, scores, strict=True)]
 
 
-def build(model: str, rate: float = 1e-2, **options: Any) -> tuple[Any, Any]:
+def build(model: str, rate: float = 1e-2, name: Any = "adamw", **options: Any) -> tuple[Any, Any]:
     config = ModelConfig(**{"path": model, "compute_dtype": "float32", **options})
-    name = "adamw_kahan" if config.weights_dtype == "bfloat16" else "adamw"
     policy = sharded_policy(config, CPU)
     return policy, build_optimizer(policy, OptimizerConfig(name=name, learning_rate=rate))
 
@@ -69,8 +71,12 @@ def sharded(rank: int, world: int, model: str, folder: str) -> None:
         assert torch.equal(parameter.full_tensor(), original[name]), name
     pairs = scored_pairs(model)
     losses = steps(policy, optimizer, pairs, rank, world, 3)
-    checkpoint.save(folder, policy, optimizer, TrainState(3, 30), attempt=0, keep=2)
+    saved(folder, "adamw", policy, optimizer, rank)
     losses += steps(policy, optimizer, pairs, rank, world, 2)
+    for name, options in OTHER_OPTIMIZERS.items():
+        other = build(model, name=name, **options)
+        steps(*other, scored_pairs(model, dtype=options.get("compute_dtype", "float32")), rank, world, 2)
+        saved(folder, name, *other, rank)
 
     # Recomputed activations change nothing.
     again = build(model, gradient_checkpointing=True)
@@ -84,19 +90,42 @@ def sharded(rank: int, world: int, model: str, folder: str) -> None:
         Path(folder, f"losses-{world}.json").write_text(json.dumps(losses))
 
 
+def saved(folder: str, run: str, policy: Any, optimizer: Any, rank: int) -> None:
+    """A checkpoint, and beside it what it must hold."""
+    with Checkpointer(f"{folder}/{run}", policy, optimizer, attempt=0, keep=2) as checkpoints:
+        checkpoints.save(TrainState(3, 30))
+    whole = gathered(policy, optimizer)
+    if rank == 0:
+        save_file(whole, f"{folder}/{run}.safetensors")
+
+
+def gathered(policy: Any, optimizer: Any) -> dict[str, torch.Tensor]:
+    tensors = tensors_of(policy, optimizer).items()
+    return {name: (t.full_tensor() if isinstance(t, DTensor) else t).detach() for name, t in tensors}
+
+
 def test_steps_and_checkpoints_at_other_world_sizes(tmp_path: Path, tiny_model: Path) -> None:
-    """Saved after 3 steps at world size 2, loaded at 1, 2 and 3: the next 2 losses are those of the undisturbed run."""
+    """Saved after 3 steps at world size 2, loaded at 1 to 4: the same bits of weights and optimizer.
+
+    And the next 2 losses are those of the undisturbed run.
+    """
     run_ranks(sharded, 2, tmp_path, str(tiny_model), str(tmp_path))
     expected = json.loads((tmp_path / "losses-2.json").read_text())
     assert expected[0] == pytest.approx(math.log(2), abs=1e-5)
     assert expected[4] < expected[0] - 0.1
-    for world in (1, 2, 3):
+    for world in (1, 2, 3, 4):
         run_ranks(resumed, world, tmp_path, str(tiny_model), str(tmp_path), expected[3:])
 
 
 def resumed(rank: int, world: int, model: str, folder: str, expected: list[float]) -> None:
-    policy, optimizer = build(model)
-    assert checkpoint.load(folder, "step-00000003", policy, optimizer) == TrainState(3, 30)
+    for name, options in {**OTHER_OPTIMIZERS, "adamw": {}}.items():
+        policy, optimizer = build(model, name=name, **options)
+        with Checkpointer(f"{folder}/{name}", policy, optimizer, attempt=1, keep=2) as checkpoints:
+            assert checkpoints.load("step-00000003") == TrainState(3, 30)
+        there, here = load_file(f"{folder}/{name}.safetensors"), gathered(policy, optimizer)
+        assert there.keys() == here.keys()
+        assert all(torch.equal(there[key], here[key]) and there[key].dtype == here[key].dtype for key in there)
+    assert len(here) == 4 * len(list(policy.parameters()))  # Weight, two moments and a count of steps.
     found = steps(policy, optimizer, scored_pairs(model), rank, world, 2)
     if world == 2:
         assert found == expected  # To the bit.
@@ -107,7 +136,7 @@ def resumed(rank: int, world: int, model: str, folder: str, expected: list[float
 def small_updates(rank: int, world: int, model: str, folder: str) -> None:
     """Five steps at 1e-6: rounding each update into bfloat16 loses nearly all; Kahan's sum keeps them."""
     pairs = scored_pairs(model, dtype="bfloat16")
-    policy, optimizer = build(model, rate=1e-6, weights_dtype="bfloat16", compute_dtype="bfloat16")
+    policy, optimizer = build(model, rate=1e-6, name="adamw_kahan", **OTHER_OPTIMIZERS["adamw_kahan"])
     steps(policy, optimizer, pairs, rank, world, 5)
     compensation = [s["kahan_comp"] for s in optimizer.state.values() if "kahan_comp" in s]
     assert len(compensation) == len(list(policy.parameters()))
@@ -115,56 +144,16 @@ def small_updates(rank: int, world: int, model: str, folder: str) -> None:
     # What a weight lost to rounding is kept beside it: five updates of about 1e-6 each.
     assert (kept > 0).float().mean() > 0.5
     assert 1e-7 < kept[kept > 0].median() < 1e-5
-    checkpoint.save(folder, policy, optimizer, TrainState(5, 1), attempt=0, keep=1)
-    fresh, fresh_optimizer = build(model, rate=1e-6, weights_dtype="bfloat16", compute_dtype="bfloat16")
-    checkpoint.load(folder, "step-00000005", fresh, fresh_optimizer)
-    assert steps(fresh, fresh_optimizer, pairs, rank, world, 2) == steps(policy, optimizer, pairs, rank, world, 2)
+    with Checkpointer(folder, policy, optimizer, attempt=0, keep=1) as checkpoints:
+        checkpoints.save(TrainState(5, 1))
+    again = build(model, rate=1e-6, name="adamw_kahan", **OTHER_OPTIMIZERS["adamw_kahan"])
+    with Checkpointer(folder, *again, attempt=1, keep=1) as checkpoints:
+        checkpoints.load("step-00000005")
+    assert steps(*again, pairs, rank, world, 2) == steps(policy, optimizer, pairs, rank, world, 2)
 
 
 def test_bfloat16_weights_keep_small_updates(tmp_path: Path, tiny_model: Path) -> None:
     run_ranks(small_updates, 2, tmp_path, str(tiny_model), str(tmp_path))
-
-
-def damaged(rank: int, world: int, model: str, folder: str) -> None:
-    policy, optimizer = build(model)
-    for step in (1, 2):
-        steps(policy, optimizer, scored_pairs(model, 4), rank, world, 1)
-        checkpoint.save(folder, policy, optimizer, TrainState(step, 0), attempt=0, keep=5)
-    newest = manifest.newest(folder)
-    assert newest is not None
-    assert newest[0] == "step-00000002"
-    shard = next(Path(folder, "checkpoints", "step-00000002").glob("*.distcp"))
-    data = bytearray(shard.read_bytes())
-    data[len(data) // 2] ^= 1
-    shard.write_bytes(data)
-    fresh = build(model)
-    with pytest.raises(CheckpointError, match=shard.name):
-        checkpoint.load(folder, "step-00000002", *fresh)
-    fallen_back = manifest.newest(folder)
-    assert fallen_back is not None
-    assert fallen_back[0] == "step-00000001"
-    assert checkpoint.load(folder, "step-00000001", *fresh).step == 1
-
-
-def test_a_flipped_bit_sets_the_checkpoint_aside(tmp_path: Path, tiny_model: Path) -> None:
-    run_ranks(damaged, 1, tmp_path, str(tiny_model), str(tmp_path))
-
-
-def test_manifests(tmp_path: Path) -> None:
-    """Without a manifest, or with a broken one, a checkpoint does not exist."""
-    run = str(tmp_path)
-    assert manifest.newest(run) is None
-    for step in (1, 2, 3):
-        place = storage.join(run, "checkpoints", manifest.checkpoint_name(step))
-        storage.write_bytes(storage.join(place, "shard"), b"x")
-        if step < 3:
-            state = {"step": step, "num_tokens": 0}
-            storage.write_json(storage.join(place, "manifest.json"), {"format": 1, "state": state, "files": {}})
-    assert manifest.newest(run) == ("step-00000002", TrainState(2, 0))
-    storage.write_bytes(storage.join(run, "checkpoints", "step-00000002", "manifest.json"), b'{"format": 1, "sta')
-    assert manifest.newest(run) == ("step-00000001", TrainState(1, 0))
-    manifest.prune(run, 1)
-    assert manifest.committed(run) == ["step-00000001"]
 
 
 def exported(rank: int, world: int, model: str, folder: str) -> None:
