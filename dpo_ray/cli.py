@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -12,8 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from dpo_ray import config as configuration
-from dpo_ray import storage
 from dpo_ray.errors import ConfigError, FinalError, UserError
+
+if TYPE_CHECKING:
+    from dpo_ray.orchestration.verify import Verdict
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -59,7 +61,7 @@ def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
     from dpo_ray.orchestration.trainer import final_errors, start_ray
 
     parsed = configuration.load_config(config, overrides)
-    storage.check_reachable(parsed.storage_path)
+    preparing.check_reachable(parsed)
     with final_errors(), ProgressBar(console) as watcher:
         found = preparing.survey(parsed, watcher)
         if found.job is not None:
@@ -111,6 +113,56 @@ def doctor(config: ConfigPath, overrides: Overrides = None) -> None:
     console.print(f"{wrong} of {len(rows)} checks are wrong" if wrong else "all is well")
     if wrong:
         raise typer.Exit(1)
+
+
+@app.command()
+def verify(
+    run: Annotated[str, typer.Argument(metavar="RUN_URI", help="A run's directory: <storage_path>/<name>.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Prints the verdict as JSON.")] = False,
+) -> None:
+    """Proves from a run's directory that every pair was trained on exactly once per epoch; needs no Ray.
+
+    Exit code 0: the ledger is exact, as far as the run has come; 1: something is wrong.
+
+    Example: dpo-ray verify s3://bucket/dpo/my-run
+    """
+    from dataclasses import asdict
+
+    from dpo_ray.orchestration import verify as verifying
+
+    if as_json:
+        verdict = verifying.verify(run)
+        typer.echo(json.dumps(asdict(verdict), indent=1))
+    else:
+        from dpo_ray.display import ProgressBar
+
+        with ProgressBar(console) as watcher:
+            verdict = verifying.verify(run, watcher)
+        console.print(_verdict_table(verdict))
+        for finding in verdict.findings:
+            where = "" if finding.step is None else f"step {finding.step}: "
+            console.print(Text(f"{where}{finding.text}", style="red"))
+        if left := verdict.num_findings - len(verdict.findings):
+            console.print(f"and {left:,} more")
+        console.print(Text(verdict.line, style="green" if verdict.exact else "bold red"))
+    if not verdict.exact:
+        raise typer.Exit(1)
+
+
+def _verdict_table(verdict: Verdict) -> Table:
+    """What a run's ledger says, and its attempts."""
+    epochs = verdict.steps / verdict.steps_per_epoch
+    title = f"{verdict.run_uri}\n{verdict.steps:,} of {verdict.total_steps:,} steps, {epochs:.4g} epochs of "
+    title += f"{verdict.pairs:,} pairs, {verdict.pairs_trained:,} pairs trained on"
+    table = Table(title=Text(title), title_justify="left")
+    for column in ("attempt", "after step", "workers", "steps in the ledger"):
+        table.add_column(column, justify="right")
+    table.add_column("reason", overflow="fold")
+    for each in verdict.attempts:
+        table.add_row(*map(str, (each.attempt, each.position, each.world_size, each.steps)), Text(each.reason))
+    if verdict.redone_steps:
+        table.caption = f"at least {verdict.redone_steps:,} steps were done again"
+    return table
 
 
 @app.command("config")

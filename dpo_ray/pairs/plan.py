@@ -106,6 +106,12 @@ class Plan:
         return list(seen.values())
 
 
+def plan_of(chunks: Sequence[Chunk], seed: int, global_batch_pairs: int, epochs: int, max_steps: int | None) -> Plan:
+    """The plan of a run: whole epochs, or up to `max_steps`."""
+    total = epochs * steps_per_epoch(sum(chunk.num_pairs for chunk in chunks), global_batch_pairs)
+    return Plan(seed, tuple(chunks), global_batch_pairs, min(total, max_steps or total))
+
+
 def steps_per_epoch(num_pairs: int, global_batch_pairs: int) -> int:
     """Global batches of one epoch; the last may be short."""
     return -(-num_pairs // global_batch_pairs)
