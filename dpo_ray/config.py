@@ -20,6 +20,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    field_validator,
     model_validator,
 )
 from pydantic.fields import FieldInfo
@@ -176,19 +177,79 @@ class TrainConfig(Section):
     )
     checkpoint_every_steps: PositiveInt = Field(50, description="checkpoint this often, and at the end")
     keep_checkpoints: PositiveInt = Field(2, description="newest checkpoints kept")
+    keep_best: Literal["eval_loss", "eval_rewards/accuracies", "eval_rewards/margins"] | None = Field(
+        None, description="also keep a checkpoint of the evaluation with the best value of this metric"
+    )
     ledger: Literal["digest", "full"] = Field("digest", description="per step a digest of the pair ids, or all of them")
+
+    @model_validator(mode="after")
+    def _best_needs_evaluations(self) -> TrainConfig:
+        if self.keep_best and not self.eval_every_steps:
+            raise ValueError(
+                f"train.keep_best is {self.keep_best}, but nothing is ever evaluated: set train.eval_every_steps"
+            )
+        return self
+
+
+class WorkerRange(Section):
+    """How many workers an elastic run may have."""
+
+    min: PositiveInt = Field(description="fewer are waited for")
+    max: PositiveInt = Field(description="more are not asked for")
 
 
 class ScalingConfig(Section):
     """The policy's workers."""
 
-    workers: PositiveInt = Field(1, description="policy workers: the weights are sharded over them")
+    workers: PositiveInt | WorkerRange = Field(
+        1,
+        description="policy workers, over which the weights are sharded; {min: 2, max: 8} takes what there is, shrinks "
+        "when nodes go, and grows when they come, at the exact next global batch",
+    )
     cpus_per_worker: PositiveFloat = Field(
         1.0, description="CPUs of one worker; also its compute threads without a GPU"
     )
     gpus_per_worker: Literal[0, 1] = Field(0, description="GPUs of one worker")
-    max_failures: int = Field(
-        3, ge=-1, description="restarts of the worker group before the run gives up; -1: no limit"
+    grow_after_s: PositiveFloat = Field(
+        30.0, description="an elastic run grows when there has been room for more workers this long"
+    )
+
+    @field_validator("workers", mode="before")
+    @classmethod
+    def _number_or_range(cls, value: Any) -> Any:
+        if isinstance(value, int | WorkerRange) and not isinstance(value, bool) and value != 0:
+            return value
+        if isinstance(value, dict) and set(value) == {"min", "max"}:
+            return value
+        raise ValueError(f"scaling.workers is {value!r}: write a number of 1 or more, or {{min: 2, max: 8}}")
+
+    @model_validator(mode="after")
+    def _range_in_order(self) -> ScalingConfig:
+        if self.min_workers > self.max_workers:
+            raise ValueError(f"scaling.workers: min is {self.min_workers}, more than max ({self.max_workers})")
+        return self
+
+    @property
+    def min_workers(self) -> int:
+        """The fewest workers that may train."""
+        return self.workers.min if isinstance(self.workers, WorkerRange) else self.workers
+
+    @property
+    def max_workers(self) -> int:
+        """The most workers that may train."""
+        return self.workers.max if isinstance(self.workers, WorkerRange) else self.workers
+
+
+class RecoveryConfig(Section):
+    """What a run survives by itself. Limits count failures since the last new checkpoint; -1: no limit."""
+
+    max_worker_failures: int = Field(3, ge=-1, description="exceptions and deaths of worker processes")
+    max_node_failures: int = Field(20, ge=-1, description="nodes that died with workers on them")
+    max_hangs: int = Field(3, ge=-1, description="worker groups that stood still")
+    max_storage_failures: int = Field(20, ge=-1, description="outages longer than the storage was waited for")
+    max_ray_failures: int = Field(5, ge=-1, description="groups that Ray could not start, or whose controller died")
+    hang_timeout_s: PositiveFloat = Field(
+        900.0, description="a group stands still when no step, evaluation or load ends in this time on some worker"
     )
 
 
@@ -224,15 +285,16 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     scaling: ScalingConfig = ScalingConfig()
+    recovery: RecoveryConfig = RecoveryConfig()
     checks: ChecksConfig = ChecksConfig()
     tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Config:
-        if self.train.global_batch_pairs < self.scaling.workers:
+        if self.train.global_batch_pairs < self.scaling.max_workers:
             raise ValueError(
                 f"train.global_batch_pairs is {self.train.global_batch_pairs}, fewer than scaling.workers "
-                f"({self.scaling.workers}): some workers would have no pair; raise the batch or lower the workers"
+                f"({self.scaling.max_workers}): some workers would have no pair; raise the batch or lower the workers"
             )
         if self.model.weights_dtype == "bfloat16" and self.optimizer.name != "adamw_kahan":
             raise ValueError(
@@ -245,6 +307,11 @@ class Config(Section):
         if self.train.eval_every_steps and not (self.data.eval or self.data.eval_fraction):
             raise ValueError(
                 "train.eval_every_steps is set, but nothing is held out: set data.eval or data.eval_fraction"
+            )
+        if self.train.keep_best and self.train.keep_best != "eval_loss" and not self.needs_reference:
+            raise ValueError(
+                f"train.keep_best is {self.train.keep_best}, but objective.loss: {self.objective.loss} has no "
+                "reference and so no rewards: use keep_best: eval_loss"
             )
         return self
 
@@ -278,6 +345,7 @@ class Config(Section):
 MAY_CHANGE = (
     "storage_path",
     "scaling",
+    "recovery",
     "checks",
     "tracking",
     "reference.replicas",
@@ -291,6 +359,7 @@ MAY_CHANGE = (
     "train.eval_every_steps",
     "train.checkpoint_every_steps",
     "train.keep_checkpoints",
+    "train.keep_best",
     "train.ledger",
     "train.max_steps",
     "train.epochs",

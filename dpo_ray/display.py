@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from dpo_ray.orchestration.trainer import Result
 from dpo_ray.orchestration.watch import SourcePreview, Watcher
 from dpo_ray.pairs.plan import Plan
 from dpo_ray.pairs.store import COUNTS, PairStore
+
+if TYPE_CHECKING:
+    from dpo_ray.orchestration.trainer import Result  # Not every command needs Ray.
 
 LINES_PER_PHASE = 20
 SHOWN_CHARS = 600

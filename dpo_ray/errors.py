@@ -45,6 +45,14 @@ class ReferenceFillError(FinalError):
     """The reference filler stopped before all chunks were scored."""
 
 
+class FencedError(DpoRayError):
+    """Another attempt of the run has begun: this one may not write any more."""
+
+
+class RecoveryError(FinalError):
+    """More failures in a row than the configuration allows."""
+
+
 class CheckpointError(DpoRayError):
     """A checkpoint is incomplete or damaged."""
 

@@ -57,7 +57,6 @@ class RunLease:
         self,
         run_uri: str,
         say: Callable[[str], None] = lambda text: None,
-        on_lost: Callable[[], None] = lambda: None,
         host: str | None = None,
         heartbeat_s: float = HEARTBEAT_S,
         watch_s: float = WATCH_S,
@@ -67,14 +66,13 @@ class RunLease:
         Args:
             run_uri: The run's folder.
             say: Told when a dead holder is watched or replaced.
-            on_lost: Called once, from another thread, when another driver has taken the run over.
             host: As `this_host`, which is the default.
             heartbeat_s: Seconds between two heartbeats.
             watch_s: Seconds without a heartbeat after which a holder is taken for dead.
         """
         self.generation = 0
         self._run_uri, self._folder = run_uri, storage.join(run_uri, "lease")
-        self._say, self._on_lost = say, on_lost
+        self._say = say
         self._host = host or this_host()
         self._heartbeat_s, self._watch_s = heartbeat_s, watch_s
         self._id = uuid.uuid4().hex
@@ -109,7 +107,7 @@ class RunLease:
         # An outage of the storage must not keep a finished driver.
         self._thread.join(timeout=10)
         self.check()
-        with contextlib.suppress(StorageError):
+        with contextlib.suppress(StorageError), storage.patience(10):
             storage.write_bytes(self._place("heartbeat"), _RELEASED.encode())
 
     def check(self) -> None:
@@ -201,7 +199,6 @@ class RunLease:
             with contextlib.suppress(StorageError):
                 if self._highest() > self.generation:
                     self._lost.set()
-                    self._on_lost()
                     return
                 count += 1
                 storage.write_bytes(self._place("heartbeat"), str(count).encode())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -132,10 +132,16 @@ class TrainState:
     Attributes:
         step: Global batches done: the one integer that says where training stands.
         num_tokens: Unique tokens trained on so far.
+        best_metric: The metric that the next two are about; None before the first evaluation that counts.
+        best_step: The step whose evaluation was the best so far.
+        best_value: Its value.
     """
 
     step: int = 0
     num_tokens: int = 0
+    best_metric: str | None = None
+    best_step: int | None = None
+    best_value: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,17 +150,35 @@ class Attempt:
 
     Attributes:
         attempt: Counted from 0 over the life of a run.
+        generation: Of the run's lease: each driver has a higher one than those before it.
         position: Global batches done before this attempt.
         checkpoint: Name of the checkpoint to load, or None for a fresh start.
         world_size: Policy workers.
         reason: Why the group was started.
+        time: When, in ISO 8601.
     """
 
     attempt: int
+    generation: int
     position: int
     checkpoint: str | None
     world_size: int
     reason: str
+    time: str
+
+
+# What a rank does that asks for its next batch: however long it takes, it is not hung.
+WAITING = "waiting for pairs"
+
+
+class Control(Protocol):
+    """How the train loop says what it does, and hears that it shall end."""
+
+    def doing(self, what: str) -> None:
+        """Something begins; what came before it has ended. A loop that says nothing for long is taken for hung."""
+
+    def leaving(self) -> bool:
+        """Whether this rank has been asked to write a checkpoint and end; ranks may hear it at different steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +193,8 @@ class WorkerContext:
         batches: This rank's part of each global batch from the attempt's position on.
         eval_batches: Makes an iterator over this rank's part of the held-out split.
         publish: Called on rank 0 with each line of metrics.
+        control: What the loop says of its progress, and hears.
+        fence: Raises when another attempt has begun: called before anything durable is written.
         total_steps: Where training ends.
         steps_per_epoch: Global batches of one epoch.
         sources: Where the pairs of a step come from, by id, for people to read.
@@ -181,6 +207,8 @@ class WorkerContext:
     batches: Iterator[GlobalBatch]
     eval_batches: Callable[[], Iterator[GlobalBatch]]
     publish: Callable[[dict[str, Any]], None]
+    control: Control
+    fence: Callable[[], None]
     total_steps: int
     steps_per_epoch: int
     sources: Callable[[int], dict[bytes, str]]

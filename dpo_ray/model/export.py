@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 
 import torch.distributed as dist
 from torch import nn
@@ -16,7 +17,7 @@ from dpo_ray.model.load import DTYPES, empty_model
 from dpo_ray.model.shard import gathered_state_dict
 
 
-def export(model: nn.Module, config: Config, step: int, rank: int) -> None:
+def export(model: nn.Module, config: Config, step: int, rank: int, fence: Callable[[], None]) -> None:
     """Writes `<run>/export`; `exported.json`, written last, says of which step the model is.
 
     Args:
@@ -24,6 +25,7 @@ def export(model: nn.Module, config: Config, step: int, rank: int) -> None:
         config: The run.
         step: Optimizer steps done.
         rank: Rank 0 writes.
+        fence: Raises when another attempt has begun.
 
     Collective: all ranks.
     """
@@ -40,9 +42,11 @@ def export(model: nn.Module, config: Config, step: int, rank: int) -> None:
             with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as card:
                 card.write(model_card(config, step))
             target = storage.join(config.run_uri, "export")
+            fence()
             storage.remove(storage.join(target, "exported.json"))
             for name in sorted(os.listdir(folder)):
                 storage.upload(os.path.join(folder, name), storage.join(target, name))
+            fence()
             storage.write_json(storage.join(target, "exported.json"), {"step": step})
     dist.barrier()
 

@@ -33,6 +33,8 @@ Level = Literal["ok", "note", "wrong"]
 
 PACKAGES = ("dpo_ray", "ray", "torch", "transformers")
 NODE_TIMEOUT_S = 120.0
+# Storage that fails is reported, not waited for.
+PATIENCE_S = 5.0
 MAX_CLOCK_SKEW_S = 2.0
 # Ray stops spilling to a disk that is fuller than this.
 MAX_DISK_USED = 0.95
@@ -84,12 +86,17 @@ class NodeReport:
 
 
 def examine(config: Config, connect: Callable[[], None]) -> list[Row]:
-    """Looks at everything that a run needs; a check that fails is a row too.
+    """Looks at everything that a run needs; a check that fails is a row too, and waits for nothing for long.
 
     Args:
         config: The run.
         connect: Connects to Ray, or starts it.
     """
+    with storage.patience(PATIENCE_S):
+        return _examine(config, connect)
+
+
+def _examine(config: Config, connect: Callable[[], None]) -> list[Row]:
     probe = storage.join(config.storage_path, f".doctor-{uuid.uuid4().hex}")
     rows = _guarded("storage", "this machine", lambda: _check_storage(config.storage_path, probe))
     rows += _guarded("pairs", "this machine", lambda: _check_data(config))
@@ -104,7 +111,7 @@ def examine(config: Config, connect: Callable[[], None]) -> list[Row]:
         rows += _guarded("resources", "cluster", lambda: _check_resources(config))
         rows += _guarded("authentication", "cluster", _check_authentication)
         rows += _guarded("nodes", "cluster", lambda: _check_nodes(config, probe))
-    _guarded("storage", "this machine", lambda: storage.remove(probe) or [])  # type: ignore[func-returns-value]
+    _guarded("storage", "this machine", lambda: storage.remove(probe) or [])
     return _merged(rows)
 
 
@@ -339,16 +346,17 @@ def _inputs(config: Config) -> list[str]:
 def _look(marker: str, inputs: list[str], has_gpus: bool) -> NodeReport:
     """What runs on each node."""
     storage_error, unreadable = "", []
-    try:
-        storage.write_bytes(marker, marker.encode())
-    except DpoRayError as error:
-        storage_error = str(error)
-    for uri in inputs:
+    with storage.patience(PATIENCE_S):
         try:
-            if not storage.exists(uri):
-                unreadable.append(f"{uri} is not there")
+            storage.write_bytes(marker, marker.encode())
         except DpoRayError as error:
-            unreadable.append(str(error))
+            storage_error = str(error)
+        for uri in inputs:
+            try:
+                if not storage.exists(uri):
+                    unreadable.append(f"{uri} is not there")
+            except DpoRayError as error:
+                unreadable.append(str(error))
     usage = shutil.disk_usage(ray._private.worker._global_node.get_session_dir_path())
     shm_free = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else None
     num_gpus, gpu_error = _compute_on_gpus() if has_gpus else (0, "")
@@ -360,8 +368,9 @@ def _read(markers: dict[str, str]) -> list[str]:
     missing = []
     for node_id, marker in markers.items():
         try:
-            if storage.read_bytes(marker) != marker.encode():
-                missing.append(node_id)
+            with storage.patience(PATIENCE_S):
+                if storage.read_bytes(marker) != marker.encode():
+                    missing.append(node_id)
         except (FileNotFoundError, DpoRayError):
             missing.append(node_id)
     return missing

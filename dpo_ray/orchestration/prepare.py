@@ -102,6 +102,17 @@ class Survey:
     job: Job | None
 
 
+def check_reachable(config: Config) -> None:
+    """Fails within seconds when a server that a run begins with cannot be reached; later ones are waited for.
+
+    Raises:
+        StorageError: Nothing answers.
+    """
+    models = [config.model.path, config.model.tokenizer or config.model.path, config.reference_path]
+    for uri in dict.fromkeys([config.storage_path, *models, *config.data.train, *config.data.eval]):
+        storage.check_reachable(uri)
+
+
 def survey(config: Config, watcher: Watcher | None = None) -> Survey:
     """Looks at tokenizer and data, and recognises how the data are written. Needs no Ray.
 

@@ -111,6 +111,10 @@ class ReferenceFiller:
         if self.missing:
             self._thread.start()
 
+    def working(self) -> bool:
+        """Whether reference actors have, or need, room."""
+        return self._thread.is_alive()
+
     def join(self) -> None:
         """Waits for the end.
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import math
 import socket
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 import ray
 
 from dpo_ray.config import Config
 from dpo_ray.errors import ConfigError
+from dpo_ray.orchestration.nodes import Resources, free_resources, usable_nodes
 from dpo_ray.orchestration.stream import LOAD_CPUS
 
 CONNECT_TIMEOUT_S = 10.0
-
-Resources = dict[str, float]
 
 
 def ensure_cluster_answers(address: str) -> None:
@@ -77,13 +78,51 @@ def demands(config: Config, workers: bool = True, references: bool = True) -> li
     asked: list[tuple[str, int, Resources]] = []
     if workers:
         asked.append(
-            ("scaling.workers", scaling.workers, {"CPU": scaling.cpus_per_worker, "GPU": scaling.gpus_per_worker})
+            ("scaling.workers", scaling.min_workers, {"CPU": scaling.cpus_per_worker, "GPU": scaling.gpus_per_worker})
         )
         asked.append(("loading pairs", 1, {"CPU": LOAD_CPUS}))
     if references and config.needs_reference:
         each = {"CPU": reference.cpus_per_replica, "GPU": reference.gpus_per_replica, **reference.resources_per_replica}
         asked.append(("reference.replicas", reference.replicas, each))
     return [(key, count, {name: amount for name, amount in each.items() if amount}) for key, count, each in asked]
+
+
+def room(config: Config, references: bool, own: Iterable[str] = ()) -> tuple[int, list[str]]:
+    """How many policy workers fit now, up to the configured maximum, and the nodes that they may be put on.
+
+    Args:
+        config: The run.
+        references: Whether reference actors are there, or will be: what they need is left to them.
+        own: The nodes of the workers that run now: what they hold is theirs to use again.
+    """
+    nodes = usable_nodes()
+    (_, _, each), *others = demands(config, references=references)
+    free = free_resources(nodes)
+    for node_id, count in Counter(own).items():
+        if node_id in free:
+            free[node_id] = {
+                name: free[node_id].get(name, 0.0) + count * each.get(name, 0.0) for name in {*free[node_id], *each}
+            }
+    loading = [demand for demand in others if demand[0] != "reference.replicas"]
+    # Reference actors that already run are not in what is free; those still to come only in what there is in all.
+    fits = min(_fit_beside(list(free.values()), each, loading), _fit_beside(list(nodes.values()), each, others))
+    return min(fits, config.scaling.max_workers), sorted(nodes)
+
+
+def _fit_beside(nodes: Sequence[Resources], each: Resources, others: Sequence[tuple[str, int, Resources]]) -> int:
+    """How often `each` fits on the nodes when all of `others` are put where they are least in its way."""
+    left = [dict(node) for node in nodes]
+    for _, count, other in others:
+        for _ in range(count):
+            without = {
+                index: {name: amount - other.get(name, 0.0) for name, amount in node.items()}
+                for index, node in enumerate(left)
+                if _how_often(other, node)
+            }
+            if without:
+                best = min(without, key=lambda i: _how_often(each, left[i]) - _how_often(each, without[i]))
+                left[best] = without[best]
+    return int(sum(_how_often(each, node) for node in left))
 
 
 def possible_nodes() -> list[tuple[Resources, float]] | None:

@@ -2,45 +2,36 @@
 
 from __future__ import annotations
 
-import _thread
 import contextlib
 import importlib.metadata
 import logging
 import os
-import shutil
-import tempfile
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-import ray.train
 import yaml
-from ray.train import FailureConfig, RunConfig
-from ray.train.torch import TorchTrainer
-from ray.util.queue import Empty, Queue
 
-from dpo_ray import errors, storage
+from dpo_ray import storage
 from dpo_ray.config import Config, changed_keys
-from dpo_ray.errors import ConfigError, FinalError
+from dpo_ray.errors import ConfigError
 from dpo_ray.lease import RunLease
-from dpo_ray.orchestration.prepare import Survey, prepare, survey
+from dpo_ray.orchestration.prepare import Survey, check_reachable, prepare, survey
 from dpo_ray.orchestration.reference_filler import (
     ReferenceFiller,
     chunks_in_order_of_need,
     open_reference_store,
 )
 from dpo_ray.orchestration.resources import ensure_cluster_answers, ensure_resources
-from dpo_ray.orchestration.stream import LOAD_CPUS, LOADS_IN_FLIGHT, Places, StreamConfig, make_plan
+from dpo_ray.orchestration.stream import LOAD_CPUS, LOADS_IN_FLIGHT, Places, make_plan
+from dpo_ray.orchestration.supervisor import supervise
 from dpo_ray.orchestration.watch import Watcher
-from dpo_ray.orchestration.worker import final_error, stop_uri, work
+from dpo_ray.orchestration.worker import final_error
 from dpo_ray.pairs.plan import Plan
 from dpo_ray.pairs.store import PairStore
 from dpo_ray.training import manifest
 from dpo_ray.training.trackers import check_trackers
-
-Publish = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +83,7 @@ def start_ray(config: Config) -> None:
 def _cpus_wanted(config: Config) -> float:
     scaling, reference = config.scaling, config.reference
     references = reference.replicas * reference.cpus_per_replica if config.needs_reference else 0
-    return scaling.workers * scaling.cpus_per_worker + references + LOAD_CPUS * LOADS_IN_FLIGHT + 1
+    return scaling.max_workers * scaling.cpus_per_worker + references + LOAD_CPUS * LOADS_IN_FLIGHT + 1
 
 
 def train(config: Config, watcher: Watcher | None = None) -> Result:
@@ -107,15 +98,16 @@ def train(config: Config, watcher: Watcher | None = None) -> Result:
         FinalError: Anything else that would fail again.
     """
     watcher = watcher or Watcher()
+    storage.on_waiting = watcher.warning
     check_trackers(config)
-    storage.check_reachable(config.storage_path)
+    check_reachable(config)
     if finished := _as_it_stands(config, watcher):
         return finished
     watcher.phase("looking at the pairs")
     found = survey(config, watcher)
-    with RunLease(config.run_uri, watcher.phase, _interrupt_here()):
+    with RunLease(config.run_uri, watcher.phase) as lease:
         # Another driver may have begun or ended the run since we looked.
-        return _as_it_stands(config, watcher) or _train(config, watcher, found)
+        return _as_it_stands(config, watcher) or _train(config, watcher, found, lease)
 
 
 def _as_it_stands(config: Config, watcher: Watcher) -> Result | None:
@@ -131,16 +123,9 @@ def _as_it_stands(config: Config, watcher: Watcher) -> Result | None:
     return finished
 
 
-def _interrupt_here() -> Callable[[], None]:
-    """What ends the training of this thread as Ctrl-C would; nothing reaches a thread that is not the main one."""
-    is_main = threading.current_thread() is threading.main_thread()
-    return _thread.interrupt_main if is_main else lambda: None
-
-
-def _train(config: Config, watcher: Watcher, found: Survey) -> Result:
+def _train(config: Config, watcher: Watcher, found: Survey, lease: RunLease) -> Result:
     start_ray(config)
     ensure_resources(config, references=False)
-    storage.remove(stop_uri(config))
     filler = None
     try:
         pairs = prepare(config, watcher, found)
@@ -150,28 +135,33 @@ def _train(config: Config, watcher: Watcher, found: Survey) -> Result:
                 "raise data.eval_fraction, name files in data.eval, or set train.eval_every_steps: null"
             )
         plan = make_plan(config, pairs)
+        lease.check()
         _write_config(config, plan, pairs)
         newest = manifest.newest(config.run_uri)
-        position = newest[1].step if newest else 0
+        position = newest[1].state.step if newest else 0
         reference = open_reference_store(config) if config.needs_reference else None
         watcher.planned(plan, position)
         if reference is not None:
             filler = ReferenceFiller(config, pairs, chunks_in_order_of_need(config, plan, pairs, position), reference)
             ensure_resources(config, references=bool(filler.missing))
             filler.start()
-        _fit(config, Places(pairs.uri, reference.uri if reference else None), watcher.line)
+        supervise(
+            config,
+            Places(pairs.uri, reference.uri if reference else None),
+            lease,
+            watcher,
+            references=lambda: filler is not None and filler.working(),
+            finished=lambda: finished_run(config) is not None,
+        )
     except Exception as error:
         if filler is not None:
             filler.check()  # A filler that has stopped is why the stream has.
         with final_errors():
             raise error from None
     if filler is not None:
-        filler.check()
-    _raise_if_stopped(config)
-    if filler is not None:
         filler.join()
     result = finished_run(config)
-    assert result is not None, "the worker group ended, but the run has not"
+    assert result is not None
     return result
 
 
@@ -196,68 +186,13 @@ def finished_run(config: Config) -> Result | None:
     stored = yaml.safe_load(storage.read_bytes(described))
     total = min(stored["about"]["steps_per_epoch"] * config.train.epochs, config.train.max_steps or 2**62)
     exported = storage.join(export_uri, "exported.json")
-    if found[1].step < total or not storage.exists(exported) or storage.read_json(exported)["step"] != found[1].step:
+    step = found[1].state.step
+    if step < total or not storage.exists(exported) or storage.read_json(exported)["step"] != step:
         return None
     lines = storage.read_json_lines(storage.join(config.run_uri, "metrics.jsonl"))
     steps = [line for line in lines if "loss" in line] or [{}]
     evaluations = [line for line in lines if "eval_loss" in line] or [{}]
-    return Result(config.run_uri, export_uri, found[1].step, steps[-1], evaluations[-1])
-
-
-def _fit(config: Config, places: Places, publish: Publish) -> None:
-    """Runs the worker group to its end, handing lines of metrics to `publish` meanwhile."""
-    scaling = config.scaling
-    board = Queue(actor_options={"num_cpus": 0})
-    done = threading.Event()
-    listener = threading.Thread(target=_listen, args=(board, done, publish), daemon=True)
-    listener.start()
-    # Ray Train wants a place of its own, but is given nothing to put there: our manifests are the only truth.
-    scratch = tempfile.mkdtemp(prefix="dpo_ray-train-")
-    trainer = TorchTrainer(
-        work,
-        train_loop_config={"config": config, "places": places, "board": Board(board)},
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=scaling.workers,
-            use_gpu=bool(scaling.gpus_per_worker),
-            resources_per_worker={"CPU": scaling.cpus_per_worker, "GPU": scaling.gpus_per_worker},
-        ),
-        # Replaced by `StreamConfig.configure`, which alone knows the position and the world size.
-        datasets={"train": ray.data.range(1)},
-        dataset_config=StreamConfig(config, places),
-        run_config=RunConfig(
-            name=config.name, storage_path=scratch, failure_config=FailureConfig(max_failures=scaling.max_failures)
-        ),
-    )
-    try:
-        trainer.fit()
-    finally:
-        done.set()
-        listener.join(timeout=5)
-        board.shutdown(force=True)
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-class Board:
-    """The sending end of the driver's queue of metric lines."""
-
-    def __init__(self, queue: Queue) -> None:
-        """Args: queue: The queue."""
-        self._queue = queue
-
-    def __call__(self, line: dict[str, Any]) -> None:
-        """Sends a line without waiting; it is lost when the driver is gone, and the run does not mind."""
-        self._queue.actor.put_nowait.remote(line)
-
-
-def _listen(board: Queue, done: threading.Event, publish: Publish) -> None:
-    while True:
-        try:
-            publish(board.get(timeout=0.5))
-        except Empty:
-            if done.is_set():
-                return
-        except ray.exceptions.RayError:
-            return
+    return Result(config.run_uri, export_uri, step, steps[-1], evaluations[-1])
 
 
 def _write_config(config: Config, plan: Plan, pairs: PairStore) -> None:
@@ -281,13 +216,6 @@ def _refuse_changed_config(config: Config) -> None:
         )
 
 
-def _raise_if_stopped(config: Config) -> None:
-    if storage.exists(stop_uri(config)):
-        stopped = storage.read_json(stop_uri(config))
-        kind = getattr(errors, stopped["error"], FinalError)
-        raise kind(stopped["message"])
-
-
 def fill_reference(config: Config, watcher: Watcher | None = None) -> tuple[int, str]:
     """Scores all pairs that have no scores yet, training or not.
 
@@ -298,7 +226,7 @@ def fill_reference(config: Config, watcher: Watcher | None = None) -> tuple[int,
     Returns:
         Pairs scored now, and the reference store.
     """
-    storage.check_reachable(config.storage_path)
+    check_reachable(config)
     found = survey(config, watcher)
     start_ray(config)
     ensure_resources(config, workers=False)

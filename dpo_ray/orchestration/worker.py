@@ -2,43 +2,47 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator
 from typing import Any
 
-from dpo_ray import errors, storage
+import ray
+import ray.train
+
+from dpo_ray import errors
 from dpo_ray.config import Config
-from dpo_ray.orchestration.stream import Places, attempts_uri, eval_feed, make_feed
+from dpo_ray.orchestration.monitor import Failure, Reporter
+from dpo_ray.orchestration.stream import Places, eval_feed, make_feed
 from dpo_ray.pairs import pack
+from dpo_ray.training.attempts import Fence
 from dpo_ray.types import Attempt, GlobalBatch, WorkerContext
 
 
 def work(arguments: dict[str, Any]) -> None:
-    """What each Ray Train worker runs.
-
-    An error that would come again is written down and ends the run; anything else is raised, so that Ray Train starts
-    the group again.
+    """What each Ray Train worker runs: the train loop, and a report of how it ended.
 
     Args:
-        arguments: `config`, `places`, and `board`, which takes lines of metrics to the driver.
+        arguments: `config`, `places`, `attempt`, and `monitor`, the handle of the attempt's `Monitor`.
     """
     from dpo_ray.training.loop import train  # Ray Train's controller imports this file too, and needs no model.
 
     config: Config = arguments["config"]
-    if storage.exists(stop_uri(config)):
-        return
+    reporter = Reporter(arguments["monitor"], ray.train.get_context().get_world_rank())
+    failure = None
     try:
-        train(config, _context(config, arguments["places"], arguments["board"]))
-    except Exception as error:
-        final = final_error(error)
-        # Storage that does not answer now may answer the next attempt.
-        if final is None or isinstance(final, errors.StorageError):
-            raise
-        storage.write_json(stop_uri(config), {"error": type(final).__name__, "message": str(final)})
+        train(config, _context(config, arguments["places"], arguments["attempt"], reporter))
+    except BaseException as error:
+        failure = _failure(error)
+        raise
+    finally:
+        reporter.close(failure)
 
 
-def stop_uri(config: Config) -> str:
-    """Where a worker leaves the error that ended the run."""
-    return storage.join(config.run_uri, "stopped.json")
+def _failure(error: BaseException) -> Failure:
+    final = final_error(error)
+    # Storage that does not answer now may answer the next attempt.
+    storage_failed = isinstance(final, errors.StorageError)
+    return Failure(None if storage_failed else final, storage_failed, "".join(traceback.format_exception(error)))
 
 
 def final_error(error: BaseException | None) -> errors.FinalError | None:
@@ -54,7 +58,7 @@ def final_error(error: BaseException | None) -> errors.FinalError | None:
     return None
 
 
-def _context(config: Config, places: Places, board: Any) -> WorkerContext:
+def _context(config: Config, places: Places, attempt: Attempt, reporter: Reporter) -> WorkerContext:
     import ray.train.torch
     import torch
 
@@ -63,18 +67,20 @@ def _context(config: Config, places: Places, board: Any) -> WorkerContext:
     if device.type == "cpu":
         torch.set_num_threads(max(1, int(config.scaling.cpus_per_worker)))
     rank, world_size = ray_context.get_world_rank(), ray_context.get_world_size()
-    shard = ray.train.get_dataset_shard("train")  # A barrier: the attempt is on record afterwards.
-    attempt = Attempt(**storage.read_json_lines(attempts_uri(config))[-1])
+    shard = ray.train.get_dataset_shard("train")
     feed, pairs = make_feed(config, places)
     held = eval_feed(config, feed, pairs.eval)
+    batches = _batches(shard, rank) if attempt.position < feed.plan.total_steps else iter(())
     return WorkerContext(
         rank=rank,
         world_size=world_size,
         device=device,
         attempt=attempt,
-        batches=_batches(shard, rank) if attempt.position < feed.plan.total_steps else iter(()),
+        batches=batches,
         eval_batches=lambda: held.rank_batches(0, rank, world_size),
-        publish=board,
+        publish=reporter.publish,
+        control=reporter,
+        fence=Fence(config.run_uri, attempt).check,
         total_steps=feed.plan.total_steps,
         steps_per_epoch=feed.plan.steps_per_epoch,
         sources=feed.sources,

@@ -13,65 +13,80 @@ from dpo_ray.config import Config
 from dpo_ray.model.export import export
 from dpo_ray.model.shard import sharded_policy
 from dpo_ray.objective.losses import LOSSES
-from dpo_ray.training import checkpoint
+from dpo_ray.training.checkpoint import Checkpointer
 from dpo_ray.training.evaluate import evaluate
 from dpo_ray.training.metrics import check_first_step, speed, step_line
 from dpo_ray.training.optimizer import build_optimizer, learning_rate_at
 from dpo_ray.training.record import Recorder
 from dpo_ray.training.step import Objective, train_step
-from dpo_ray.types import TrainState, WorkerContext
+from dpo_ray.types import WAITING, TrainState, WorkerContext
 
 
 def train(config: Config, context: WorkerContext) -> None:
-    """Trains from the attempt's position to the end, and exports the model.
+    """Trains from the attempt's position to the end, and exports the model; or, when asked to leave, up to there.
 
     Raises:
         FirstStepError: At the run's first step the policy does not score the answers as the reference did.
         NonFiniteLossError: A global batch gave a loss that is not finite.
+        CheckpointError: The attempt's checkpoint is damaged: the next attempt will use the one before.
 
     Collective: all ranks.
     """
-    recorder = Recorder(config, context.attempt, context.publish) if context.rank == 0 else None
-    with recorder or nullcontext():
+    with Recorder(config, context) if context.rank == 0 else nullcontext() as recorder:
         _train(config, context, recorder)
 
 
 def _train(config: Config, context: WorkerContext, recorder: Recorder | None) -> None:
+    doing, attempt = context.control.doing, context.attempt
+    doing("loading the model")
     model = sharded_policy(config.model, context.device)
     optimizer = build_optimizer(model, config.optimizer)
     learning_rate = learning_rate_at(config.optimizer, context.total_steps)
     objective = _objective(config)
-    attempt, state = context.attempt, TrainState()
-    if attempt.checkpoint is not None:
-        state = checkpoint.load(config.run_uri, attempt.checkpoint, model, optimizer)
+    # A checkpoint promises the lines up to its step.
+    promise = (lambda _: recorder.flush()) if recorder is not None else None
+    keep, metric = config.train.keep_checkpoints, config.train.keep_best
+    with Checkpointer(config.run_uri, model, optimizer, attempt.attempt, keep, metric, promise) as checkpoints:
+        state = TrainState()
+        if attempt.checkpoint is not None:
+            doing("loading the checkpoint")
+            state = checkpoints.load(attempt.checkpoint)
 
-    step_ended = asked = time.perf_counter()
-    for batch in context.batches:
-        got = time.perf_counter()
-        assert batch.step == state.step + 1, f"the stream gave step {batch.step} after {state.step}"
-        rate = learning_rate(state.step)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        result = train_step(model, optimizer, batch, objective, config.optimizer.max_grad_norm)
-        state.step, state.num_tokens = batch.step, state.num_tokens + int(result.num_tokens)
-        line = step_line(context, state, batch, result, rate)
-        if state.step == 1 and config.checks.first_step:
-            check_first_step(config, result)
-        before, step_ended = step_ended, time.perf_counter()
-        if recorder is not None:
-            recorder.step({**line, **speed(batch, result, step_ended - before, got - asked)}, batch.pair_ids)
-
-        last = state.step == context.total_steps
-        if _due(state.step, config.train.eval_every_steps, last):
-            line = evaluate(model, context, objective, state.step)
+        doing(WAITING)
+        step_ended = asked = time.perf_counter()
+        for batch in context.batches:
+            got = time.perf_counter()
+            assert batch.step == state.step + 1, f"the stream gave step {batch.step} after {state.step}"
+            doing(f"step {batch.step}")
+            rate = learning_rate(state.step)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            leaving = context.control.leaving()
+            result = train_step(model, optimizer, batch, objective, config.optimizer.max_grad_norm, leaving)
+            state.step, state.num_tokens = batch.step, state.num_tokens + int(result.num_tokens)
+            line = step_line(context, state, batch, result, rate)
+            if state.step == 1 and config.checks.first_step:
+                check_first_step(config, result)
+            before, step_ended = step_ended, time.perf_counter()
             if recorder is not None:
-                recorder.line(line)
-        if _due(state.step, config.train.checkpoint_every_steps, last):
-            if recorder is not None:
-                recorder.flush()  # Before the commit: a checkpoint promises the lines up to its step.
-            checkpoint.save(config.run_uri, model, optimizer, state, attempt.attempt, config.train.keep_checkpoints)
-        asked = time.perf_counter()
-    export(model, config, state.step, context.rank)
+                recorder.step({**line, **speed(batch, result, step_ended - before, got - asked)}, batch.pair_ids)
+            last, leaving, best = state.step == context.total_steps, bool(result.leaving), False
+            if _due(state.step, config.train.eval_every_steps, last):
+                line = evaluate(model, context, objective, state.step)
+                best = checkpoints.is_best(state, line)
+                if recorder is not None:
+                    recorder.line(line)
+            if _due(state.step, config.train.checkpoint_every_steps, last) or leaving or best:
+                doing(f"checkpoint of step {state.step}")
+                checkpoints.save(state)
+            if leaving and not last:
+                break
+            doing(WAITING)
+            asked = time.perf_counter()
+        doing("the last checkpoint")
+    if state.step == context.total_steps:
+        doing("export")
+        export(model, config, state.step, context.rank, context.fence)
 
 
 def _objective(config: Config) -> Objective:

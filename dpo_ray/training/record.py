@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -13,54 +13,92 @@ from dpo_ray.config import Config
 from dpo_ray.errors import StorageError
 from dpo_ray.pairs.plan import batch_digest
 from dpo_ray.training.trackers import Point, open_trackers
-from dpo_ray.types import Attempt
+from dpo_ray.types import WorkerContext
 
 FLUSH_INTERVAL_S = 10.0
 
 
-class Recorder:
-    """Records steps and evaluations; `flush` makes all of it durable. A context manager: its exit ends the trackers."""
+class Lines:
+    """A growing file of JSON lines. Object storage cannot append, so `flush` puts all lines as a whole."""
 
-    def __init__(self, config: Config, attempt: Attempt, publish: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(self, uri: str, keep_until_step: int) -> None:
+        """Opens the file and drops the lines of steps after `keep_until_step`: they will be done again."""
+        self.uri = uri
+        self._lines = [line for line in storage.read_json_lines(uri) if line["step"] <= keep_until_step]
+        self._durable = -1
+        self.flush()
+
+    def append(self, value: dict[str, Any]) -> None:
+        """Adds a line; it is durable after the next `flush`."""
+        self._lines.append(value)
+
+    def flush(self) -> None:
+        """Makes durable all lines that are there when it begins."""
+        lines = self._lines[:]
+        if len(lines) > self._durable:
+            storage.write_json_lines(self.uri, lines)
+            self._durable = len(lines)
+
+
+class Recorder:
+    """Records steps and evaluations. A context manager: its exit makes all durable and ends the trackers.
+
+    A thread of its own writes, now and then and for `flush`: training does not wait for the storage.
+    """
+
+    def __init__(self, config: Config, context: WorkerContext) -> None:
         """Drops what was recorded after the attempt's position: those steps are done again.
 
         Args:
             config: The run.
-            attempt: This start of the worker group.
-            publish: Called with each line, and with `{"warning": text}` when a tracker is in trouble.
+            context: Its attempt, `publish` (called with each line, and with `{"warning": text}` when a tracker is in
+                trouble) and `fence`.
 
         Raises:
             ConfigError: The package of a tracker is not installed.
+            FencedError: Another attempt has begun.
         """
-        run_uri, position = config.run_uri, attempt.position
-        self._run_uri = run_uri
-        self._metrics = storage.JsonLines(storage.join(run_uri, "metrics.jsonl"), position)
-        self._ledger = storage.JsonLines(storage.join(run_uri, "ledger.jsonl"), position)
+        run_uri, attempt, position = config.run_uri, context.attempt, context.attempt.position
+        self._run_uri, self._fence, self._publish = run_uri, context.fence, context.publish
+        self._fence()
+        self._metrics = Lines(storage.join(run_uri, "metrics.jsonl"), position)
+        self._ledger = Lines(storage.join(run_uri, "ledger.jsonl"), position)
         self._about = {"attempt": attempt.attempt, "world_size": attempt.world_size}
         self._full = config.train.ledger == "full"
-        self._publish = publish
-        self._trackers = open_trackers(config, position, publish)
-        self._flushed = time.monotonic()
+        self._trackers = open_trackers(config, position, self._publish)
+        self._writing = threading.Lock()
+        self._done = threading.Event()
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._flush_now_and_then, name="recorder", daemon=True)
 
     def __enter__(self) -> Recorder:
+        self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._done.set()
+        if error is None:
+            self.flush()
         links = {"run": self._run_uri} if error is not None else self._links()
         for tracker in self._trackers:
             tracker.finish(links, failed=error is not None)
 
     def step(self, line: dict[str, Any], pair_ids: Sequence[bytes]) -> None:
-        """Records one optimizer step: its metrics, and which pairs it saw."""
+        """Records one optimizer step: its metrics, and which pairs it saw.
+
+        Raises:
+            StorageError: What was recorded before could not be written.
+            FencedError: Another attempt has begun.
+        """
+        if self._error is not None:
+            raise self._error
         entry = {"step": line["step"], "digest": batch_digest(pair_ids), "num_pairs": len(pair_ids), **self._about}
         if self._full:
             entry["pair_ids"] = [pair_id.hex() for pair_id in pair_ids]
         self._ledger.append(entry)
         self.line(line)
-        if time.monotonic() - self._flushed > FLUSH_INTERVAL_S:
-            self.flush()
 
     def line(self, line: dict[str, Any]) -> None:
         """Records a line of metrics."""
@@ -70,12 +108,26 @@ class Recorder:
         self._publish(line)
 
     def flush(self) -> None:
-        """Makes everything recorded so far durable."""
-        self._metrics.flush()
-        self._ledger.flush()
-        for tracker in self._trackers:
-            tracker.flush()
-        self._flushed = time.monotonic()
+        """Makes everything recorded so far durable; may be called from any thread.
+
+        Raises:
+            StorageError: It could not be written.
+            FencedError: Another attempt has begun.
+        """
+        with self._writing:
+            self._fence()
+            self._metrics.flush()
+            self._ledger.flush()
+            for tracker in self._trackers:
+                tracker.flush()
+
+    def _flush_now_and_then(self) -> None:
+        while not self._done.wait(FLUSH_INTERVAL_S):
+            try:
+                self.flush()
+            except Exception as error:
+                self._error = error
+                return
 
     def _links(self) -> dict[str, str]:
         """Where what the run left is; the report only where there is one."""

@@ -42,6 +42,7 @@ class StepResult:
         reference_gap: Largest |policy - reference| per token over all answers, nats; 0 without a reference.
         grad_norm: Before clipping; None in evaluation.
         losses: This rank's, per microbatch with pairs: Shape (P,).
+        leaving: How many ranks have been asked to leave: all ranks see the same number at the same step.
     """
 
     sums: torch.Tensor
@@ -49,16 +50,30 @@ class StepResult:
     reference_gap: torch.Tensor
     grad_norm: torch.Tensor | None
     losses: list[torch.Tensor]
+    leaving: torch.Tensor
 
 
 def train_step(
-    model: nn.Module, optimizer: Optimizer, batch: GlobalBatch, objective: Objective, max_grad_norm: float | None
+    model: nn.Module,
+    optimizer: Optimizer,
+    batch: GlobalBatch,
+    objective: Objective,
+    max_grad_norm: float | None,
+    leaving: bool = False,
 ) -> StepResult:
     """One optimizer update: the mean loss over the global batch's pairs, whatever ranks and microbatches they are in.
 
+    Args:
+        model: The sharded policy.
+        optimizer: Its optimizer.
+        batch: This rank's part of the global batch.
+        objective: The loss.
+        max_grad_norm: For clipping; None: do not.
+        leaving: Whether this rank has been asked to leave.
+
     Collective: all ranks.
     """
-    local = _Local(next(model.parameters()).device)
+    local = _Local(next(model.parameters()).device, leaving)
     joint = _joint_losses(model, batch, objective) if objective.couples_pairs else None
     for index, microbatch in enumerate(batch.microbatches):
         set_gradient_sync(model, index == len(batch.microbatches) - 1)
@@ -99,16 +114,17 @@ def eval_step(model: nn.Module, batch: GlobalBatch, objective: Objective) -> Ste
 class _Local:
     """This rank's sums, reduced over ranks in two collectives per step."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(len(METRIC_SUMS) + 1, dtype=torch.float64, device=device)
+    def __init__(self, device: torch.device, leaving: bool = False) -> None:
+        self.sums = torch.zeros(len(METRIC_SUMS) + 2, dtype=torch.float64, device=device)
+        self.sums[-1] = leaving
         self.gap = torch.zeros((), device=device)
         self.losses = list[torch.Tensor]()
 
     def add(self, stats: AnswerStats, losses: torch.Tensor, beta: float, microbatch: Microbatch) -> None:
         self.losses.append(losses.detach())
         with torch.no_grad():
-            self.sums[:-1] += metric_sums(stats, losses, beta)
-            self.sums[-1] += len(microbatch.tokens)
+            self.sums[:-2] += metric_sums(stats, losses, beta)
+            self.sums[-2] += len(microbatch.tokens)
             if stats.ref_logps is not None:
                 gap = (stats.policy_logps - stats.ref_logps).abs() / stats.num_tokens
                 self.gap = torch.maximum(self.gap, gap.max())
@@ -116,7 +132,7 @@ class _Local:
     def reduced(self, grad_norm: torch.Tensor | None) -> StepResult:
         dist.all_reduce(self.sums)
         dist.all_reduce(self.gap, op=dist.ReduceOp.MAX)
-        return StepResult(self.sums[:-1], self.sums[-1], self.gap, grad_norm, self.losses)
+        return StepResult(self.sums[:-2], self.sums[-2], self.gap, grad_norm, self.losses, self.sums[-1])
 
 
 def _answer_stats(model: nn.Module, microbatch: Microbatch) -> AnswerStats:

@@ -1,6 +1,7 @@
 """The configuration refuses what cannot work, in one message that names key, value and the way to mend it."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -113,3 +114,20 @@ def test_what_may_change_when_a_run_goes_on(tmp_path: Path) -> None:
         "objective.loss: sigmoid -> ipo",
         "train.global_batch_pairs: 12 -> 13",
     ]
+
+
+def test_workers_are_a_number_or_a_range() -> None:
+    for workers, least, most in ((3, 3, 3), ({"min": 2, "max": 8}, 2, 8)):
+        scaling = parse_config(with_values(scaling={"workers": workers})).scaling
+        assert (scaling.min_workers, scaling.max_workers) == (least, most)
+    for workers, message in (
+        ({"min": 3, "max": 2}, "min is 3, more than max"),
+        ({"min": 1}, "write a number of 1 or more, or {min: 2, max: 8}"),
+        (0, "scaling.workers is 0: write a number"),
+        (True, "scaling.workers is True"),
+        ({"min": 0, "max": 2}, "scaling.workers"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            parse_config(with_values(scaling={"workers": workers}))
+    with pytest.raises(ConfigError, match=r"fewer than scaling.workers \(8\)"):
+        parse_config(with_values(scaling={"workers": {"min": 1, "max": 8}}, train={"global_batch_pairs": 4}))

@@ -15,6 +15,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -39,8 +40,9 @@ def configured(folder: Path, *names: str, **sections: dict[str, Any]) -> Config:
 
 def recorder(config: Config, position: int = 0, heard: list[dict[str, Any]] | None = None) -> Recorder:
     """The recorder of a start of the worker group."""
-    attempt = Attempt(int(position > 0), position, None, 1, "test")
-    return Recorder(config, attempt, (lambda line: None) if heard is None else heard.append)
+    attempt = Attempt(int(position > 0), 1, position, None, 1, "test", "now")
+    publish = (lambda line: None) if heard is None else heard.append
+    return Recorder(config, SimpleNamespace(attempt=attempt, publish=publish, fence=lambda: None))  # type: ignore[arg-type]
 
 
 def line(step: int) -> dict[str, Any]:

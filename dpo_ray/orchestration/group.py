@@ -1,0 +1,251 @@
+"""One attempt: a Ray Train worker group from its start to its end, watched from the driver.
+
+Ray Train starts the workers, joins them into a process group and hands each its part of the stream. It is given no
+failure to handle and no checkpoint to keep: what happens after an end is the supervisor's business.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import ray
+import ray.train
+from ray.exceptions import GetTimeoutError, RayError
+from ray.train import FailureConfig, RunConfig, WorkerGroupError
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from dpo_ray import storage
+from dpo_ray.config import Config
+from dpo_ray.orchestration.monitor import ENDED, STORAGE, Failure, Monitor, Orders, Place, Report
+from dpo_ray.orchestration.nodes import kill, look_at, on_nodes, usable_nodes
+from dpo_ray.orchestration.stream import Places, StreamConfig
+from dpo_ray.orchestration.watch import Watcher
+from dpo_ray.orchestration.worker import final_error, work
+from dpo_ray.types import WAITING, Attempt
+
+LOOK_S = 0.5
+# What Ray may take to bring up the group's processes before its silence is a hang.
+START_S = 120.0
+# Ray Train is asked to notice a death soon and not to wait long for room: both are looked after here.
+_RAY_TRAIN = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
+
+Kind = Literal["done", "worker", "node", "hang", "storage", "ray"]
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """How an attempt ended.
+
+    Attributes:
+        kind: "done" when the workers ended of themselves, trained to the end or asked to leave; else what failed.
+        reason: In a line.
+        detail: The error with its traceback, where there was one.
+    """
+
+    kind: Kind
+    reason: str
+    detail: str = ""
+
+
+class WorkerGroup:
+    """Runs one attempt."""
+
+    def __init__(
+        self, config: Config, places: Places, attempt: Attempt, node_ids: Sequence[str], watcher: Watcher
+    ) -> None:
+        """Starts nothing yet.
+
+        Args:
+            config: The run.
+            places: Its stores.
+            attempt: Its record.
+            node_ids: Where workers may be put.
+            watcher: Told of lines and trouble.
+        """
+        self._config, self._places, self._attempt = config, places, attempt
+        self._node_ids, self._watcher = node_ids, watcher
+        self._error: BaseException | None = None
+        self._orders = Orders()
+        self._report = Report()
+        self._began = time.monotonic()
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self._monitor = ray.remote(num_cpus=0, max_restarts=0)(Monitor).options(scheduling_strategy=here).remote()
+        self._thread = threading.Thread(target=self._fit, name="ray-train", daemon=True)
+
+    def run(self, look: Callable[[dict[int, Place]], str | None]) -> End:
+        """Runs the group to its end.
+
+        Args:
+            look: Called twice a second with where the ranks are; returns why they shall write a checkpoint and leave,
+                or None. What it raises ends the group at once.
+
+        Raises:
+            FinalError: What failed would fail again.
+        """
+        self._thread.start()
+        hang, ended_since = None, None
+        try:
+            while self._thread.is_alive():
+                self._thread.join(LOOK_S)
+                self._look()
+                wanted = look({rank: beat.place for rank, beat in self._report.beats.items()})
+                if wanted and self._orders.leave is None:
+                    self._watcher.phase(f"{wanted}: writing a checkpoint after this step")
+                    self._orders.leave = wanted
+                hang = self._hang()
+                if hang:
+                    break
+                # Ray Train's controller may itself stand still; the workers' word is enough.
+                if self._all_ended():
+                    ended_since = ended_since or time.monotonic()
+                    if time.monotonic() - ended_since > START_S:
+                        break
+            if hang:
+                self._dump(hang)
+        finally:
+            self._end()
+        return self._judge(hang)
+
+    def _fit(self) -> None:
+        """Ray Train's part, in a thread of its own, so that this one can look after it."""
+        config, attempt, scaling = self._config, self._attempt, self._config.scaling
+        os.environ.update({name: os.environ.get(name, value) for name, value in _RAY_TRAIN.items()})
+        # Ray Train wants a place of its own, but is given nothing to put there: our manifests are the only truth.
+        scratch = tempfile.mkdtemp(prefix="dpo_ray-train-")
+        try:
+            TorchTrainer(
+                work,
+                train_loop_config={
+                    "config": config,
+                    "places": self._places,
+                    "attempt": attempt,
+                    "monitor": self._monitor,
+                },
+                torch_config=TorchConfig(timeout_s=int(max(1800, 2 * config.recovery.hang_timeout_s))),
+                scaling_config=ray.train.ScalingConfig(
+                    num_workers=attempt.world_size,
+                    use_gpu=bool(scaling.gpus_per_worker),
+                    resources_per_worker={"CPU": scaling.cpus_per_worker, "GPU": scaling.gpus_per_worker},
+                    # Ray believes for seconds in a node that has died.
+                    label_selector={"ray.io/node-id": f"in({','.join(self._node_ids)})"},
+                ),
+                # Replaced by `StreamConfig.configure`.
+                datasets={"train": ray.data.range(1)},
+                dataset_config=StreamConfig(config, self._places, attempt),
+                run_config=RunConfig(
+                    name=config.name,
+                    storage_path=scratch,
+                    failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
+                ),
+            ).fit()
+        except BaseException as error:
+            self._error = error
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+    def _look(self) -> None:
+        """Takes the workers' reports and hands the lines on."""
+        with contextlib.suppress(RayError, GetTimeoutError):
+            self._report = ray.get(self._monitor.look.remote(self._orders), timeout=10)
+            for line in self._report.lines:
+                self._watcher.line(line)
+
+    def _all_ended(self) -> bool:
+        beats = self._report.beats
+        return len(beats) == self._attempt.world_size and all(beat.doing == ENDED for beat in beats.values())
+
+    def _hang(self) -> str | None:
+        """What stands still, or None. A group that waits for the storage does not, nor one that waits for pairs, which
+        may still have to be scored."""
+        limit_s, beats = self._config.recovery.hang_timeout_s, self._report.beats
+        if len(beats) < self._attempt.world_size:
+            waited_s = time.monotonic() - self._began
+            missing = self._attempt.world_size - len(beats)
+            return f"{missing} workers did not start in {waited_s:.0f} s" if waited_s > START_S + limit_s else None
+        running = {rank: beat for rank, beat in beats.items() if beat.doing != ENDED}
+        silent = [rank for rank in running if self._report.silent_s[rank] > limit_s]
+        if silent:
+            return f"{_ranks(silent)} gave no sign of life for {limit_s:g} s"
+        stuck = [rank for rank, beat in running.items() if beat.since_s > limit_s]
+        if stuck and not any(beat.doing in (WAITING, STORAGE) for beat in running.values()):
+            return f"{_ranks(stuck)} stood still for {limit_s:g} s ({running[stuck[0]].doing})"
+        return None
+
+    def _dump(self, hang: str) -> None:
+        """Writes down what every thread of every worker is doing."""
+        self._orders.dump = True
+        deadline = time.monotonic() + 5
+        while time.monotonic() < deadline:
+            time.sleep(LOOK_S)
+            self._look()
+            if all(beat.stacks for beat in self._report.beats.values()):
+                break
+        mute = {rank: beat.place for rank, beat in self._report.beats.items() if not beat.stacks}
+        found = {rank: beat.stacks or "" for rank, beat in self._report.beats.items()}
+        found |= {rank: text or "its node does not answer" for rank, text in on_nodes(look_at, mute).items()}
+        parts = [f"{hang}\n"]
+        for rank, beat in sorted(self._report.beats.items()):
+            about = f"rank {rank} (process {beat.place.pid} on node {beat.place.node_id}): {beat.doing}"
+            parts.append(f"=== {about}, for {beat.since_s + self._report.silent_s[rank]:.0f} s\n{found[rank]}")
+        uri = storage.join(self._config.run_uri, "hangs", f"attempt-{self._attempt.attempt:04d}.txt")
+        storage.write_bytes(uri, "\n".join(parts).encode())
+        self._watcher.warning(f"{hang}; what its threads were doing is in {uri}")
+
+    def _end(self) -> None:
+        """Makes sure that nothing of the group is left: its processes hold what the next one needs."""
+        if self._thread.is_alive() or self._error is not None:
+            on_nodes(kill, {rank: beat.place for rank, beat in self._report.beats.items()})
+        # A worker that never reported ends itself when the monitor is gone.
+        with contextlib.suppress(RayError):
+            ray.kill(self._monitor)
+        self._thread.join(START_S if not self._all_ended() else LOOK_S)
+
+    def _judge(self, hang: str | None) -> End:
+        failures = {rank: beat.failure for rank, beat in self._report.beats.items() if beat.failure is not None}
+        for failure in failures.values():
+            if failure.final is not None:
+                raise failure.final
+        if hang:
+            return End("hang", hang)
+        if self._error is None or self._all_ended() and not failures:
+            return End("done", self._orders.leave or "ended")
+        if not isinstance(self._error, Exception):
+            raise self._error
+        if not failures and (final := final_error(self._error)):
+            raise final
+        lost = {beat.place.node_id for beat in self._report.beats.values()} - set(usable_nodes())
+        if lost:
+            return End("node", f"{len(lost)} node{'s' * (len(lost) > 1)} with workers died", str(self._error))
+        if failures:
+            return _of_failures(failures)
+        if isinstance(self._error, WorkerGroupError):
+            return End("worker", "a worker's process died", str(self._error))
+        return End("ray", f"Ray Train: {_first_line(self._error)}", str(self._error))
+
+
+def _of_failures(failures: dict[int, Failure]) -> End:
+    rank, failure = min(failures.items(), key=lambda item: (not item[1].storage, item[0]))
+    last = failure.text.strip().splitlines()[-1]
+    return End("storage" if failure.storage else "worker", f"rank {rank}: {last}", failure.text)
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    shown = ", ".join(map(str, sorted(ranks)[:8]))
+    return f"rank{'s' * (len(ranks) > 1)} {shown}{' ...' * (len(ranks) > 8)}"
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,203 @@
+"""What the workers of an attempt and the driver tell each other while training runs: signs of life and orders.
+
+Every worker has a thread that reports once a second what its rank is doing; the answer carries the driver's orders.
+A worker that has lost its driver ends itself: nobody would take note of what it does.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import ActorDiedError, GetTimeoutError, RayError
+
+from dpo_ray import storage
+from dpo_ray.errors import FinalError
+from dpo_ray.lease import process_start
+
+BEAT_S = 1.0
+# An unreachable driver may be a network that heals; a dead one is known at once.
+LOST_S = 120.0
+ENDED = "ended"
+STORAGE = "waiting for the storage"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a worker runs.
+
+    Attributes:
+        node_id: Ray's node.
+        pid: Its process.
+        started: As `lease.process_start` gives it: a number of a process may go to another.
+    """
+
+    node_id: str
+    pid: int
+    started: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """How a worker ended.
+
+    Attributes:
+        final: The error that would come again, or None.
+        storage: Whether the storage had failed.
+        text: The error, with its traceback.
+    """
+
+    final: FinalError | None
+    storage: bool
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """A worker's sign of life.
+
+    Attributes:
+        rank: Who.
+        place: Where.
+        doing: What the rank is doing.
+        since_s: For how long.
+        lines: Lines of metrics since the last beat.
+        stacks: What every thread is doing, when the driver asked.
+        failure: How the rank ended, if with an error.
+    """
+
+    rank: int
+    place: Place
+    doing: str
+    since_s: float
+    lines: list[dict[str, Any]]
+    stacks: str | None = None
+    failure: Failure | None = None
+
+
+@dataclass(slots=True)
+class Orders:
+    """What the driver wants of the workers.
+
+    Attributes:
+        leave: Why the group shall write a checkpoint after its next step and end; None: go on.
+        dump: Whether to report the stacks of all threads.
+    """
+
+    leave: str | None = None
+    dump: bool = False
+
+
+@dataclass(slots=True)
+class Report:
+    """What the driver sees.
+
+    Attributes:
+        beats: The last beat of each rank.
+        silent_s: Seconds since it came.
+        lines: Lines of metrics since the last look.
+    """
+
+    beats: dict[int, Beat] = field(default_factory=dict)
+    silent_s: dict[int, float] = field(default_factory=dict)
+    lines: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Monitor:
+    """The actor between workers and driver; it lives as long as an attempt."""
+
+    def __init__(self) -> None:
+        self._beats: dict[int, Beat] = {}
+        self._came: dict[int, float] = {}
+        self._lines = list[dict[str, Any]]()
+        self._orders = Orders()
+
+    def beat(self, beat: Beat) -> Orders:
+        """Takes a sign of life; answers with the orders."""
+        self._beats[beat.rank], self._came[beat.rank] = beat, time.monotonic()
+        self._lines += beat.lines
+        return self._orders
+
+    def look(self, orders: Orders) -> Report:
+        """Gives the driver what came, and takes its orders."""
+        self._orders = orders
+        lines, self._lines = self._lines, []
+        now = time.monotonic()
+        return Report(dict(self._beats), {rank: now - came for rank, came in self._came.items()}, lines)
+
+
+class Reporter:
+    """A worker's end: what the train loop says of its progress, and hears of the driver's orders."""
+
+    def __init__(self, monitor: Any, rank: int) -> None:
+        """Begins to report.
+
+        Args:
+            monitor: Handle of the `Monitor`.
+            rank: This worker's.
+        """
+        self._monitor, self._rank = monitor, rank
+        pid = os.getpid()
+        self._place = Place(ray.get_runtime_context().get_node_id(), pid, process_start(pid))
+        self._doing, self._since = "starting", time.monotonic()
+        self._lines: deque[dict[str, Any]] = deque()
+        self._failure: Failure | None = None
+        self._orders = Orders()
+        self._done = threading.Event()
+        self._heard = time.monotonic()
+        storage.on_waiting = lambda text: self.publish({"warning": f"rank {rank}: {text}"})
+        self._thread = threading.Thread(target=self._report, name="reporter", daemon=True)
+        self._thread.start()
+
+    def doing(self, what: str) -> None:
+        """Something begins; what came before it has ended."""
+        self._doing, self._since = what, time.monotonic()
+
+    def leaving(self) -> bool:
+        """Whether the driver wants a checkpoint and the end, as far as this rank has heard."""
+        return self._orders.leave is not None
+
+    def publish(self, line: dict[str, Any]) -> None:
+        """Sends a line of metrics with the next beat."""
+        self._lines.append(line)
+
+    def close(self, failure: Failure | None = None) -> None:
+        """Ends the reports with a last one."""
+        self._failure = failure
+        self.doing(ENDED)
+        self._done.set()
+        self._thread.join(timeout=10)
+
+    def _report(self) -> None:
+        last = False
+        while not last:
+            last = self._done.wait(BEAT_S)
+            taken = [self._lines.popleft() for _ in range(len(self._lines))]
+            stacks = _stacks() if self._orders.dump else None
+            doing = STORAGE if storage.failing() and not last else self._doing
+            since_s = time.monotonic() - self._since
+            beat = Beat(self._rank, self._place, doing, since_s, taken, stacks, self._failure)
+            try:
+                self._orders = ray.get(self._monitor.beat.remote(beat), timeout=10)
+                self._heard = time.monotonic()
+            except (RayError, GetTimeoutError) as error:
+                self._lines.extendleft(reversed(taken))
+                lost = isinstance(error, ActorDiedError) or time.monotonic() - self._heard > LOST_S
+                if lost and not self._done.is_set():
+                    print(f"rank {self._rank}: the driver is gone: ending", file=sys.stderr, flush=True)
+                    os._exit(1)
+
+
+def _stacks() -> str:
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    parts = []
+    for ident, frame in sys._current_frames().items():
+        parts.append(f"thread {names.get(ident, ident)}:\n" + "".join(traceback.format_stack(frame)))
+    return "\n".join(parts)

@@ -1,0 +1,103 @@
+"""Nodes: which of them answer, what is free on them, and errands to them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from dpo_ray.lease import process_start
+from dpo_ray.orchestration.monitor import Place
+
+CONNECT_S = 3.0
+# A process of Ray's may have to start for an errand.
+ERRAND_S = 20.0
+
+Resources = dict[str, float]
+
+
+def usable_nodes() -> dict[str, Resources]:
+    """What each node has in all, by its id: nodes that answer now and are not about to be drained.
+
+    Ray itself believes for up to half a minute in a node that has died.
+    """
+    leaving = draining_nodes()
+    alive = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
+    with ThreadPoolExecutor(max(1, min(64, len(alive)))) as pool:
+        answers = list(pool.map(_answers, alive))
+    return {node["NodeID"]: node["Resources"] for node, answer in zip(alive, answers, strict=True) if answer}
+
+
+def _answers(node: Mapping[str, Any]) -> bool:
+    with contextlib.suppress(OSError):
+        socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), timeout=CONNECT_S).close()
+        return True
+    return False
+
+
+def draining_nodes() -> dict[str, int]:
+    """Nodes that will go, by id, and when: milliseconds since the epoch, 0 where nobody said."""
+    return dict(ray._private.state.state.get_draining_nodes())
+
+
+def free_resources(nodes: Iterable[str]) -> dict[str, Resources]:
+    """What nobody uses on each of `nodes`."""
+    free = ray._private.state.available_resources_per_node()
+    return {node_id: dict(free.get(node_id, {})) for node_id in nodes}
+
+
+def on_nodes(errand: Callable[[Place], Any], places: Mapping[int, Place]) -> dict[int, Any]:
+    """Runs an errand for each worker on the worker's node; None for those whose node does not answer."""
+    usable = usable_nodes()
+    task = ray.remote(num_cpus=0, max_retries=0)(errand)
+    asked = {
+        task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(place.node_id, soft=False)).remote(place): rank
+        for rank, place in places.items()
+        if place.node_id in usable
+    }
+    done, late = ray.wait(list(asked), num_returns=len(asked), timeout=ERRAND_S) if asked else ([], [])
+    found: dict[int, Any] = dict.fromkeys(places)
+    for answer in done:
+        with contextlib.suppress(RayError):
+            found[asked[answer]] = ray.get(answer)
+    for answer in late:
+        ray.cancel(answer, force=True)
+    return found
+
+
+def kill(place: Place) -> None:
+    """Ends a worker's process, whatever it is doing, and sees it gone."""
+    deadline = time.monotonic() + ERRAND_S / 2
+    while process_start(place.pid) == place.started and time.monotonic() < deadline:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(place.pid, signal.SIGKILL)
+        time.sleep(0.05)
+
+
+def look_at(place: Place) -> str:
+    """What can be seen of a worker's process from outside: its state, and its threads' stacks where py-spy may look."""
+    if process_start(place.pid) != place.started:
+        return "the process is gone"
+    status = Path(f"/proc/{place.pid}/status").read_text().splitlines()
+    seen = [line for line in status if line.startswith("State:")]
+    beside = Path(sys.executable).with_name("py-spy")
+    spy = str(beside) if beside.exists() else shutil.which("py-spy")
+    if spy is not None:
+        command = [spy, "dump", "--nonblocking", "--pid", str(place.pid)]
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            done = subprocess.run(command, capture_output=True, text=True, timeout=ERRAND_S / 2, check=False)
+            seen.append(done.stdout or done.stderr)
+    return "\n".join(seen)

@@ -1,0 +1,166 @@
+"""The supervisor: one attempt after another until the run is done, whatever fails meanwhile.
+
+It decides what Ray Train leaves open: how many workers there is room for, which failures are survived and how often,
+and when a group shall make way for a larger one or leave a node that goes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+
+from ray.autoscaler.sdk import request_resources
+
+from dpo_ray.config import Config, RecoveryConfig
+from dpo_ray.errors import RecoveryError
+from dpo_ray.lease import RunLease
+from dpo_ray.orchestration.group import End, WorkerGroup
+from dpo_ray.orchestration.monitor import Place
+from dpo_ray.orchestration.nodes import draining_nodes
+from dpo_ray.orchestration.resources import as_text, demands, room
+from dpo_ray.orchestration.stream import Places
+from dpo_ray.orchestration.watch import Watcher
+from dpo_ray.training import attempts, manifest
+from dpo_ray.types import Attempt
+
+POLL_S = 0.5
+# What a group that ended held is free within seconds; until then less room is not believed.
+SETTLE_S = 5.0
+TELL_S = 10.0
+DRAIN_LOOK_S = 1.0
+GROW_LOOK_S = 5.0
+
+_LIMITS = {
+    "worker": "max_worker_failures",
+    "node": "max_node_failures",
+    "hang": "max_hangs",
+    "storage": "max_storage_failures",
+    "ray": "max_ray_failures",
+}
+
+
+def supervise(
+    config: Config,
+    places: Places,
+    lease: RunLease,
+    watcher: Watcher,
+    references: Callable[[], bool],
+    finished: Callable[[], bool],
+) -> None:
+    """Trains until the run is finished.
+
+    Args:
+        config: The run.
+        places: Its stores.
+        lease: What makes this the run's only driver.
+        watcher: Told what happens.
+        references: Whether reference actors still need room.
+        finished: Whether the run has nothing left to do.
+
+    Raises:
+        RecoveryError: More failures in a row than `recovery` allows.
+        FinalError: What failed would fail again.
+        LeaseLostError: Another driver has taken the run over.
+    """
+    (_, _, each), *_ = demands(config)
+    # An autoscaler adds what somebody asks for; a group that waits for room has not asked Ray yet.
+    request_resources(bundles=[each] * config.scaling.max_workers)
+    failures = Failures(config.recovery)
+    reason = "start" if manifest.newest(config.run_uri) is None else "continue"
+    try:
+        while True:
+            num_workers, node_ids = _wait_for_room(config, references, lease, watcher)
+            attempt = attempts.begin(config.run_uri, lease.generation, num_workers, reason)
+            manifest.collect_orphans(config.run_uri, attempt.attempt)
+            end = WorkerGroup(config, places, attempt, node_ids, watcher).run(_Look(config, attempt, lease, references))
+            if end.kind == "done" and finished():
+                return
+            reason = end.reason
+            if end.kind == "done":
+                continue
+            failures.count(end, attempt)
+            watcher.warning(f"{end.reason}; starting again from the newest checkpoint")
+    finally:
+        request_resources(num_cpus=0)
+
+
+class Failures:
+    """Failures since the last new checkpoint, by kind."""
+
+    def __init__(self, limits: RecoveryConfig) -> None:
+        """Args: limits: How many of each kind are survived."""
+        self._limits, self._position = limits, -1
+        self._counts: Counter[str] = Counter()
+
+    def count(self, end: End, attempt: Attempt) -> None:
+        """Counts the end of an attempt.
+
+        Raises:
+            RecoveryError: It is one too many.
+        """
+        if attempt.position > self._position:
+            self._position = attempt.position
+            self._counts.clear()
+        self._counts[end.kind] += 1
+        key = _LIMITS[end.kind]
+        limit = getattr(self._limits, key)
+        if -1 < limit < self._counts[end.kind]:
+            raise RecoveryError(
+                f"{end.reason}: failure {self._counts[end.kind]} of this kind since step {attempt.position}, "
+                f"recovery.{key} is {limit}; see to the cause and give the same command again: it goes on from there"
+                + (f"\n{end.detail}" if end.detail else "")
+            )
+
+
+def _wait_for_room(
+    config: Config, references: Callable[[], bool], lease: RunLease, watcher: Watcher
+) -> tuple[int, list[str]]:
+    """How many workers to start, and on which nodes; waits while there are too few."""
+    scaling = config.scaling
+    began, told = time.monotonic(), False
+    while True:
+        lease.check()
+        num_workers, node_ids = room(config, references())
+        waited_s = time.monotonic() - began
+        if num_workers >= scaling.max_workers or num_workers >= scaling.min_workers and waited_s > SETTLE_S:
+            return num_workers, node_ids
+        if waited_s > TELL_S and not told:
+            (_, _, each), *_ = demands(config)
+            watcher.warning(
+                f"waiting for room for {scaling.min_workers} workers of {as_text(each)} each: "
+                f"{num_workers} fit on the {len(node_ids)} nodes that answer now"
+            )
+            told = True
+        time.sleep(POLL_S)
+
+
+class _Look:
+    """What the driver looks for while a group trains."""
+
+    def __init__(self, config: Config, attempt: Attempt, lease: RunLease, references: Callable[[], bool]) -> None:
+        self._config, self._attempt, self._lease, self._references = config, attempt, lease, references
+        self._drain_looked = self._grow_looked = time.monotonic()
+        self._roomy_since: float | None = None
+
+    def __call__(self, places: dict[int, Place]) -> str | None:
+        """Why the group shall leave, or None."""
+        self._lease.check()
+        now = time.monotonic()
+        own = [place.node_id for place in places.values()]
+        if now - self._drain_looked > DRAIN_LOOK_S:
+            self._drain_looked = now
+            going = draining_nodes()
+            if leaving := set(own) & set(going):
+                return f"{len(leaving)} node{'s' * (len(leaving) > 1)} of this run will be drained"
+        size, most = self._attempt.world_size, self._config.scaling.max_workers
+        if size < most and len(own) == size and now - self._grow_looked > GROW_LOOK_S:
+            self._grow_looked = now
+            fits, _ = room(self._config, self._references(), own)
+            if fits <= size:
+                self._roomy_since = None
+            elif self._roomy_since is None:
+                self._roomy_since = now
+            if self._roomy_since is not None and now - self._roomy_since >= self._config.scaling.grow_after_s:
+                return f"there is room for {fits} workers instead of {size}"
+        return None

@@ -1,0 +1,172 @@
+"""Faults planted into a run under test, by Python at the start of every process with this folder on PYTHONPATH.
+
+DPO_RAY_FAULTS names a JSON file: `{"pace_s": seconds that each training step is slowed by, "faults": [...]}`, a fault
+being `{"point": where, "do": what}`, with `"step"` and `"rank"` where the point has them. It happens once, whatever
+starts again: a file beside the JSON file says that it has.
+
+Points: `step` (before a training step), `backward` (in the middle of its backward pass), `shard` (before a rank's part
+of a checkpoint is written), `uploaded` (after), `commit` (before the manifest), `score` (a reference actor, before a
+chunk).
+What: `raise`, `kill` (SIGKILL), `stop` (SIGSTOP), `skip` (the step, with its collectives), `slow` (half a minute),
+`full` (no space left).
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+PLACE = os.environ.get("DPO_RAY_FAULTS", "")
+
+
+def spec() -> dict[str, Any]:
+    """What shall happen; read when it is asked for, since a cluster's processes may be older."""
+    try:
+        with open(PLACE) as file:
+            return dict(json.load(file))
+    except FileNotFoundError:
+        return {}
+
+
+class Planted(Exception):
+    """A fault of a test."""
+
+
+class Skip(Exception):
+    """The step shall not be done."""
+
+
+def happen(point: str, step: int | None = None, rank: int | None = None) -> None:
+    """Lets a fault of this point happen, if there is one that has not happened yet."""
+    for index, fault in enumerate(spec().get("faults", [])):
+        if fault["point"] != point or fault.get("step", step) != step or fault.get("rank", rank) != rank:
+            continue
+        try:
+            os.close(os.open(f"{PLACE}.{index}.happened", os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            continue
+        do(fault["do"], f"{point} {step} {rank}")
+
+
+def do(what: str, where: str) -> None:
+    """The fault itself."""
+    if what == "raise":
+        raise Planted(f"planted at {where}")
+    if what == "full":
+        raise OSError(errno.ENOSPC, f"no space left on device, planted at {where}")
+    if what == "skip":
+        raise Skip
+    if what == "slow":
+        time.sleep(30)
+        return
+    os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[what])
+
+
+def my_rank() -> int:
+    import torch.distributed as dist
+
+    return dist.get_rank()
+
+
+def in_loop(module: ModuleType) -> None:
+    train_step = module.train_step
+
+    def paced(model: Any, optimizer: Any, batch: Any, *arguments: Any) -> Any:
+        time.sleep(spec().get("pace_s", 0.0))
+        try:
+            happen("step", batch.step, my_rank())
+        except Skip:
+            time.sleep(3600)
+        module_of_step = sys.modules["dpo_ray.training.step"]
+        module_of_step.step_now = batch.step
+        return train_step(model, optimizer, batch, *arguments)
+
+    module.train_step = paced
+
+
+def in_step(module: ModuleType) -> None:
+    answer_logps = module.answer_logps
+
+    def hooked(*arguments: Any) -> Any:
+        logps = answer_logps(*arguments)
+        if logps.requires_grad:
+            logps.register_hook(lambda gradient: happen("backward", module.step_now, my_rank()))
+        return logps
+
+    module.answer_logps = hooked
+
+
+def in_manifest(module: ModuleType) -> None:
+    commit = module.commit
+
+    def planted(run_uri: str, manifest: Any, *arguments: Any) -> Any:
+        happen("commit", manifest.state.step, 0)
+        return commit(run_uri, manifest, *arguments)
+
+    module.commit = planted
+
+
+def in_checkpoint(module: ModuleType) -> None:
+    write = module._Writer._write
+
+    def planted(self: Any, name: str, *arguments: Any) -> Any:
+        happen("shard", self._state.step, int(name[5:9]))
+        record = write(self, name, *arguments)
+        happen("uploaded", self._state.step, int(name[5:9]))
+        return record
+
+    module._Writer._write = planted
+    in_manifest(module)
+
+
+def in_filler(module: ModuleType) -> None:
+    call = module._ScoreChunks.__call__
+
+    def planted(self: Any, *arguments: Any, **named: Any) -> Any:
+        happen("score")
+        return call(self, *arguments, **named)
+
+    module._ScoreChunks.__call__ = planted
+
+
+PATCHES: dict[str, Callable[[ModuleType], None]] = {
+    "dpo_ray.training.loop": in_loop,
+    "dpo_ray.training.step": in_step,
+    "dpo_ray.training.checkpoint": in_checkpoint,
+    "dpo_ray.orchestration.reference_filler": in_filler,
+}
+
+
+class Planter(importlib.abc.MetaPathFinder):
+    """Patches a module of the package right after its import."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name not in PATCHES:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def exec_and_patch(module: ModuleType) -> None:
+            execute(module)
+            PATCHES[name](module)
+
+        spec.loader.exec_module = exec_and_patch  # type: ignore[method-assign]
+        return spec
+
+
+if PLACE:
+    sys.meta_path.insert(0, Planter())

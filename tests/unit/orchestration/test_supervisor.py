@@ -1,0 +1,79 @@
+"""What the supervisor decides, without a cluster: how many workers fit, and when failures are too many."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from dpo_ray.config import Config, RecoveryConfig, parse_config
+from dpo_ray.errors import RecoveryError
+from dpo_ray.orchestration import resources
+from dpo_ray.orchestration.group import End
+from dpo_ray.orchestration.supervisor import Failures
+from dpo_ray.types import Attempt
+
+
+def config(**scaling: Any) -> Config:
+    """An elastic run whose reference takes two CPUs; loading pairs takes a quarter of one."""
+    return parse_config(
+        {
+            "name": "run",
+            "storage_path": "/s",
+            "model": {"path": "/m"},
+            "data": {"train": ["/p"]},
+            "reference": {"replicas": 1, "cpus_per_replica": 2},
+            "scaling": {"workers": {"min": 1, "max": 8}, **scaling},
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("total", "free", "references", "own", "fits"),
+    [
+        # Eight CPUs, less a quarter for loading: seven whole ones.
+        ([4, 4], [4, 4], False, [], 7),
+        # The reference's two come where they cost the fewest workers: with the quarter, five are left.
+        ([4, 4], [4, 4], True, [], 5),
+        # It already runs: what is free is without it, and it is not counted twice.
+        ([4, 4], [2, 4], True, [], 5),
+        # An odd node: the quarter goes to the half CPU that no worker can use.
+        ([1.5, 2], [1.5, 2], False, [], 3),
+        # Four of our own run on the first node.
+        ([4, 4], [0, 4], False, ["0"] * 4, 7),
+        # Somebody else has all of the second.
+        ([4, 4], [4, 0], False, [], 3),
+        ([16], [16], False, [], 8),
+        ([], [], False, [], 0),
+    ],
+)
+def test_room(
+    monkeypatch: pytest.MonkeyPatch,
+    total: Sequence[float],
+    free: Sequence[float],
+    references: bool,
+    own: Sequence[str],
+    fits: int,
+) -> None:
+    nodes = {str(index): {"CPU": float(cpus)} for index, cpus in enumerate(total)}
+    left = {str(index): {"CPU": float(cpus)} for index, cpus in enumerate(free)}
+    monkeypatch.setattr(resources, "usable_nodes", lambda: nodes)
+    monkeypatch.setattr(resources, "free_resources", lambda names: {name: dict(left[name]) for name in names})
+    assert resources.room(config(), references, own) == (fits, sorted(nodes))
+
+
+def attempt(position: int) -> Attempt:
+    return Attempt(0, 1, position, None, 2, "test", "now")
+
+
+def test_failures_in_a_row_are_limited_by_kind() -> None:
+    failures = Failures(RecoveryConfig(max_worker_failures=2, max_hangs=0, max_node_failures=-1))
+    failures.count(End("worker", "one"), attempt(0))
+    failures.count(End("worker", "two"), attempt(0))
+    for _ in range(100):
+        failures.count(End("node", "gone"), attempt(0))
+    with pytest.raises(RecoveryError, match="three: failure 3 of this kind since step 0, recovery.max_worker_failures"):
+        failures.count(End("worker", "three", "trace"), attempt(0))
+    # A new checkpoint: the count begins anew.
+    failures.count(End("worker", "four"), attempt(5))
+    with pytest.raises(RecoveryError, match=r"recovery.max_hangs is 0"):
+        failures.count(End("hang", "still"), attempt(5))
