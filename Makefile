@@ -5,7 +5,7 @@ PYTHON := $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && command -v $$p && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all lint format clean
+.PHONY: help venv demo test test-all faults soak lint format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -20,6 +20,12 @@ test: lint ## lint and all tests but those marked slow, shared, bench or tracker
 
 test-all: lint ## lint and all tests; those whose model or data is missing skip and say so
 	$(BIN)/python -m pytest
+
+faults: .venv/dev.stamp ## the fault suite: processes, nodes and storage fail under real runs; about an hour
+	$(BIN)/python -m pytest tests/faults
+
+soak: .venv/dev.stamp ## twenty random faults on one long run: goodput, times to recovery, nothing lost or repeated
+	$(BIN)/python -m tests.faults.soak
 
 lint: .venv/dev.stamp ## ruff and mypy
 	$(BIN)/ruff check .

@@ -370,6 +370,7 @@ def write_bytes(uri: str, data: bytes) -> None:
         return
     with _written_beside(path, data) as written:
         os.replace(written, path)
+        sync_folder(path)
 
 
 @_asked_again(writes=True)
@@ -403,6 +404,15 @@ def create(uri: str, data: bytes) -> bool:
     with contextlib.suppress(FileNotFoundError):
         return read_bytes(uri) == data
     return False
+
+
+def sync_folder(path: str) -> None:
+    """Makes it durable that a local file is in its folder: a power cut may otherwise take the name."""
+    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 @contextlib.contextmanager

@@ -207,14 +207,15 @@ class Checkpointer:
 
     def _staged(self) -> dict[str, torch.Tensor]:
         """A copy of this rank's part, in buffers that are used again at the next save."""
-        on_device = False
         with torch.no_grad():
-            for name, tensor in tensors_of(self._model, self._optimizer).items():
-                if name not in self._buffers:
-                    self._buffers[name] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-                on_device |= tensor.is_cuda
-                _local(self._buffers[name]).copy_(_local(tensor), non_blocking=tensor.is_cuda)
-        if on_device:
+            tensors = tensors_of(self._model, self._optimizer)
+            for name in tensors.keys() - self._buffers.keys():
+                tensor = tensors[name]
+                self._buffers[name] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+            targets = [_local(self._buffers[name]) for name in tensors]
+            # Many small tensors cost more by their number than by their size: all in one call.
+            torch._foreach_copy_(targets, [_local(tensor) for tensor in tensors.values()], non_blocking=True)
+        if any(tensor.is_cuda for tensor in tensors.values()):
             torch.cuda.current_stream().synchronize()
         return self._buffers
 
@@ -509,6 +510,7 @@ def write_safetensors(path: str, tensors: dict[str, torch.Tensor]) -> FileRecord
                 file.write(piece)
         file.flush()
         os.fsync(file.fileno())
+        storage.sync_folder(path)
         return FileRecord(file.tell(), digest.hexdigest())
 
 

@@ -30,10 +30,10 @@ READY_S = 240.0
 class Driver:
     """A driver in a process of its own, and what it has said so far."""
 
-    def __init__(self, config: Path, environment: dict[str, str]) -> None:
+    def __init__(self, config: Path, environment: dict[str, str], prefix: Sequence[str] = ()) -> None:
         self.said: list[dict[str, Any]] = []
         self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "driver.py"), str(config)],
+            [*prefix, sys.executable, str(HERE / "driver.py"), str(config)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -114,10 +114,17 @@ def until(look: Callable[[], Any], driver: Driver | None = None, timeout_s: floa
 class Place:
     """A storage path with pairs, model, and the stores that all of its runs share."""
 
-    def __init__(self, storage_path: str, folder: Path, model: Path, environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        storage_path: str,
+        folder: Path,
+        model: Path,
+        environment: dict[str, str] | None = None,
+        num_pairs: int = 200,
+    ) -> None:
         self.storage_path, self.folder, self.model = storage_path, folder, model
         self.environment = dict(environment or {})
-        self.pairs = write_pairs(folder / "pairs.jsonl", 200)
+        self.pairs = write_pairs(folder / "pairs.jsonl", num_pairs)
 
     def config(self, name: str, **sections: dict[str, Any]) -> Path:
         """A configuration of 24 steps over two epochs, a checkpoint every 4, as a file."""
@@ -149,12 +156,29 @@ class Place:
             old.unlink()
         (self.folder / f"{name}.faults.json").write_text(json.dumps({"pace_s": pace_s, "faults": faults}))
 
-    def start(self, config: Path, *faults: dict[str, Any], pace_s: float = 0.3, **environment: str) -> Driver:
+    def plant_more(self, name: str, fault: dict[str, Any]) -> Path:
+        """Plants one more fault into processes that run; returns the file that is there once it has happened."""
+        place = self.folder / f"{name}.faults.json"
+        planted = json.loads(place.read_text())
+        planted["faults"].append(fault)
+        written = place.with_suffix(".writing")
+        written.write_text(json.dumps(planted))
+        written.replace(place)
+        return Path(f"{place}.{len(planted['faults']) - 1}.happened")
+
+    def start(
+        self,
+        config: Path,
+        *faults: dict[str, Any],
+        pace_s: float = 0.3,
+        prefix: Sequence[str] = (),
+        **environment: str,
+    ) -> Driver:
         """A driver with planted faults, its steps slow enough to be hit from outside."""
         # A cluster's raylets were given their environment at their start.
         name = "cluster" if "RAY_ADDRESS" in environment else config.stem
         self.plant(name, faults, pace_s)
-        return Driver(config, {**self.planted_environment(name), **environment})
+        return Driver(config, {**self.planted_environment(name), **environment}, prefix)
 
     def uri(self, name: str) -> str:
         return storage.join(self.storage_path, name)

@@ -139,11 +139,23 @@ def in_filler(module: ModuleType) -> None:
     module._ScoreChunks.__call__ = planted
 
 
+def in_rows(module: ModuleType) -> None:
+    make_runs = module._make_runs
+
+    def planted(*arguments: Any) -> Any:
+        record = make_runs(*arguments)
+        happen("tokenize")
+        return record
+
+    module._make_runs = planted
+
+
 PATCHES: dict[str, Callable[[ModuleType], None]] = {
     "dpo_ray.training.loop": in_loop,
     "dpo_ray.training.step": in_step,
     "dpo_ray.training.checkpoint": in_checkpoint,
     "dpo_ray.orchestration.reference_filler": in_filler,
+    "dpo_ray.orchestration.rows": in_rows,
 }
 
 
