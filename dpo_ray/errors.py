@@ -53,6 +53,10 @@ class RecoveryError(FinalError):
     """More failures in a row than the configuration allows."""
 
 
+class VersionError(UserError):
+    """Files that another version of this package has written."""
+
+
 class CheckpointError(DpoRayError):
     """A checkpoint is incomplete or damaged."""
 

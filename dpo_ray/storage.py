@@ -1,7 +1,6 @@
-"""Local paths and object storage behind one set of functions: the sole owner of fsspec and s3fs.
+"""Local paths and object storage behind one set of functions.
 
-Credentials and endpoints come from where the AWS tools take them (environment, shared files, instance roles), so that
-none ever stands in a configuration. Outages are waited out here, so that nobody else need think of them.
+Outages are waited out by each of them, so that nobody else need think of them: see `storage_requests`.
 """
 
 from __future__ import annotations
@@ -9,272 +8,36 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import functools
 import gzip
 import hashlib
-import inspect
 import io
 import json
-import logging
 import os
-import random
 import re
-import sys
 import tempfile
 import threading
-import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, BinaryIO, ParamSpec, TypeVar, cast
+from typing import Any, BinaryIO, cast
 
-import fsspec
 import pyarrow as pa
-from fsspec.asyn import AsyncFileSystem, sync
-from fsspec.exceptions import FSTimeoutError
+from fsspec.asyn import sync
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 
 from dpo_ray.errors import StorageError
-from dpo_ray.storage_errors import explained, forget, is_passing, raise_without_bucket, s3_code, said, shown
+from dpo_ray.storage_errors import explained, raise_without_bucket, s3_code, shown
+from dpo_ray.storage_requests import asked_again, call, time_limit_s
+from dpo_ray.storage_requests import check_reachable as check_reachable
+from dpo_ray.storage_requests import failing as failing
+from dpo_ray.storage_requests import filesystem as filesystem
+from dpo_ray.storage_requests import is_local as is_local
+from dpo_ray.storage_requests import patience as patience
 
-# For how long what fails is tried again; the environment's DPO_RAY_STORAGE_PATIENCE_S, in seconds, goes before it.
-PATIENCE_S = 1800.0
-# The same for the first write after `check_reachable`: a server that is full, too, says only that it failed.
-FIRST_WRITE_PATIENCE_S = 5.0
-# A server that accepts connections but does not answer is noticed after these.
-CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 10.0, 25.0
-# Of single requests, below: a listing or an upload of a thousand of them would else fail for one in a thousand.
-ATTEMPTS_PER_REQUEST = 2
-# A request that takes longer than this and its bytes at the lowest speed is given up, as is one whose body a server
-# does not take. Asked again, its bytes get twice the time, for a line may be slow: at most eight times.
-REQUEST_S, LOWEST_BYTES_PER_S, MOST_DOUBLINGS = 60.0, 1 << 20, 3
 # A listing or a deletion is as many requests as there are thousands of objects.
 MANY_REQUESTS_S = 1800.0
-# Who waits is told after the first, and then whenever the second has passed.
-TELL_AFTER_S, TELL_EVERY_S = 10.0, 30.0
-LONGEST_PAUSE_S = 10.0
 STREAM_BLOCK_BYTES = 8 << 20
-
-# Told, from whichever thread waits, that the storage fails and that it answers again; what it raises ends the waiting.
-on_waiting: Callable[[str], None] = logging.getLogger(__name__).warning
-
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
-_patience_here: ContextVar[float | None] = ContextVar("_patience_here", default=None)
-_stretch: ContextVar[float] = ContextVar("_stretch", default=1.0)
-# Not the generator that training seeds and saves.
-_jitter = random.Random()
-
-
-@contextlib.contextmanager
-def patience(seconds: float) -> Iterator[None]:
-    """Another patience for what this thread does in a `with` block, such as little where an answer is not needed."""
-    token = _patience_here.set(seconds)
-    try:
-        yield
-    finally:
-        _patience_here.reset(token)
-
-
-def _patience_s() -> float:
-    here = _patience_here.get()
-    if here is not None:
-        return here
-    given = os.environ.get("DPO_RAY_STORAGE_PATIENCE_S")
-    try:
-        return PATIENCE_S if not given else float(given)
-    except ValueError:
-        raise StorageError(f"DPO_RAY_STORAGE_PATIENCE_S={given}: give a number of seconds, such as 1800") from None
-
-
-@dataclass(slots=True)
-class _Outage:
-    """What this process knows of a place that fails: since when, and when that was last told, or None."""
-
-    since: float
-    told: float | None = None
-
-
-_lock = threading.Lock()
-_outages: dict[str, _Outage] = {}
-# Places that the process has looked for, and not yet written to.
-_on_trial: set[str] = set()
-
-
-def failing() -> bool:
-    """Whether this process waits for a storage that fails."""
-    return bool(_outages)
-
-
-def _place(uri: str) -> str:
-    scheme, marked, rest = shown(uri).partition("://")
-    return f"{scheme}://{rest.partition('/')[0]}" if marked else uri
-
-
-def _asked_again(writes: bool = False) -> Callable[[Callable[_P, _T]], Callable[_P, _T]]:
-    """Makes a function repeat itself while the storage fails, until the patience ends, and explain what it raises.
-
-    Args:
-        writes: Whether the function writes at its URI.
-    """
-
-    def decorate(function: Callable[_P, _T]) -> Callable[_P, _T]:
-        signature = inspect.signature(function)
-        name = "uri" if "uri" in signature.parameters else next(iter(signature.parameters))
-
-        @functools.wraps(function)
-        def patient(*args: _P.args, **kwargs: _P.kwargs) -> _T:
-            uri = signature.bind(*args, **kwargs).arguments[name]
-            return _ask_until_answered(uri, functools.partial(function, *args, **kwargs), writes)
-
-        return patient
-
-    return decorate
-
-
-def _ask_until_answered(uri: str, ask: Callable[[], _T], writes: bool) -> _T:
-    handled = sys.exc_info()[1]
-    place, since, failures, too_slow = _place(uri), 0.0, 0, 0
-    try:
-        while True:
-            # Asked again outside of `except`, or each error would drag along the one before it.
-            error, result = _attempt(ask, 2.0 ** min(too_slow, MOST_DOUBLINGS))
-            if error is None:
-                if writes:
-                    _on_trial.discard(place)
-                if failures:
-                    _tell_answer(place)
-                return cast(_T, result)
-            forget(error, handled)
-            now = time.monotonic()
-            since = since if failures else now
-            failures += 1
-            # What is silent altogether raises a timeout of another type.
-            too_slow += type(error) is FSTimeoutError and type(error.__cause__) is TimeoutError
-            passing = is_passing(error, local=isinstance(filesystem(uri)[0], LocalFileSystem))
-            patience_s = _patience_s() if passing else 0.0
-            if writes and place in _on_trial and s3_code(error) is not None:
-                patience_s = min(patience_s, FIRST_WRITE_PATIENCE_S)
-            pause_s = _jitter.uniform(0, min(LONGEST_PAUSE_S, 0.25 * 2.0 ** min(failures, 10)))
-            # A process that ends does not wait for its threads' storage.
-            ending = not threading.main_thread().is_alive()
-            if not passing or ending or now + pause_s - since > patience_s:
-                with explained(uri, filesystem, tried_s=now - since):
-                    raise error
-            _tell_failure(place, since, functools.partial(_waiting_message, uri, error, now - since, patience_s))
-            time.sleep(pause_s)
-    finally:
-        if failures:
-            with _lock:
-                _outages.pop(place, None)
-
-
-def _attempt(ask: Callable[[], _T], stretch: float) -> tuple[Exception | None, _T | None]:
-    token = _stretch.set(stretch)
-    try:
-        return None, ask()
-    except Exception as error:
-        return error, None
-    finally:
-        _stretch.reset(token)
-
-
-def _waiting_message(uri: str, error: Exception, tried_s: float, patience_s: float) -> str:
-    what = " ".join(said(uri, error, filesystem).split())
-    return f"{what}; tried for {tried_s:.0f} s, and again until {patience_s:.0f} s have passed"
-
-
-def _tell_failure(place: str, since: float, message: Callable[[], str]) -> None:
-    """Once for all threads that wait for the same place."""
-    now = time.monotonic()
-    with _lock:
-        outage = _outages.setdefault(place, _Outage(since))
-        due = now - outage.since >= TELL_AFTER_S if outage.told is None else now - outage.told >= TELL_EVERY_S
-        if due:
-            outage.told = now
-    if due:
-        on_waiting(message())
-
-
-def _tell_answer(place: str) -> None:
-    with _lock:
-        outage = _outages.pop(place, None)
-    if outage is not None and outage.told is not None:
-        on_waiting(f"{place} answers again after {time.monotonic() - outage.since:.0f} s")
-
-
-def _within_s(num_bytes: int = 0, base_s: float | None = None) -> float:
-    """How long a request may take."""
-    return (base_s or REQUEST_S) + num_bytes / LOWEST_BYTES_PER_S * _stretch.get()
-
-
-def _call(fs: Any, method: str, *args: Any, within_s: float | None = None, **kwargs: Any) -> Any:
-    """Calls a method of a file system, and gives up when it takes too long, where that can be done."""
-    if isinstance(fs, AsyncFileSystem):
-        kwargs["timeout"] = within_s or _within_s()
-    return getattr(fs, method)(*args, **kwargs)
-
-
-def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system of a URI, and the path within it.
-
-    Raises:
-        StorageError: No file system is known for the URI's scheme.
-    """
-    try:
-        # A cached listing would hide what another process has just written.
-        options: dict[str, Any] = {}
-        if "://" in uri and not uri.startswith("file://"):
-            options["use_listings_cache"] = False
-        if uri.startswith(("s3://", "s3a://")):
-            timeouts = {"connect_timeout": CONNECT_TIMEOUT_S, "read_timeout": READ_TIMEOUT_S}
-            options["config_kwargs"] = {**timeouts, "retries": {"total_max_attempts": ATTEMPTS_PER_REQUEST}}
-        fs, path = fsspec.core.url_to_fs(uri, **options)
-        if "config_kwargs" in options:
-            fs.retries = 1  # Not once more by s3fs.
-    except ImportError as error:
-        scheme = uri.partition("://")[0]
-        raise StorageError(
-            f"{shown(uri)}: {scheme}:// needs a package that is not installed: {error} (on every node)"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise StorageError(
-            f"{shown(uri)}: {error}; write a local path, s3://bucket/prefix, or another scheme that fsspec knows"
-        ) from None
-    return fs, path
-
-
-def check_reachable(uri: str) -> None:
-    """Fails within seconds when the server of a URI cannot be reached; all else is left to what comes next.
-
-    A server that goes away later is waited for much longer: it was there, and will come back. What it answers to the
-    first write is not: it may be full.
-
-    Raises:
-        StorageError: Nothing answers.
-    """
-    if not uri.startswith("s3://"):
-        return
-    _on_trial.add(_place(uri))
-    with _explained(uri):
-        fs = fsspec.filesystem(
-            "s3",
-            config_kwargs={"connect_timeout": 5, "read_timeout": 5, "retries": {"total_max_attempts": 2}},
-            skip_instance_cache=True,
-        )
-        fs.retries = 1
-        try:
-            fs.call_s3("head_bucket", Bucket=fs.split_path(uri)[0], timeout=15)
-        except OSError as error:
-            if s3_code(error) is None:
-                raise
-
-
-def is_local(uri: str) -> bool:
-    """Whether a URI names a path of this machine."""
-    return isinstance(filesystem(uri)[0], LocalFileSystem)
 
 
 def name_of(uri: str) -> str:
@@ -285,7 +48,7 @@ def name_of(uri: str) -> str:
 def as_storage_error(uri: str, error: Exception) -> Exception:
     """What a file system raised while a stream was read, as one message; an error with a message of its own stays."""
     try:
-        with _explained(uri):
+        with explained(uri, filesystem):
             raise error
     except Exception as explained_error:
         return explained_error
@@ -304,19 +67,19 @@ def join(uri: str, *parts: str) -> str:
     return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
 
 
-@_asked_again()
+@asked_again()
 def exists(uri: str) -> bool:
     """Whether an object is there."""
     fs, path = filesystem(uri)
     try:
-        _ = os.stat(path) if isinstance(fs, LocalFileSystem) else _call(fs, "info", path)
+        _ = os.stat(path) if isinstance(fs, LocalFileSystem) else call(fs, "info", path)
     except FileNotFoundError as error:
         raise_without_bucket(error)
         return False
     return True
 
 
-@_asked_again()
+@asked_again()
 def read_bytes(uri: str, start: int | None = None, stop: int | None = None) -> bytes:
     """A whole object, or its bytes from `start` up to `stop`.
 
@@ -332,7 +95,9 @@ def _read(fs: Any, path: str, start: int | None, stop: int | None, etag: str | N
     if start is not None and start == stop:
         return b""
     if "s3" not in fs.protocol:
-        return bytes(_call(fs, "cat_file", path, start=start, end=stop, within_s=_within_s((stop or 0) - (start or 0))))
+        return bytes(
+            call(fs, "cat_file", path, start=start, end=stop, within_s=time_limit_s((stop or 0) - (start or 0)))
+        )
     # Not by s3fs, which asks for the size of an object first, and does not know how long its body may take.
     bucket, key, _ = fs.split_path(path)
     wanted = {"Bucket": bucket, "Key": key}
@@ -344,11 +109,11 @@ def _read(fs: Any, path: str, start: int | None, stop: int | None, etag: str | N
 
 
 async def _get_object(fs: Any, wanted: dict[str, str]) -> bytes:
-    async with asyncio.timeout(_within_s()):
+    async with asyncio.timeout(time_limit_s()):
         answer = await fs._call_s3("get_object", **wanted)
     num_bytes = answer["ContentLength"]
     try:
-        async with asyncio.timeout(_within_s(num_bytes)):
+        async with asyncio.timeout(time_limit_s(num_bytes)):
             data: bytes = await answer["Body"].read()
     finally:
         answer["Body"].close()
@@ -357,7 +122,7 @@ async def _get_object(fs: Any, wanted: dict[str, str]) -> bytes:
     return data
 
 
-@_asked_again(writes=True)
+@asked_again(writes=True)
 def write_bytes(uri: str, data: bytes) -> None:
     """Writes a whole object atomically: a reader sees the old one or the new one, never a part.
 
@@ -366,14 +131,14 @@ def write_bytes(uri: str, data: bytes) -> None:
     """
     fs, path = filesystem(uri)
     if not isinstance(fs, LocalFileSystem):
-        _call(fs, "pipe_file", path, data, within_s=_within_s(len(data)))
+        call(fs, "pipe_file", path, data, within_s=time_limit_s(len(data)))
         return
     with _written_beside(path, data) as written:
         os.replace(written, path)
         sync_folder(path)
 
 
-@_asked_again(writes=True)
+@asked_again(writes=True)
 def create(uri: str, data: bytes) -> bool:
     """Writes a whole object where there is none: of many that try at the same time, one succeeds.
 
@@ -395,7 +160,7 @@ def create(uri: str, data: bytes) -> bool:
             return True
     else:
         try:
-            _call(fs, "pipe_file", path, data, mode="create", within_s=_within_s(len(data)))
+            call(fs, "pipe_file", path, data, mode="create", within_s=time_limit_s(len(data)))
             return True
         except OSError as error:
             # A conflict with a write in progress, which may yet fail, is asked again.
@@ -463,10 +228,10 @@ def open_read(uri: str) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
             yield raw, raw.tell
 
 
-@_asked_again()
+@asked_again()
 def _opened(uri: str) -> BinaryIO:
     fs, path = filesystem(uri)
-    about = {} if isinstance(fs, LocalFileSystem) else _call(fs, "info", path)
+    about = {} if isinstance(fs, LocalFileSystem) else call(fs, "info", path)
     if about.get("type") == "directory":
         raise IsADirectoryError(errno.EISDIR, "Is a directory", path)
     if about.get("size") is None:
@@ -506,7 +271,7 @@ class _ObjectStream(io.RawIOBase):
         return len(data)
 
 
-@_asked_again()
+@asked_again()
 def _read_range(uri: str, start: int, stop: int, etag: str | None) -> bytes:
     fs, path = filesystem(uri)
     data = _read(fs, path, start, stop, etag)
@@ -515,24 +280,24 @@ def _read_range(uri: str, start: int, stop: int, etag: str | None) -> bytes:
     return data
 
 
-@_asked_again(writes=True)
+@asked_again(writes=True)
 def upload(local_path: str, uri: str) -> None:
     """Copies a local file to an object, which appears only when it is whole, unless it is a local file too."""
     fs, path = filesystem(uri)
     if isinstance(fs, LocalFileSystem):
         os.makedirs(os.path.dirname(path), exist_ok=True)
-    _call(fs, "put_file", local_path, path, within_s=_within_s(os.path.getsize(local_path)))
+    call(fs, "put_file", local_path, path, within_s=time_limit_s(os.path.getsize(local_path)))
 
 
-@_asked_again()
+@asked_again()
 def download(uri: str, local_path: str) -> None:
     """Copies an object to a local file, which appears only when it is whole."""
     fs, path = filesystem(uri)
-    num_bytes = _call(fs, "size", path)
+    num_bytes = call(fs, "size", path)
     os.makedirs(os.path.dirname(local_path), exist_ok=True)
     partial = f"{local_path}.{os.getpid()}-{threading.get_ident()}.partial"
     try:
-        _call(fs, "get_file", path, partial, within_s=_within_s(num_bytes or 0))
+        call(fs, "get_file", path, partial, within_s=time_limit_s(num_bytes or 0))
         if num_bytes is not None and os.path.getsize(partial) != num_bytes:
             raise ConnectionError(f"{os.path.getsize(partial)} bytes came of {num_bytes}")
         os.replace(partial, local_path)
@@ -541,32 +306,32 @@ def download(uri: str, local_path: str) -> None:
             os.unlink(partial)
 
 
-@_asked_again()
+@asked_again()
 def remove(uri: str) -> None:
     """Removes an object or everything below a prefix; nothing happens when it is not there."""
     fs, path = filesystem(uri)
     try:
-        _call(fs, "rm", path, recursive=True, within_s=_within_s(base_s=MANY_REQUESTS_S))
+        call(fs, "rm", path, recursive=True, within_s=time_limit_s(base_s=MANY_REQUESTS_S))
     except FileNotFoundError as error:
         raise_without_bucket(error)
         return
     # s3fs does not pass on what a server has not deleted, nor why.
     if not isinstance(fs, LocalFileSystem):
-        found = _call(fs, "find", path, detail=True, within_s=_within_s(base_s=MANY_REQUESTS_S))
+        found = call(fs, "find", path, detail=True, within_s=time_limit_s(base_s=MANY_REQUESTS_S))
         for name in [name for name, about in found.items() if about["type"] == "file"][:1]:
             try:
-                _call(fs, "rm_file", name)
+                call(fs, "rm_file", name)
             except PermissionError:
                 raise StorageError(f"{shown(uri)}: could not be deleted ({name}); grant s3:DeleteObject") from None
             raise ConnectionError(f"{name} was not deleted with the others")
 
 
-@_asked_again()
+@asked_again()
 def list_names(uri: str) -> list[str]:
     """Names right below a prefix, sorted; empty when nothing is there."""
     fs, path = filesystem(uri)
     try:
-        entries = _call(fs, "ls", path, detail=False, within_s=_within_s(base_s=MANY_REQUESTS_S))
+        entries = call(fs, "ls", path, detail=False, within_s=time_limit_s(base_s=MANY_REQUESTS_S))
     except FileNotFoundError as error:
         raise_without_bucket(error)
         return []
@@ -588,7 +353,7 @@ class FileInfo:
     identity: str
 
 
-@_asked_again()
+@asked_again()
 def expand(pattern: str) -> list[FileInfo]:
     """Files that a path, a folder or a glob stands for, sorted; listed, not asked for one by one.
 
@@ -596,18 +361,18 @@ def expand(pattern: str) -> list[FileInfo]:
         StorageError: There is none, or the place cannot be read.
     """
     fs, path = filesystem(pattern)
-    local, listing_s = isinstance(fs, LocalFileSystem), _within_s(base_s=MANY_REQUESTS_S)
+    local, listing_s = isinstance(fs, LocalFileSystem), time_limit_s(base_s=MANY_REQUESTS_S)
     if any(mark in path for mark in "*?["):
         found = fs.glob(path, detail=True) if local else _globbed(fs, path)
-    elif _call(fs, "isdir", path, within_s=listing_s):
+    elif call(fs, "isdir", path, within_s=listing_s):
         if local:
             os.listdir(path)  # What may not be read is not empty.
         # An empty folder, where a server has those, is found as itself.
-        files = _call(fs, "find", path, detail=True, within_s=listing_s)
+        files = call(fs, "find", path, detail=True, within_s=listing_s)
         files = {name: about for name, about in files.items() if about["type"] != "directory"}
         found = {name: about for name, about in files.items() if not os.path.basename(name).startswith((".", "_"))}
     else:
-        found = {path: _call(fs, "info", path)} if exists(pattern) else {}
+        found = {path: call(fs, "info", path)} if exists(pattern) else {}
     if not found:
         exists(pattern)  # Fails where the bucket is missing.
         raise StorageError(f"{pattern}: no such file; give a file, a folder, or a glob such as pairs/*.jsonl.gz")
@@ -620,12 +385,12 @@ def expand(pattern: str) -> list[FileInfo]:
 
 def _globbed(fs: Any, pattern: str) -> dict[str, dict[str, Any]]:
     """What fits a pattern. The file systems' own glob leaves out what it fails to list, as if it were not there."""
-    within_s = _within_s(base_s=MANY_REQUESTS_S)
+    within_s = time_limit_s(base_s=MANY_REQUESTS_S)
     parts = pattern.split("/")
     depth = next(depth for depth, part in enumerate(parts) if re.search(r"[*?[]", part))
     root = "/".join(parts[:depth])
     if "**" in pattern:
-        found = _call(fs, "find", root, detail=True, withdirs=True, within_s=within_s)
+        found = call(fs, "find", root, detail=True, withdirs=True, within_s=within_s)
         return {name: about for name, about in found.items() if re.match(glob_translate(pattern), name)}
     found, folders = {}, [root]
     for upto in range(depth + 1, len(parts) + 1):
@@ -633,18 +398,18 @@ def _globbed(fs: Any, pattern: str) -> dict[str, dict[str, Any]]:
         found = {}
         for folder in folders:
             with contextlib.suppress(FileNotFoundError):
-                for about in _call(fs, "ls", folder, detail=True, within_s=within_s):
+                for about in call(fs, "ls", folder, detail=True, within_s=within_s):
                     if fits.match(about["name"].rstrip("/")):
                         found[about["name"].rstrip("/")] = about
         folders = [name for name, about in found.items() if about["type"] == "directory"]
     return found
 
 
-@_asked_again()
+@asked_again()
 def identity(uri: str) -> str:
     """What changes when an object's content does, without reading it: etag, or size and time of change."""
     fs, path = filesystem(uri)
-    return _identity(_call(fs, "info", path))
+    return _identity(call(fs, "info", path))
 
 
 def _identity(about: dict[str, Any]) -> str:
@@ -652,21 +417,17 @@ def _identity(about: dict[str, Any]) -> str:
     return f"{about.get('size')}:{mark}"
 
 
-@_asked_again()
+@asked_again()
 def size(uri: str) -> int:
     """Bytes of an object."""
     fs, path = filesystem(uri)
-    return int(_call(fs, "size", path))
+    return int(call(fs, "size", path))
 
 
 def sha256_of_file(local_path: str) -> str:
     """SHA-256 of a local file, in hex."""
     with open(local_path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _explained(uri: str) -> contextlib.AbstractContextManager[None]:
-    return explained(uri, filesystem)
 
 
 def read_json_lines(uri: str) -> list[dict[str, Any]]:

@@ -25,16 +25,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dpo_ray import storage
 from dpo_ray.config import Config
-from dpo_ray.orchestration.monitor import ENDED, STORAGE, Failure, Monitor, Orders, Place, Report
+from dpo_ray.orchestration.monitor import ENDED, START_S, Failure, Monitor, Orders, Place, Report, stalled
 from dpo_ray.orchestration.nodes import kill, look_at, on_nodes, usable_nodes
 from dpo_ray.orchestration.stream import Places, StreamConfig
 from dpo_ray.orchestration.watch import Watcher
 from dpo_ray.orchestration.worker import final_error, work
-from dpo_ray.types import WAITING, Attempt
+from dpo_ray.types import Attempt
 
 LOOK_S = 0.5
-# What Ray may take to bring up the group's processes before its silence is a hang.
-START_S = 120.0
 # Ray Train is asked to notice a death soon and not to wait long for room: both are looked after here.
 _RAY_TRAIN = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
@@ -168,21 +166,13 @@ class WorkerGroup:
         return len(beats) == self._attempt.world_size and all(beat.doing == ENDED for beat in beats.values())
 
     def _hang(self) -> str | None:
-        """What stands still, or None. A group that waits for the storage does not, nor one that waits for pairs, which
-        may still have to be scored."""
+        """What stands still, or None."""
         limit_s, beats = self._config.recovery.hang_timeout_s, self._report.beats
         if len(beats) < self._attempt.world_size:
             waited_s = time.monotonic() - self._began
             missing = self._attempt.world_size - len(beats)
             return f"{missing} workers did not start in {waited_s:.0f} s" if waited_s > START_S + limit_s else None
-        running = {rank: beat for rank, beat in beats.items() if beat.doing != ENDED}
-        silent = [rank for rank in running if self._report.silent_s[rank] > limit_s]
-        if silent:
-            return f"{_ranks(silent)} gave no sign of life for {limit_s:g} s"
-        stuck = [rank for rank, beat in running.items() if beat.since_s > limit_s]
-        if stuck and not any(beat.doing in (WAITING, STORAGE) for beat in running.values()):
-            return f"{_ranks(stuck)} stood still for {limit_s:g} s ({running[stuck[0]].doing})"
-        return None
+        return stalled(self._report, limit_s)
 
     def _dump(self, hang: str) -> None:
         """Writes down what every thread of every worker is doing."""
@@ -240,11 +230,6 @@ def _of_failures(failures: dict[int, Failure]) -> End:
     rank, failure = min(failures.items(), key=lambda item: (not item[1].storage, item[0]))
     last = failure.text.strip().splitlines()[-1]
     return End("storage" if failure.storage else "worker", f"rank {rank}: {last}", failure.text)
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    shown = ", ".join(map(str, sorted(ranks)[:8]))
-    return f"rank{'s' * (len(ranks) > 1)} {shown}{' ...' * (len(ranks) > 8)}"
 
 
 def _first_line(error: BaseException) -> str:

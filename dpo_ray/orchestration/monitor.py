@@ -12,6 +12,7 @@ import threading
 import time
 import traceback
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,10 +22,14 @@ from ray.exceptions import ActorDiedError, GetTimeoutError, RayError
 from dpo_ray import storage
 from dpo_ray.errors import FinalError
 from dpo_ray.lease import process_start
+from dpo_ray.types import WAITING
 
 BEAT_S = 1.0
+# What Ray and Python's imports may take to bring up a process, beyond `recovery.hang_timeout_s`.
+START_S = 120.0
 # An unreachable driver may be a network that heals; a dead one is known at once.
 LOST_S = 120.0
+STARTING = "starting"
 ENDED = "ended"
 STORAGE = "waiting for the storage"
 
@@ -110,6 +115,32 @@ class Report:
     lines: list[dict[str, Any]] = field(default_factory=list)
 
 
+def stalled(report: Report, hang_timeout_s: float) -> str | None:
+    """What stands still, or None. A group of which one waits for the storage does not, nor one that waits for pairs,
+    which may still have to be scored.
+
+    Args:
+        report: What the ranks said last.
+        hang_timeout_s: `recovery.hang_timeout_s`.
+    """
+    running = {rank: beat for rank, beat in report.beats.items() if beat.doing != ENDED}
+    limits_s = {rank: hang_timeout_s + START_S * (beat.doing == STARTING) for rank, beat in running.items()}
+    silent = [rank for rank in running if report.silent_s[rank] > limits_s[rank]]
+    if silent:
+        return f"{_ranks(silent)} gave no sign of life for {limits_s[silent[0]]:g} s"
+    patient = {rank for rank, beat in running.items() if beat.doing in (WAITING, STORAGE)}
+    stuck = [rank for rank, beat in running.items() if rank not in patient and beat.since_s > limits_s[rank]]
+    starting = {rank for rank, beat in running.items() if beat.doing == STARTING} - {*stuck}
+    if stuck and not patient and not starting:
+        return f"{_ranks(stuck)} stood still for {limits_s[stuck[0]]:g} s ({running[stuck[0]].doing})"
+    return None
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    shown = ", ".join(map(str, sorted(ranks)[:8]))
+    return f"rank{'s' * (len(ranks) > 1)} {shown}{' ...' * (len(ranks) > 8)}"
+
+
 class Monitor:
     """The actor between workers and driver; it lives as long as an attempt."""
 
@@ -146,13 +177,12 @@ class Reporter:
         self._monitor, self._rank = monitor, rank
         pid = os.getpid()
         self._place = Place(ray.get_runtime_context().get_node_id(), pid, process_start(pid))
-        self._doing, self._since = "starting", time.monotonic()
+        self._doing, self._since = STARTING, time.monotonic()
         self._lines: deque[dict[str, Any]] = deque()
         self._failure: Failure | None = None
         self._orders = Orders()
         self._done = threading.Event()
         self._heard = time.monotonic()
-        storage.on_waiting = lambda text: self.publish({"warning": f"rank {rank}: {text}"})
         self._thread = threading.Thread(target=self._report, name="reporter", daemon=True)
         self._thread.start()
 
@@ -167,6 +197,10 @@ class Reporter:
     def publish(self, line: dict[str, Any]) -> None:
         """Sends a line of metrics with the next beat."""
         self._lines.append(line)
+
+    def warn(self, text: str) -> None:
+        """Sends a warning with the next beat."""
+        self.publish({"warning": f"rank {self._rank}: {text}"})
 
     def close(self, failure: Failure | None = None) -> None:
         """Ends the reports with a last one."""

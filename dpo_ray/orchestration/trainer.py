@@ -26,7 +26,7 @@ from dpo_ray.orchestration.reference_filler import (
 from dpo_ray.orchestration.resources import ensure_cluster_answers, ensure_resources
 from dpo_ray.orchestration.stream import LOAD_CPUS, LOADS_IN_FLIGHT, Places, make_plan
 from dpo_ray.orchestration.supervisor import supervise
-from dpo_ray.orchestration.watch import Watcher
+from dpo_ray.orchestration.watch import Watcher, warnings_to
 from dpo_ray.orchestration.worker import final_error
 from dpo_ray.pairs.plan import Plan
 from dpo_ray.pairs.store import PairStore
@@ -98,16 +98,16 @@ def train(config: Config, watcher: Watcher | None = None) -> Result:
         FinalError: Anything else that would fail again.
     """
     watcher = watcher or Watcher()
-    storage.on_waiting = watcher.warning
-    check_trackers(config)
-    check_reachable(config)
-    if finished := _as_it_stands(config, watcher):
-        return finished
-    watcher.phase("looking at the pairs")
-    found = survey(config, watcher)
-    with RunLease(config.run_uri, watcher.phase) as lease:
-        # Another driver may have begun or ended the run since we looked.
-        return _as_it_stands(config, watcher) or _train(config, watcher, found, lease)
+    with warnings_to(watcher.warning):
+        check_trackers(config)
+        check_reachable(config)
+        if finished := _as_it_stands(config, watcher):
+            return finished
+        watcher.phase("looking at the pairs")
+        found = survey(config, watcher)
+        with RunLease(config.run_uri, watcher.phase) as lease:
+            # Another driver may have begun or ended the run since we looked.
+            return _as_it_stands(config, watcher) or _train(config, watcher, found, lease)
 
 
 def _as_it_stands(config: Config, watcher: Watcher) -> Result | None:
@@ -226,15 +226,16 @@ def fill_reference(config: Config, watcher: Watcher | None = None) -> tuple[int,
     Returns:
         Pairs scored now, and the reference store.
     """
-    check_reachable(config)
-    found = survey(config, watcher)
-    start_ray(config)
-    ensure_resources(config, workers=False)
-    with final_errors():
-        pairs = prepare(config, watcher, found)
-    reference = open_reference_store(config)
-    chunks = chunks_in_order_of_need(config, make_plan(config, pairs), pairs, 0)
-    filler = ReferenceFiller(config, pairs, chunks, reference)
-    filler.start()
-    filler.join()
-    return filler.scored_pairs, reference.uri
+    with warnings_to((watcher or Watcher()).warning):
+        check_reachable(config)
+        found = survey(config, watcher)
+        start_ray(config)
+        ensure_resources(config, workers=False)
+        with final_errors():
+            pairs = prepare(config, watcher, found)
+        reference = open_reference_store(config)
+        chunks = chunks_in_order_of_need(config, make_plan(config, pairs), pairs, 0)
+        filler = ReferenceFiller(config, pairs, chunks, reference)
+        filler.start()
+        filler.join()
+        return filler.scored_pairs, reference.uri

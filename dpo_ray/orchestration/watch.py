@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from dpo_ray.pairs.formats import Reading
 from dpo_ray.pairs.plan import Plan
 from dpo_ray.pairs.store import PairStore
+
+
+class _Handler(logging.Handler):
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        super().__init__(logging.WARNING)
+        self._tell = tell
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._tell(record.getMessage())
+
+
+@contextlib.contextmanager
+def warnings_to(tell: Callable[[str], None]) -> Iterator[None]:
+    """Tells what this package logs as a warning during a `with` block, from whichever thread."""
+    logger, handler = logging.getLogger("dpo_ray"), _Handler(tell)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from dpo_ray import errors
 from dpo_ray.config import Config
 from dpo_ray.orchestration.monitor import Failure, Reporter
 from dpo_ray.orchestration.stream import Places, eval_feed, make_feed
+from dpo_ray.orchestration.watch import warnings_to
 from dpo_ray.pairs import pack
 from dpo_ray.training.attempts import Fence
 from dpo_ray.types import Attempt, GlobalBatch, WorkerContext
@@ -30,7 +31,8 @@ def work(arguments: dict[str, Any]) -> None:
     reporter = Reporter(arguments["monitor"], ray.train.get_context().get_world_rank())
     failure = None
     try:
-        train(config, _context(config, arguments["places"], arguments["attempt"], reporter))
+        with warnings_to(reporter.warn):
+            train(config, _context(config, arguments["places"], arguments["attempt"], reporter))
     except BaseException as error:
         failure = _failure(error)
         raise

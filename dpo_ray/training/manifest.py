@@ -11,15 +11,17 @@ one. What no manifest and no set-aside record names is left over from a death, a
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from dpo_ray import storage
-from dpo_ray.errors import CheckpointError, FencedError
+from dpo_ray.errors import CheckpointError, FencedError, VersionError
 from dpo_ray.types import TrainState
 
+_log = logging.getLogger(__name__)
 FORMAT_VERSION = 2
 _MANIFEST, _ASIDE, _ATTEMPT = "manifest.json", "set-aside-", "attempt-"
 _UNREADABLE = f"{_ASIDE}unreadable.json"
@@ -69,6 +71,9 @@ def newest(run_uri: str) -> tuple[str, Manifest] | None:
     """Name and manifest of the newest committed checkpoint that has not been set aside.
 
     A manifest that cannot be read sets its checkpoint aside.
+
+    Raises:
+        VersionError: It is of another version of this package.
     """
     for name in reversed(committed(run_uri)):
         try:
@@ -89,14 +94,18 @@ def read_manifest(run_uri: str, name: str) -> Manifest:
     """The manifest of a checkpoint.
 
     Raises:
-        CheckpointError: It is damaged, or written by another version.
+        CheckpointError: It is damaged.
+        VersionError: It is whole, and of another version of this package.
         FileNotFoundError: There is none.
     """
     place = storage.join(checkpoint_uri(run_uri, name), _MANIFEST)
     try:
         raw = storage.read_json(place)
-        if raw["format"] != FORMAT_VERSION:
-            raise CheckpointError(f"{place}: format {raw['format']!r}, this version reads {FORMAT_VERSION}")
+        if int(raw["format"]) != FORMAT_VERSION:
+            raise VersionError(
+                f"{place}: a checkpoint of format {raw['format']}, this version of dpo_ray reads {FORMAT_VERSION}: "
+                "go on with the version that wrote it, or choose another name for a new run"
+            )
         files = {path: FileRecord(int(about["size"]), str(about["sha256"])) for path, about in raw["files"].items()}
         state = TrainState(**raw["state"])
         if not isinstance(state.step, int) or checkpoint_name(state.step) != name:
@@ -143,6 +152,7 @@ def set_aside(run_uri: str, name: str, reason: str) -> None:
     # The record first: it is enough to set the checkpoint aside, should the power fail before the manifest is gone.
     storage.write_json(storage.join(place, record), {"reason": reason, "manifest": manifest.decode(errors="replace")})
     storage.remove(storage.join(place, _MANIFEST))
+    _log.warning("%s: set aside: %s", name, reason)
 
 
 def prune(run_uri: str, keep: int, attempt: int, best_step: int | None = None) -> None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import psutil
 import pytest
 from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
@@ -39,6 +40,14 @@ class Machines:
             for name, value in self._environment.items():
                 environment.setenv(name, value)
             return self.cluster.add_node(num_cpus=1)
+
+    def with_worker(self) -> Any:
+        """A node, not the head, that has a policy worker: Ray may have given the head one."""
+        for node in self.nodes:
+            raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+            if any("RayTrainWorker" in " ".join(child.cmdline()) for child in raylet.children(recursive=True)):
+                return node
+        raise AssertionError("no node has a worker")
 
     def power_off(self, node: Any) -> None:
         """No process of the node sees it coming."""
@@ -77,7 +86,7 @@ def test_shrink_to_the_survivors(place: Place, twin: str, drivers: Any, machines
     driver = place.start(config, RAY_ADDRESS=cluster.address)
     drivers.append(driver)
     driver.wait_for_step(10)
-    cluster.power_off(cluster.nodes[1])
+    cluster.power_off(cluster.with_worker())
     died, seen = time.time(), max(steps_said(driver))
     after = driver.wait_for(lambda said: said["event"] == "step" and said["time"] > died + 3 and said["step"] > seen)
     driver.finish()
@@ -117,9 +126,10 @@ def test_drain(place: Place, twin: str, drivers: Any, machines: Any) -> None:
     driver = place.start(config, RAY_ADDRESS=cluster.address)
     drivers.append(driver)
     driver.wait_for_step(6)
-    cluster.drain(cluster.nodes[1], notice_s=8)
+    node = cluster.with_worker()
+    cluster.drain(node, notice_s=8)
     time.sleep(8)
-    cluster.power_off(cluster.nodes[1])
+    cluster.power_off(node)
     driver.finish()
     place.assert_same_but_for_rounding("drain", twin)
     said = steps_said(driver)
@@ -136,9 +146,10 @@ def test_drain_too_short(place: Place, twin: str, drivers: Any, machines: Any) -
     driver = place.start(config, *slow, RAY_ADDRESS=cluster.address, pace_s=0.5)
     drivers.append(driver)
     driver.wait_for_step(6)
-    cluster.drain(cluster.nodes[1], notice_s=2)
+    node = cluster.with_worker()
+    cluster.drain(node, notice_s=2)
     time.sleep(3)
-    cluster.power_off(cluster.nodes[1])
+    cluster.power_off(node)
     driver.finish()
     place.assert_same_but_for_rounding("short", twin)
     assert [attempt["position"] for attempt in place.attempts("short")] == [0, 5]

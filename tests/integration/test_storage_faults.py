@@ -21,8 +21,9 @@ from botocore.exceptions import ClientError
 from conftest import S3Server
 from fault_proxy import FaultProxy
 
-from dpo_ray import storage
+from dpo_ray import storage, storage_requests
 from dpo_ray.errors import StorageError
+from dpo_ray.orchestration.watch import warnings_to
 
 pytestmark = pytest.mark.integration
 BLOCK = 1 << 20
@@ -34,8 +35,8 @@ def proxy(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faul
     with FaultProxy(s3_server.endpoint) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
         # So that the tests are soon done.
-        monkeypatch.setattr(storage, "LONGEST_PAUSE_S", 0.1)
-        monkeypatch.setattr(storage, "ATTEMPTS_PER_REQUEST", 1)
+        monkeypatch.setattr(storage_requests, "LONGEST_PAUSE_S", 0.1)
+        monkeypatch.setattr(storage_requests, "ATTEMPTS_PER_REQUEST", 1)
         monkeypatch.setattr(storage, "STREAM_BLOCK_BYTES", BLOCK)
         fs, _ = storage.filesystem("s3://any/thing")
         fs.clear_instance_cache()
@@ -111,7 +112,7 @@ def test_an_outage_is_waited_out(proxy: FaultProxy, place: str, tmp_path: Path) 
 def test_half_of_all_requests_fail(
     proxy: FaultProxy, place: str, attempts: int, num: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "ATTEMPTS_PER_REQUEST", attempts)
+    monkeypatch.setattr(storage_requests, "ATTEMPTS_PER_REQUEST", attempts)
     proxy.inject("status", 503, probability=0.4)
     proxy.inject("reset", probability=0.1 / 0.6)
     for number in range(num):
@@ -170,7 +171,7 @@ def test_an_upload_in_parts_is_begun_anew(
     proxy: FaultProxy, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Above 100 MB s3fs uploads in parts of 50 MB. A part fails twice, then the answer to completion is lost."""
-    monkeypatch.setattr(storage, "ATTEMPTS_PER_REQUEST", 2)
+    monkeypatch.setattr(storage_requests, "ATTEMPTS_PER_REQUEST", 2)
     content = random.Random(4).randbytes(1 << 20) * 101
     (tmp_path / "large").write_bytes(content)
     uri = storage.join(place, "large")
@@ -217,8 +218,8 @@ def test_a_server_that_hangs_or_trickles(proxy: FaultProxy, place: str, monkeypa
     uri = storage.join(place, "object")
     content = random.Random(5).randbytes(BLOCK)
     storage.write_bytes(uri, content)
-    monkeypatch.setattr(storage, "READ_TIMEOUT_S", 1.0)
-    monkeypatch.setattr(storage, "REQUEST_S", 3.0)  # Ends a body that is not taken.
+    monkeypatch.setattr(storage_requests, "READ_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(storage_requests, "REQUEST_S", 3.0)  # Ends a body that is not taken.
     asks: list[tuple[str, Callable[[], object]]] = [
         ("GET", lambda: storage.read_bytes(uri)),
         ("PUT", lambda: storage.write_bytes(uri, content)),
@@ -231,8 +232,8 @@ def test_a_server_that_hangs_or_trickles(proxy: FaultProxy, place: str, monkeypa
         assert hang.count == 1
         assert 1 <= time.monotonic() - began < 8
     # 1 MiB at 1 KB/s would take 17 minutes; it may take 1 s and 1 s more for its size.
-    monkeypatch.setattr(storage, "READ_TIMEOUT_S", 25.0)
-    monkeypatch.setattr(storage, "REQUEST_S", 1.0)
+    monkeypatch.setattr(storage_requests, "READ_TIMEOUT_S", 25.0)
+    monkeypatch.setattr(storage_requests, "REQUEST_S", 1.0)
     for method, ask in asks:
         slow = proxy.inject("slow", 1000, where=f"^{method} .*object", times=1)
         began = time.monotonic()
@@ -246,7 +247,7 @@ def test_a_slow_line_is_given_more_time(proxy: FaultProxy, place: str, monkeypat
     """At 200 KB/s, 600 KB take 3 s: more than 0.5 s + 0.57 s times 1, 2 and 4, less than with times 8."""
     uri = storage.join(place, "object")
     storage.write_bytes(uri, bytes(600_000))
-    monkeypatch.setattr(storage, "REQUEST_S", 0.5)
+    monkeypatch.setattr(storage_requests, "REQUEST_S", 0.5)
     monkeypatch.setenv("DPO_RAY_STORAGE_PATIENCE_S", "10")
     slow = proxy.inject("slow", 200_000, where="^GET .*object")
     assert storage.read_bytes(uri) == bytes(600_000)
@@ -276,10 +277,9 @@ def test_lost_answers_make_one_owner(proxy: FaultProxy, place: str) -> None:
 
 def test_who_waits_is_told(proxy: FaultProxy, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr(storage, "on_waiting", said.append)
-    monkeypatch.setattr(storage, "TELL_AFTER_S", 0.5)
-    monkeypatch.setattr(storage, "TELL_EVERY_S", 1.0)
-    with outage(proxy, 2.2):
+    monkeypatch.setattr(storage_requests, "TELL_AFTER_S", 0.5)
+    monkeypatch.setattr(storage_requests, "TELL_EVERY_S", 1.0)
+    with warnings_to(said.append), outage(proxy, 2.2):
         threads = [threading.Thread(target=storage.exists, args=(place,)) for _ in range(3)]
         for thread in threads:
             thread.start()
@@ -292,7 +292,8 @@ def test_who_waits_is_told(proxy: FaultProxy, place: str, monkeypatch: pytest.Mo
         assert message.startswith(f"{place}: cannot connect to {proxy.endpoint}: nothing listens")
         assert re.search(r"; tried for \d s, and again until 1800 s have passed$", message)
     said.clear()
-    assert not storage.exists(place)
+    with warnings_to(said.append):
+        assert not storage.exists(place)
     assert said == []
 
 
@@ -328,7 +329,7 @@ def test_what_is_being_handled_is_not_what_failed(proxy: FaultProxy, place: str)
 def test_the_first_write_of_a_run_finds_a_full_server_soon(
     proxy: FaultProxy, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "FIRST_WRITE_PATIENCE_S", 0.5)
+    monkeypatch.setattr(storage_requests, "FIRST_WRITE_PATIENCE_S", 0.5)
     storage.check_reachable(place)
     proxy.inject("status", 500, where="^PUT ")
     with pytest.raises(StorageError, match="out of space or quota"):
@@ -336,7 +337,7 @@ def test_the_first_write_of_a_run_finds_a_full_server_soon(
     proxy.clear()
     storage.write_bytes(storage.join(place, "object"), b"1")
     proxy.inject("status", 500, where="^PUT ", times=6)
-    monkeypatch.setattr(storage, "FIRST_WRITE_PATIENCE_S", 0.0)
+    monkeypatch.setattr(storage_requests, "FIRST_WRITE_PATIENCE_S", 0.0)
     storage.write_bytes(storage.join(place, "object"), b"2")
     assert storage.read_bytes(storage.join(place, "object")) == b"2"
 
@@ -345,10 +346,10 @@ def test_waiting_can_be_interrupted(proxy: FaultProxy, place: str) -> None:
     """By Ctrl-C, and by the end of the process for the threads that wait."""
     proxy.refuse()
     code = """
-import sys, threading
-from dpo_ray import storage
-storage.TELL_AFTER_S = 0.0
-storage.on_waiting = lambda text: print(text, flush=True)
+import logging, sys, threading
+from dpo_ray import storage, storage_requests
+storage_requests.TELL_AFTER_S = 0.0
+logging.basicConfig(stream=sys.stdout, format="%(message)s")
 threads = [threading.Thread(target=storage.exists, args=(sys.argv[1],)) for _ in range(2)]
 if sys.argv[2] == "thread":
     for thread in threads:

@@ -17,6 +17,7 @@ ORDER = [
     "pairs.formats",
     "config",
     "storage_errors",
+    "storage_requests",
     "storage",
     "lease",
     "pairs.specials",
@@ -65,7 +66,7 @@ ORDER = [
 ]
 OWNERS = {
     "ray": ("orchestration",),
-    "fsspec": ("storage",),
+    "fsspec": ("storage_requests", "storage"),
     "s3fs": ("storage",),
     "accelerate": ("model.load", "model.shard"),
     "pydantic": ("config",),

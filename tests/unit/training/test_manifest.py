@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dpo_ray import storage
-from dpo_ray.errors import CheckpointError, FencedError
+from dpo_ray.errors import CheckpointError, FencedError, VersionError
 from dpo_ray.training import manifest
 from dpo_ray.training.manifest import FileRecord, Manifest
 from dpo_ray.types import TrainState
@@ -59,7 +59,7 @@ def test_only_what_has_a_manifest_is_a_checkpoint(tmp_path: Path) -> None:
         b"\x80\x04\x95pickle",
         b"[]",
         b"{}",
-        b'{"format": 1, "state": {"step": 2}, "attempt": 0, "world_size": 1, "files": {}}',
+        b'{"format": "x", "state": {"step": 2}, "attempt": 0, "world_size": 1, "files": {}}',
         b'{"format": 2, "state": {"step": 1}, "attempt": 0, "world_size": 1, "files": {}}',
         b'{"format": 2, "state": {"step": 2, "x": 0}, "attempt": 0, "world_size": 1, "files": {}}',
         b'{"format": 2, "state": {"step": 2}, "attempt": 0, "world_size": 1, "files": {"a": 3}}',
@@ -81,6 +81,17 @@ def test_a_manifest_that_cannot_be_read_is_set_aside(tmp_path: Path, text: bytes
     assert folders(tmp_path) == {"1/0000", "2/0000"}
     write(tmp_path, 2, 1)
     assert newest(tmp_path) == 2
+
+
+def test_a_checkpoint_of_another_version_is_refused(tmp_path: Path) -> None:
+    """And left as it is: that version can go on with it."""
+    write(tmp_path, 1, 0)
+    place = tmp_path / "checkpoints" / "step-00000001" / "manifest.json"
+    raw = json.loads(place.read_text())
+    place.write_text(json.dumps({**raw, "format": 1}))
+    with pytest.raises(VersionError, match=r"step-00000001/manifest.json: a checkpoint of format 1, .* reads 2: go on"):
+        newest(tmp_path)
+    assert json.loads(place.read_text())["format"] == 1
 
 
 def test_the_newest_attempt_owns_a_step(tmp_path: Path) -> None:
