@@ -27,9 +27,9 @@ from dpo_ray import storage
 from dpo_ray.config import Config
 from dpo_ray.orchestration.monitor import ENDED, START_S, Failure, Monitor, Orders, Place, Report, stalled
 from dpo_ray.orchestration.nodes import kill, look_at, on_nodes, usable_nodes
-from dpo_ray.orchestration.stream import Places, StreamConfig
+from dpo_ray.orchestration.stream import Places, close_streams, open_streams
 from dpo_ray.orchestration.watch import Watcher
-from dpo_ray.orchestration.worker import final_error, work
+from dpo_ray.orchestration.worker import Assignment, final_error, work
 from dpo_ray.types import Attempt
 
 LOOK_S = 0.5
@@ -76,6 +76,7 @@ class WorkerGroup:
         self._config, self._places, self._attempt = config, places, attempt
         self._node_ids, self._watcher = node_ids, watcher
         self._error: BaseException | None = None
+        self._streams: list[ray.data.DataIterator] = []
         self._orders = Orders()
         self._report = Report()
         self._began = time.monotonic()
@@ -124,13 +125,11 @@ class WorkerGroup:
         # Ray Train wants a place of its own, but is given nothing to put there: our manifests are the only truth.
         scratch = tempfile.mkdtemp(prefix="dpo_ray-train-")
         try:
+            self._streams = open_streams(config, self._places, attempt)
             TorchTrainer(
                 work,
                 train_loop_config={
-                    "config": config,
-                    "places": self._places,
-                    "attempt": attempt,
-                    "monitor": self._monitor,
+                    "assignment": Assignment(config, self._places, attempt, self._streams, self._monitor)
                 },
                 torch_config=TorchConfig(timeout_s=int(max(1800, 2 * config.recovery.hang_timeout_s))),
                 scaling_config=ray.train.ScalingConfig(
@@ -140,9 +139,6 @@ class WorkerGroup:
                     # Ray believes for seconds in a node that has died.
                     label_selector={"ray.io/node-id": f"in({','.join(self._node_ids)})"},
                 ),
-                # Replaced by `StreamConfig.configure`.
-                datasets={"train": ray.data.range(1)},
-                dataset_config=StreamConfig(config, self._places, attempt),
                 run_config=RunConfig(
                     name=config.name,
                     storage_path=scratch,
@@ -198,6 +194,7 @@ class WorkerGroup:
         """Makes sure that nothing of the group is left: its processes hold what the next one needs."""
         if self._thread.is_alive() or self._error is not None:
             on_nodes(kill, {rank: beat.place for rank, beat in self._report.beats.items()})
+        close_streams(self._streams)
         # A worker that never reported ends itself when the monitor is gone.
         with contextlib.suppress(RayError):
             ray.kill(self._monitor)

@@ -61,15 +61,16 @@ def free_resources(nodes: Iterable[str]) -> dict[str, Resources]:
 
 def on_nodes(errand: Callable[[Place], Any], places: Mapping[int, Place]) -> dict[int, Any]:
     """Runs an errand for each worker on the worker's node; None for those whose node does not answer."""
-    usable = usable_nodes()
+    usable, here = usable_nodes(), ray.get_runtime_context().get_node_id()
     task = ray.remote(num_cpus=0, max_retries=0)(errand)
     asked = {
         task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(place.node_id, soft=False)).remote(place): rank
         for rank, place in places.items()
-        if place.node_id in usable
+        if place.node_id in usable and place.node_id != here
     }
-    done, late = ray.wait(list(asked), num_returns=len(asked), timeout=ERRAND_S) if asked else ([], [])
     found: dict[int, Any] = dict.fromkeys(places)
+    found |= {rank: errand(place) for rank, place in places.items() if place.node_id == here}
+    done, late = ray.wait(list(asked), num_returns=len(asked), timeout=ERRAND_S) if asked else ([], [])
     for answer in done:
         with contextlib.suppress(RayError):
             found[asked[answer]] = ray.get(answer)

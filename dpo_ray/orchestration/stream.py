@@ -5,14 +5,15 @@ Ray Data keeps no position, so every attempt gets a pipeline that begins where t
 
 from __future__ import annotations
 
+import contextlib
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 import ray
-import ray.train
+from ray.exceptions import RayError
 
 from dpo_ray.config import Config
 from dpo_ray.errors import DataError
@@ -69,22 +70,23 @@ def eval_feed(config: Config, feed: Feed, chunks: tuple[Chunk, ...]) -> Feed:
     return Feed(plan, feed.pairs_uri, feed.reference, feed.check, feed.tokens_per_microbatch)
 
 
-class StreamConfig(ray.train.DataConfig):
-    """Ray Train's hook: called when the worker group starts, in Ray Train's controller."""
+def open_streams(config: Config, places: Places, attempt: Attempt) -> list[ray.data.DataIterator]:
+    """One iterator per worker over its rows, from the attempt's position on; none when no step is left.
 
-    def __init__(self, config: Config, places: Places, attempt: Attempt) -> None:
-        """Args: config: The run; places: its stores; attempt: where to begin."""
-        super().__init__()
-        self._config, self._places, self._attempt = config, places, attempt
+    Not through Ray Train's `datasets`: their processes would start one after the other with the workers', not beside.
+    """
+    feed, _ = make_feed(config, places)
+    if attempt.position >= feed.plan.total_steps:
+        return []
+    windows = list(feed.plan.windows(attempt.position))
+    return stream(feed, windows, attempt.world_size).streaming_split(attempt.world_size, equal=True)
 
-    def configure(
-        self, datasets: dict[str, Any], world_size: int, worker_handles: Any, worker_node_ids: Any, **kwargs: Any
-    ) -> list[dict[str, Any]]:
-        """One iterator per worker over its rows, from the attempt's position on."""
-        feed, _ = make_feed(self._config, self._places)
-        windows = list(feed.plan.windows(self._attempt.position))
-        splits = stream(feed, windows, world_size).streaming_split(world_size, equal=True)
-        return [dict.fromkeys(datasets, split) for split in splits]
+
+def close_streams(streams: Sequence[ray.data.DataIterator]) -> None:
+    """Ends the actor behind the iterators, and with it the tasks that load for them."""
+    for actor in {each._coord_actor for each in streams[:1]}:
+        with contextlib.suppress(RayError):
+            ray.kill(actor)
 
 
 def stream(feed: Feed, windows: list[Window], world_size: int) -> ray.data.Dataset:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -19,20 +20,39 @@ from dpo_ray.training.attempts import Fence
 from dpo_ray.types import Attempt, GlobalBatch, WorkerContext
 
 
-def work(arguments: dict[str, Any]) -> None:
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """What the workers of an attempt are given.
+
+    Attributes:
+        config: The run.
+        places: Its stores.
+        attempt: Its record.
+        streams: For each rank where its batches come from; empty when no step is left.
+        monitor: Handle of the attempt's `Monitor`.
+    """
+
+    config: Config
+    places: Places
+    attempt: Attempt
+    streams: Sequence[ray.data.DataIterator]
+    monitor: Any
+
+
+def work(arguments: dict[str, Assignment]) -> None:
     """What each Ray Train worker runs: the train loop, and a report of how it ended.
 
     Args:
-        arguments: `config`, `places`, `attempt`, and `monitor`, the handle of the attempt's `Monitor`.
+        arguments: The `assignment`.
     """
-    from dpo_ray.training.loop import train  # Ray Train's controller imports this file too, and needs no model.
-
-    config: Config = arguments["config"]
-    reporter = Reporter(arguments["monitor"], ray.train.get_context().get_world_rank())
+    assignment = arguments["assignment"]
+    reporter = Reporter(assignment.monitor, ray.train.get_context().get_world_rank())
     failure = None
     try:
+        from dpo_ray.training.loop import train  # The driver imports this file too, and needs no model.
+
         with warnings_to(reporter.warn):
-            train(config, _context(config, arguments["places"], arguments["attempt"], reporter))
+            train(assignment.config, _context(assignment, reporter))
     except BaseException as error:
         failure = _failure(error)
         raise
@@ -60,19 +80,19 @@ def final_error(error: BaseException | None) -> errors.FinalError | None:
     return None
 
 
-def _context(config: Config, places: Places, attempt: Attempt, reporter: Reporter) -> WorkerContext:
+def _context(assignment: Assignment, reporter: Reporter) -> WorkerContext:
     import ray.train.torch
     import torch
 
+    config, attempt = assignment.config, assignment.attempt
     ray_context = ray.train.get_context()
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         torch.set_num_threads(max(1, int(config.scaling.cpus_per_worker)))
     rank, world_size = ray_context.get_world_rank(), ray_context.get_world_size()
-    shard = ray.train.get_dataset_shard("train")
-    feed, pairs = make_feed(config, places)
+    feed, pairs = make_feed(config, assignment.places)
     held = eval_feed(config, feed, pairs.eval)
-    batches = _batches(shard, rank) if attempt.position < feed.plan.total_steps else iter(())
+    batches = _batches(assignment.streams[rank], rank) if assignment.streams else iter(())
     return WorkerContext(
         rank=rank,
         world_size=world_size,
@@ -89,8 +109,8 @@ def _context(config: Config, places: Places, attempt: Attempt, reporter: Reporte
     )
 
 
-def _batches(shard: Any, rank: int) -> Iterator[GlobalBatch]:
-    for table in shard.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=2):
+def _batches(stream: ray.data.DataIterator, rank: int) -> Iterator[GlobalBatch]:
+    for table in stream.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=2):
         (row,) = table.to_pylist()
         assert row["rank"] == rank, f"rank {rank} was given rank {row['rank']}'s part of step {row['step']}"
         yield pack.global_batch(row)
