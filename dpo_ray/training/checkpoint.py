@@ -42,7 +42,6 @@ from torch.futures import Future
 from torch.optim import Optimizer
 
 from dpo_ray import storage
-from dpo_ray.config import Config
 from dpo_ray.errors import CheckpointError, DpoRayError, StorageError
 from dpo_ray.training.manifest import (
     FORMAT_VERSION,
@@ -117,19 +116,6 @@ class Checkpointer:
         self._buffers: dict[str, torch.Tensor] = {}
         self._writing: _Background | None = None
         self._stored_step: int | None = None
-
-    @classmethod
-    def of(
-        cls,
-        config: Config,
-        model: nn.Module,
-        optimizer: Optimizer,
-        attempt: int,
-        before_commit: Callable[[TrainState], None] | None = None,
-    ) -> Checkpointer:
-        """The checkpointer of a configured run."""
-        keep, keep_best = config.train.keep_checkpoints, config.train.keep_best
-        return cls(config.run_uri, model, optimizer, attempt, keep, keep_best, before_commit)
 
     def __enter__(self) -> Checkpointer:
         return self
