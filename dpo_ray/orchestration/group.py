@@ -12,6 +12,7 @@ import shutil
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -146,6 +147,8 @@ class WorkerGroup:
                 ),
             ).fit()
         except BaseException as error:
+            # Its frames hold Ray Train's controller, which holds workers and their resources.
+            traceback.clear_frames(error.__traceback__)
             self._error = error
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -220,7 +223,7 @@ class WorkerGroup:
             return _of_failures(failures)
         if isinstance(self._error, WorkerGroupError):
             return End("worker", "a worker's process died", str(self._error))
-        return End("ray", f"Ray Train: {_first_line(self._error)}", str(self._error))
+        return End("ray", f"Ray Train: {_last_line(self._error)}", str(self._error))
 
 
 def _of_failures(failures: dict[int, Failure]) -> End:
@@ -229,5 +232,6 @@ def _of_failures(failures: dict[int, Failure]) -> End:
     return End("storage" if failure.storage else "worker", f"rank {rank}: {last}", failure.text)
 
 
-def _first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def _last_line(error: BaseException) -> str:
+    """Ray puts the cause at the end."""
+    return next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)

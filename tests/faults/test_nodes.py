@@ -142,7 +142,7 @@ def test_drain_too_short(place: Place, twin: str, drivers: Any, machines: Any) -
     """Fault 9: the node is gone before its part is written: the checkpoint before is used, never a part."""
     cluster = machines(2)
     config = place.config("short", scaling={"workers": {"min": 1, "max": 2}}, train={"checkpoint_every_steps": 5})
-    slow = [{"point": "shard", "rank": rank, "step": step, "do": "slow"} for rank in (0, 1) for step in range(6, 10)]
+    slow = [{"point": "shard", "rank": rank, "step": step, "do": "slow"} for rank in (0, 1) for step in range(6, 24)]
     driver = place.start(config, *slow, RAY_ADDRESS=cluster.address, pace_s=0.5)
     drivers.append(driver)
     driver.wait_for_step(6)

@@ -88,6 +88,20 @@ def test_kill_controller_then_driver(place: Place, twin: str, drivers: Any) -> N
 
 
 @pytest.mark.slow
+def test_a_group_that_does_not_come_up(place: Place, twin: str, drivers: Any) -> None:
+    """Nothing of it stays to hold what the next group needs."""
+    driver = place.start(place.config("group"), {"point": "group", "do": "raise"})
+    drivers.append(driver)
+    driver.wait_for_step(1)
+    assert len(workers_of(driver)) == 2
+    assert len(named(driver, "TrainController")) == 1
+    driver.finish()
+    place.assert_like_twin("group", twin)
+    assert [attempt["position"] for attempt in place.attempts("group")] == [0, 0]
+    assert "planted at group" in driver.warnings()[0]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["stop", "skip"])
 def test_a_rank_that_stands_still(place: Place, twin: str, drivers: Any, what: str) -> None:
     """Fault 13: a frozen process, and a rank that is not where the others wait for it."""

@@ -4,9 +4,9 @@ DPO_RAY_FAULTS names a JSON file: `{"pace_s": seconds that each training step is
 being `{"point": where, "do": what}`, with `"step"` and `"rank"` where the point has them. It happens once, whatever
 starts again: a file beside the JSON file says that it has.
 
-Points: `step` (before a training step), `backward` (in the middle of its backward pass), `shard` (before a rank's part
-of a checkpoint is written), `uploaded` (after), `commit` (before the manifest), `score` (a reference actor, before a
-chunk).
+Points: `group` (before a rank joins the process group), `step` (before a training step), `backward` (in the middle of
+its backward pass), `shard` (before a rank's part of a checkpoint is written), `uploaded` (after), `commit` (before the
+manifest), `score` (a reference actor, before a chunk), `tokenize` (a task of `prepare`, after a block).
 What: `raise`, `kill` (SIGKILL), `stop` (SIGSTOP), `skip` (the step, with its collectives), `slow` (half a minute),
 `full` (no space left).
 """
@@ -150,17 +150,28 @@ def in_rows(module: ModuleType) -> None:
     module._make_runs = planted
 
 
+def in_torch_config(module: ModuleType) -> None:
+    set_up = module._setup_torch_process_group
+
+    def planted(*arguments: Any, **named: Any) -> Any:
+        happen("group")
+        return set_up(*arguments, **named)
+
+    module._setup_torch_process_group = planted
+
+
 PATCHES: dict[str, Callable[[ModuleType], None]] = {
     "dpo_ray.training.loop": in_loop,
     "dpo_ray.training.step": in_step,
     "dpo_ray.training.checkpoint": in_checkpoint,
     "dpo_ray.orchestration.reference_filler": in_filler,
     "dpo_ray.orchestration.rows": in_rows,
+    "ray.train.torch.config": in_torch_config,
 }
 
 
 class Planter(importlib.abc.MetaPathFinder):
-    """Patches a module of the package right after its import."""
+    """Patches a module right after its import."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
