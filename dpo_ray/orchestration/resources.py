@@ -7,8 +7,11 @@ import math
 import socket
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import ray
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+from ray.exceptions import AuthenticationError
 
 from dpo_ray.config import Config
 from dpo_ray.errors import ConfigError
@@ -18,15 +21,31 @@ from dpo_ray.orchestration.stream import LOAD_CPUS
 CONNECT_TIMEOUT_S = 10.0
 
 
-def ensure_cluster_answers(address: str) -> None:
-    """Refuses an address where nothing listens: Ray would try for minutes.
+def join_cluster(address: str, **options: Any) -> None:
+    """Connects to a cluster that runs.
 
     Args:
         address: The value of RAY_ADDRESS.
+        **options: Of `ray.init`.
 
     Raises:
-        ConfigError: Nothing listens there.
+        ConfigError: Nothing listens there, or it does not let this process in.
     """
+    _ensure_cluster_answers(address)
+    # A head asks for a token wherever its machine has one; `ray.init` sends it only when told to.
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    try:
+        ray.init(**options)
+    except (ConnectionError, RuntimeError, AuthenticationError) as error:
+        raise ConfigError(
+            f"RAY_ADDRESS: the Ray cluster at {address} answers, but does not let this process in "
+            f"({str(error).strip().splitlines()[0]}): it may want a token (RAY_AUTH_MODE=token and its RAY_AUTH_TOKEN "
+            "here), or run another version of Ray or Python"
+        ) from None
+
+
+def _ensure_cluster_answers(address: str) -> None:
+    """Refuses an address where nothing listens: Ray would try for minutes."""
     host, _, port = address.rpartition(":")
     if "/" in address or not host or not port.isdigit():
         return

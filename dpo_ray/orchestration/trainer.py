@@ -23,7 +23,7 @@ from dpo_ray.orchestration.reference_filler import (
     chunks_in_order_of_need,
     open_reference_store,
 )
-from dpo_ray.orchestration.resources import ensure_cluster_answers, ensure_resources
+from dpo_ray.orchestration.resources import ensure_resources, join_cluster
 from dpo_ray.orchestration.stream import LOAD_CPUS, LOADS_IN_FLIGHT, Places, make_plan
 from dpo_ray.orchestration.supervisor import supervise
 from dpo_ray.orchestration.watch import Watcher, warnings_to
@@ -65,8 +65,7 @@ def start_ray(config: Config) -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)  # What matters is raised, or in the log files.
     logging_options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address := os.environ.get("RAY_ADDRESS"):
-        ensure_cluster_answers(address)
-        ray.init(**logging_options)
+        join_cluster(address, **logging_options)
         return
     # Ray's C++ side writes its errors to the terminal too; what they lead to is raised here.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")

@@ -250,3 +250,29 @@ def test_train_says_at_once_what_could_never_start(tiny_model: Path, tmp_path: P
     assert "RAY_ADDRESS: no Ray cluster answers at 127.0.0.1:9" in done.stderr
     assert time.monotonic() - began < 60
     assert "Traceback" not in done.stderr + done.stdout
+
+
+def test_a_cluster_that_wants_a_token(tiny_model: Path, tmp_path: Path) -> None:
+    pairs = write_pairs(tmp_path / "pairs.jsonl", 20)
+    (tmp_path / "c.yaml").write_text(to_yaml(tiny_config(str(tmp_path / "runs"), "run", tiny_model, pairs)))
+    code = """
+import ray, sys
+ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+print("at", ray.get_runtime_context().gcs_address, flush=True)
+sys.stdin.readline()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 32},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as head:
+        assert head.stdout is not None
+        address = next(line.split()[1] for line in head.stdout if line.startswith("at "))
+        done = run("train", str(tmp_path / "c.yaml"), RAY_ADDRESS=address, RAY_AUTH_MODE="disabled")
+        head.communicate("\n")
+    assert done.returncode == 2, done.stderr
+    assert f"RAY_ADDRESS: the Ray cluster at {address} answers, but does not let this process in" in done.stderr
+    assert "RAY_AUTH_MODE=token" in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
