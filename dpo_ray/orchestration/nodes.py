@@ -69,13 +69,18 @@ def on_nodes(errand: Callable[[Place], Any], places: Mapping[int, Place]) -> dic
         if place.node_id in usable and place.node_id != here
     }
     found: dict[int, Any] = dict.fromkeys(places)
-    found |= {rank: errand(place) for rank, place in places.items() if place.node_id == here}
+    near = {rank: place for rank, place in places.items() if place.node_id == here}
+    with ThreadPoolExecutor(len(near) or 1) as pool:
+        answers = {rank: pool.submit(errand, place) for rank, place in near.items()}
+    for rank, answer in answers.items():
+        with contextlib.suppress(OSError):  # Of a process that is just going.
+            found[rank] = answer.result()
     done, late = ray.wait(list(asked), num_returns=len(asked), timeout=ERRAND_S) if asked else ([], [])
-    for answer in done:
+    for ref in done:
         with contextlib.suppress(RayError):
-            found[asked[answer]] = ray.get(answer)
-    for answer in late:
-        ray.cancel(answer, force=True)
+            found[asked[ref]] = ray.get(ref)
+    for ref in late:
+        ray.cancel(ref, force=True)
     return found
 
 
