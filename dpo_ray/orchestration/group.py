@@ -26,7 +26,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dpo_ray import storage
 from dpo_ray.config import Config
-from dpo_ray.orchestration.monitor import ENDED, START_S, Failure, Monitor, Orders, Place, Report, stalled
+from dpo_ray.orchestration.monitor import ENDED, START_S, Failure, Monitor, Orders, Place, Report, has_excuse, stalled
 from dpo_ray.orchestration.nodes import kill, look_at, on_nodes, usable_nodes
 from dpo_ray.orchestration.stream import Places, close_streams, open_streams
 from dpo_ray.orchestration.watch import Watcher
@@ -80,7 +80,7 @@ class WorkerGroup:
         self._streams: list[ray.data.DataIterator] = []
         self._orders = Orders()
         self._report = Report()
-        self._began = time.monotonic()
+        self._began = self._excused = time.monotonic()
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self._monitor = ray.remote(num_cpus=0, max_restarts=0)(Monitor).options(scheduling_strategy=here).remote()
         self._thread = threading.Thread(target=self._fit, name="ray-train", daemon=True)
@@ -171,7 +171,9 @@ class WorkerGroup:
             waited_s = time.monotonic() - self._began
             missing = self._attempt.world_size - len(beats)
             return f"{missing} workers did not start in {waited_s:.0f} s" if waited_s > START_S + limit_s else None
-        return stalled(self._report, limit_s)
+        if has_excuse(self._report):
+            self._excused = time.monotonic()
+        return stalled(self._report, limit_s, time.monotonic() - self._excused)
 
     def _dump(self, hang: str) -> None:
         """Writes down what every thread of every worker is doing."""

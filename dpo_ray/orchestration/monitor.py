@@ -115,23 +115,30 @@ class Report:
     lines: list[dict[str, Any]] = field(default_factory=list)
 
 
-def stalled(report: Report, hang_timeout_s: float) -> str | None:
-    """What stands still, or None. A group of which one waits for the storage does not, nor one that waits for pairs,
-    which may still have to be scored.
+def has_excuse(report: Report) -> bool:
+    """Whether a rank has a reason to take its time, for which the others then wait too: its storage fails, its pairs
+    may still have to be scored, or it is being started."""
+    running = [beat for beat in report.beats.values() if beat.doing != ENDED]
+    return any(
+        beat.doing in (WAITING, STORAGE) or (beat.doing == STARTING and beat.since_s <= START_S) for beat in running
+    )
+
+
+def stalled(report: Report, hang_timeout_s: float, no_excuse_s: float) -> str | None:
+    """What stands still, or None.
 
     Args:
         report: What the ranks said last.
         hang_timeout_s: `recovery.hang_timeout_s`.
+        no_excuse_s: For how long no rank has had an excuse.
     """
     running = {rank: beat for rank, beat in report.beats.items() if beat.doing != ENDED}
     limits_s = {rank: hang_timeout_s + START_S * (beat.doing == STARTING) for rank, beat in running.items()}
     silent = [rank for rank in running if report.silent_s[rank] > limits_s[rank]]
     if silent:
         return f"{_ranks(silent)} gave no sign of life for {limits_s[silent[0]]:g} s"
-    patient = {rank for rank, beat in running.items() if beat.doing in (WAITING, STORAGE)}
-    stuck = [rank for rank, beat in running.items() if rank not in patient and beat.since_s > limits_s[rank]]
-    starting = {rank for rank, beat in running.items() if beat.doing == STARTING} - {*stuck}
-    if stuck and not patient and not starting:
+    stuck = [rank for rank, beat in running.items() if beat.since_s > limits_s[rank]]
+    if stuck and no_excuse_s > hang_timeout_s:
         return f"{_ranks(stuck)} stood still for {limits_s[stuck[0]]:g} s ({running[stuck[0]].doing})"
     return None
 

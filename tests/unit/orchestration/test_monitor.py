@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dpo_ray.orchestration.monitor import ENDED, START_S, STARTING, STORAGE, Beat, Place, Report, stalled
+from dpo_ray.orchestration.monitor import ENDED, START_S, STARTING, STORAGE, Beat, Place, Report, has_excuse, stalled
 from dpo_ray.types import WAITING
 
 LIMIT_S = 10.0
@@ -24,15 +24,35 @@ def report(*ranks: tuple[str, float], silent_s: float = 0.5) -> Report:
     "quiet",
     [
         report(("step 3", LIMIT_S - 1), ("step 3", LIMIT_S - 1)),
-        report(("step 3", LIMIT_S + 1), (STORAGE, 1000.0)),
-        report(("step 3", LIMIT_S + 1), (WAITING, 1000.0)),
-        report(("loading the model", LIMIT_S + 1), (STARTING, LIMIT_S + 1)),
         report(("step 3", 1.0), (ENDED, 1000.0), silent_s=1000.0),
         report(("step 3", 1.0), (STARTING, 5.0), silent_s=LIMIT_S + 1),
+        report((STARTING, START_S + LIMIT_S), (STARTING, 5.0)),
     ],
 )
 def test_these_only_take_their_time(quiet: Report) -> None:
-    assert stalled(quiet, LIMIT_S) is None
+    assert stalled(quiet, LIMIT_S, no_excuse_s=1000.0) is None
+
+
+@pytest.mark.parametrize(
+    ("ranks", "excused"),
+    [
+        ((("step 3", 11.0), (STORAGE, 1000.0)), True),
+        ((("step 3", 11.0), (WAITING, 1000.0)), True),
+        ((("loading the model", 11.0), (STARTING, 11.0)), True),
+        ((("loading the model", 11.0), (STARTING, START_S + 1)), False),
+        ((("step 3", 11.0), ("step 3", 1000.0)), False),
+        ((("step 3", 11.0), (ENDED, 1000.0)), False),
+    ],
+)
+def test_excuses(ranks: tuple[tuple[str, float], ...], excused: bool) -> None:
+    assert has_excuse(report(*ranks)) == excused
+
+
+def test_an_excuse_is_good_for_those_who_waited_with_it() -> None:
+    """The storage answers again: the other rank has stood there for an hour, and now needs a moment."""
+    after = report(("step 3", 3600.0), ("checkpoint of step 3", 3600.0))
+    assert stalled(after, LIMIT_S, no_excuse_s=LIMIT_S - 1) is None
+    assert stalled(after, LIMIT_S, no_excuse_s=LIMIT_S + 1) == "ranks 0, 1 stood still for 10 s (step 3)"
 
 
 @pytest.mark.parametrize(
@@ -49,4 +69,4 @@ def test_these_only_take_their_time(quiet: Report) -> None:
     ],
 )
 def test_these_stand_still(still: Report, said: str) -> None:
-    assert stalled(still, LIMIT_S) == said
+    assert stalled(still, LIMIT_S, no_excuse_s=LIMIT_S + 1) == said
