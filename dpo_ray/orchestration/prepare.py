@@ -41,6 +41,8 @@ MOST_RUNS, MOST_REQUESTS = 1000, 10**6
 # Reading is much faster than tokenizing. This share of the object store, which grows with the cluster, is some four
 # blocks for each CPU on usual nodes (4 GiB of memory for a CPU, 30 % of it Ray's object store).
 READ_AHEAD = 0.05
+# But where the store is small, as much as this: with less, Ray Data works block by block.
+LEAST_BLOCKS = 16
 # Small files share a task, and so a block.
 READ_BYTES = 2**20
 SAMPLE_ROWS = 100
@@ -308,7 +310,9 @@ def _make_runs(job: Job, watcher: Watcher) -> Iterator[dict[str, Any]]:
     )
     block_bytes = max(BLOCK_BYTES, total // MOST_RUNS)
     texts.context.target_max_block_size = block_bytes
-    texts.context.override_object_store_memory_limit_fraction = min(0.5, READ_AHEAD * block_bytes / BLOCK_BYTES)
+    least = LEAST_BLOCKS * block_bytes / ray.cluster_resources().get("object_store_memory", 1)
+    share = max(READ_AHEAD * block_bytes / BLOCK_BYTES, least)
+    texts.context.override_object_store_memory_limit_fraction = min(0.5, share)
     made = texts.map_batches(rows.make_runs, batch_size=None, batch_format="pyarrow", num_cpus=1, fn_args=(job,))
     done = 0
     for row in made.iter_rows():

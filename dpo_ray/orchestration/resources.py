@@ -10,7 +10,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import ray
-from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray.exceptions import AuthenticationError
 
 from dpo_ray.config import Config
@@ -32,8 +31,6 @@ def join_cluster(address: str, **options: Any) -> None:
         ConfigError: Nothing listens there, or it does not let this process in.
     """
     _ensure_cluster_answers(address)
-    # A head asks for a token wherever its machine has one; `ray.init` sends it only when told to.
-    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     try:
         ray.init(**options)
     except (ConnectionError, RuntimeError, AuthenticationError) as error:
