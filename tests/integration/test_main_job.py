@@ -127,7 +127,7 @@ def test_hh_rlhf_on_s3(s3_server: S3Server, smollm2: Path, hh_rlhf: Path, cluste
     assert first_time < max(times)
     # Both ranks wrote their shards of the checkpoint, of like size: the weights are sharded.
     files = storage.read_json(result.run_uri + "/checkpoints/step-00000024/manifest.json")["files"]
-    sizes = sorted(about["size"] for name, about in files.items() if name.endswith(".distcp"))
+    sizes = sorted(about["size"] for name, about in files.items() if name.endswith(".safetensors"))
     assert len(sizes) == 2
     assert sizes[0] > 0.8 * sizes[1]
 
