@@ -229,14 +229,26 @@ def open_read(uri: str) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
 
 
 @asked_again()
-def _opened(uri: str) -> BinaryIO:
+def open_ranges(uri: str) -> BinaryIO:
+    """An object, of which only those bytes are fetched that are read: nothing ahead, where its file system allows.
+
+    Raises:
+        FileNotFoundError: It is not there.
+        StorageError: It cannot be opened.
+    """
     fs, path = filesystem(uri)
     about = {} if isinstance(fs, LocalFileSystem) else call(fs, "info", path)
     if about.get("type") == "directory":
         raise IsADirectoryError(errno.EISDIR, "Is a directory", path)
     if about.get("size") is None:
         return cast(BinaryIO, fs.open(path, "rb"))
-    return io.BufferedReader(_ObjectStream(uri, about["size"], about.get("ETag")), STREAM_BLOCK_BYTES)
+    return cast(BinaryIO, _ObjectStream(uri, about["size"], about.get("ETag")))
+
+
+def _opened(uri: str) -> BinaryIO:
+    """An object from beginning to end, fetched in blocks."""
+    raw = open_ranges(uri)
+    return io.BufferedReader(raw, STREAM_BLOCK_BYTES) if isinstance(raw, _ObjectStream) else raw
 
 
 class _ObjectStream(io.RawIOBase):

@@ -161,7 +161,10 @@ def read_pair_ids(uri: str, chunk: Chunk) -> list[bytes]:
     """
     place = storage.join(uri, chunk.name)
     try:
-        with pq.ParquetFile(pa.PythonFile(_Ranges(place), "r"), page_checksum_verification=True) as file:
+        with (
+            storage.open_ranges(place) as ranges,
+            pq.ParquetFile(pa.PythonFile(ranges, "r"), page_checksum_verification=True) as file,
+        ):
             pair_ids: list[bytes] = file.read(columns=["pair_id"])["pair_id"].to_pylist()
     except FileNotFoundError:
         raise DataError(f"{place}: the chunk is missing") from None
@@ -175,32 +178,6 @@ def read_pair_ids(uri: str, chunk: Chunk) -> list[bytes]:
             "and their ids differ"
         )
     return pair_ids
-
-
-class _Ranges(io.RawIOBase):
-    """An object of which only those bytes are fetched that are asked for."""
-
-    def __init__(self, uri: str) -> None:
-        self._uri, self._size, self._at = uri, storage.size(uri), 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        return self._at
-
-    def read(self, size: int = -1) -> bytes:
-        stop = self._size if size < 0 else min(self._size, self._at + size)
-        data = storage.read_bytes(self._uri, self._at, stop) if stop > self._at else b""
-        self._at += len(data)
-        return data
 
 
 def pairs_of(table: pa.Table) -> list[TokenizedPair]:
