@@ -55,7 +55,11 @@ class ModelConfig(Section):
         "float32", description="dtype of the trained weights; bfloat16 needs optimizer.name: adamw_kahan"
     )
     compute_dtype: Dtype = Field("bfloat16", description="dtype of forward and backward")
-    attention: Literal["sdpa", "eager"] = Field("sdpa", description="attention implementation of transformers")
+    attention: Literal["packed", "sdpa", "eager"] = Field(
+        "packed",
+        description="packed: pairs side by side without padding, each prompt once; sdpa, eager: transformers' own, "
+        "each answer in a padded row",
+    )
     gradient_checkpointing: bool = Field(False, description="recompute activations in backward: less memory, more time")
 
 

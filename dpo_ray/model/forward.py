@@ -1,24 +1,37 @@
 """One forward pass over a microbatch: the log-probability of every answer.
 
-The layout is plain: one row per answer, prompt + answer, padded on the right, which any causal language model reads.
+Two layouts. Packed: one sequence, pairs side by side, each prompt once. Plain, for models whose attention cannot be
+packed: one row per answer, prompt + answer, padded on the right, which any causal language model reads.
 """
 
 from __future__ import annotations
 
-import inspect
+import logging
+from collections.abc import Callable, Sequence
+from types import MethodType
+from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from transformers import PreTrainedModel
 
-from dpo_ray.objective.logps import completion_positions, sum_by_answer, token_logps
+from dpo_ray.errors import ConfigError
+from dpo_ray.model.attention import PACKED, Pack
+from dpo_ray.objective.logps import completion_positions, completion_token_logps, sum_by_answer, token_logps
 from dpo_ray.types import Microbatch
+
+log = logging.getLogger(__name__)
+
+# Largest difference per token, in nats, that numerics alone explain between two ways to compute the same.
+LAYOUT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.25}
 
 
 def answer_logps(model: nn.Module, batch: Microbatch) -> torch.Tensor:
     """Summed completion log-probability of each answer.
 
     Args:
-        model: A causal language model of transformers, sharded or not.
+        model: A model that `with_token_logps` has prepared, sharded or not.
         batch: At least one pair, on any device.
 
     Returns:
@@ -26,20 +39,8 @@ def answer_logps(model: nn.Module, batch: Microbatch) -> torch.Tensor:
 
     Collective: all ranks, where the model is sharded.
     """
-    device = next(model.parameters()).device
-    input_ids, attention_mask, rows, positions = _rows(batch)
-    input_ids = input_ids.to(device)
-    first, last = int(positions.min()), int(positions.max())
-    arguments = {"input_ids": input_ids, "attention_mask": attention_mask.to(device), "use_cache": False}
-    if "logits_to_keep" in inspect.signature(type(model).forward).parameters:
-        # Only positions from the first to the last that predict a completion token go through the LM head.
-        arguments["logits_to_keep"] = torch.arange(first, last + 1, device=device)
-    else:
-        first = 0
-    logits = model(**arguments).logits
-    rows, positions = rows.to(device), positions.to(device)
-    per_token = token_logps(logits[rows, positions - first], input_ids[rows, positions + 1])
-    return sum_by_answer(per_token, rows, len(batch.num_tokens))
+    per_token, answers = cast(Any, model).token_logps(batch.tokens, batch.lengths)
+    return sum_by_answer(per_token, answers, len(batch.num_tokens))
 
 
 def empty_pass(model: nn.Module) -> torch.Tensor:
@@ -47,24 +48,142 @@ def empty_pass(model: nn.Module) -> torch.Tensor:
 
     Collective: all ranks, where the model is sharded.
     """
-    device = next(model.parameters()).device
-    return model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=device), use_cache=False).logits.sum() * 0.0
+    per_token, _ = cast(Any, model).token_logps(torch.zeros(2, dtype=torch.int64), [[1, 1]])
+    return per_token.sum() * 0.0
 
 
-def _rows(batch: Microbatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Input ids and mask, Shape (A, longest); row and position of every logit that predicts a completion token."""
-    sequences, start = list[torch.Tensor](), 0
-    rows, positions = list[int](), list[int]()
-    for prompt, *answers in batch.lengths:
+def with_token_logps(model: PreTrainedModel) -> PreTrainedModel:
+    """Gives a model a second way forward, `token_logps(tokens, lengths)`, that never holds the logits of all tokens.
+
+    It reads packs where the model was loaded with packed attention.
+    """
+    model.packed = model.config._attn_implementation == PACKED
+    model.token_logps = MethodType(_token_logps, model)
+    return model
+
+
+def settle_layout(model: PreTrainedModel) -> None:
+    """Lays pairs out plainly where the model does not score packed pairs as it scores single answers.
+
+    State-space layers, for one, or attention that does not go through transformers' interface.
+
+    Args:
+        model: A model that `with_token_logps` has prepared, sharded where it will be.
+
+    Raises:
+        ConfigError: Laid out plainly it does not either.
+
+    Collective: all ranks, where the model is sharded.
+    """
+    config = model.config.get_text_config()
+    lengths = [[5, 7, 3], [1, 2, 6]]
+    if window := getattr(config, "sliding_window", None):
+        lengths.append([window - 2, 3, 9])
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(config.vocab_size, (sum(map(sum, lengths)),), generator=generator)
+    wanted, packed = model.config._attn_implementation, model.packed
+    plain = "sdpa" if model._supports_sdpa else "eager"
+    with torch.no_grad():
+        model.set_attn_implementation(plain if packed else wanted)
+        expected, dtype = _one_by_one(model, tokens, lengths)
+        if packed:
+            model.set_attn_implementation(PACKED)
+            gap = _gap(model, tokens, lengths, expected)
+            if gap <= LAYOUT_TOLERANCE[dtype]:
+                return
+            log.warning(
+                "%s does not score packed pairs as it scores single answers (they differ by %.3g nats per token): "
+                "each answer gets a row of its own, with its prompt and padding; set model.attention: %s to say so",
+                type(model).__name__,
+                gap,
+                plain,
+            )
+            model.packed = False
+            model.set_attn_implementation(plain)
+        gap = _gap(model, tokens, lengths, expected)
+    if gap > LAYOUT_TOLERANCE[dtype]:
+        raise ConfigError(
+            f"{type(model).__name__}: log-probabilities from hidden states and from the model's own logits differ by "
+            f"{gap:.3g} nats per token: it does more after its output layer than dpo_ray knows of"
+        )
+
+
+def _one_by_one(
+    model: PreTrainedModel, tokens: torch.Tensor, lengths: Sequence[Sequence[int]]
+) -> tuple[torch.Tensor, torch.dtype]:
+    """Log-probability of each completion token from the model's own logits, an answer at a time: Shape (N,).
+
+    And the dtype of the logits.
+    """
+    found, start = [], 0
+    for prompt, *answers in lengths:
         stop = start + prompt
         for length in answers:
-            sequences.append(torch.cat([batch.tokens[start : start + prompt], batch.tokens[stop : stop + length]]))
-            predicting = completion_positions(prompt, length)
-            rows += [len(sequences) - 1] * length
-            positions += predicting
+            whole = torch.cat([tokens[start : start + prompt], tokens[stop : stop + length]]).to(model.device)
+            logits = model(input_ids=whole[None], use_cache=False).logits[0, prompt - 1 : -1]
+            found.append(token_logps(logits, whole[prompt:]))
             stop += length
         start = stop
-    input_ids = nn.utils.rnn.pad_sequence(sequences, batch_first=True)
-    lengths = torch.tensor([len(sequence) for sequence in sequences])
-    mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
-    return input_ids, mask, torch.tensor(rows), torch.tensor(positions)
+    return torch.cat(found), logits.dtype
+
+
+def _gap(
+    model: PreTrainedModel, tokens: torch.Tensor, lengths: Sequence[Sequence[int]], expected: torch.Tensor
+) -> float:
+    """Largest difference from what is expected, over all ranks; infinite where the model cannot read the layout."""
+    try:
+        found, _ = model.token_logps(tokens, lengths)
+        gap = (found - expected).abs().max().nan_to_num(torch.inf)
+    except (ValueError, AttributeError):
+        gap = torch.tensor(torch.inf, device=model.device)
+    if dist.is_initialized():
+        dist.all_reduce(gap, op=dist.ReduceOp.MAX)
+    return float(gap)
+
+
+def _token_logps(
+    model: PreTrainedModel, tokens: torch.Tensor, lengths: Sequence[Sequence[int]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability of each completion token of a pack, and the answer it belongs to: Shape (N,) each."""
+    device = model.device
+    tokens = tokens.to(device)
+    predicting, targets, answers = (places.to(device) for places in completion_positions(lengths))
+    pack = Pack(lengths, device)
+    if model.packed:
+        hidden = model.base_model(
+            input_ids=tokens[None], position_ids=pack.position_ids, pack=pack, use_cache=False
+        ).last_hidden_state[0, predicting]
+    else:
+        rows, mask = _rows(lengths, device)
+        states = model.base_model(input_ids=tokens[rows], attention_mask=mask, use_cache=False).last_hidden_state
+        hidden = states[answers, pack.position_ids[0, targets] - 1]
+    return completion_token_logps(hidden, tokens[targets], _head(model)), answers
+
+
+def _rows(lengths: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """One row per answer: which token of the pack stands where, and the mask of what is not padding."""
+    rows, start = [], 0
+    for prompt, *answers in lengths:
+        stop = start + prompt
+        for length in answers:
+            rows.append(torch.cat([torch.arange(start, start + prompt), torch.arange(stop, stop + length)]))
+            stop += length
+        start = stop
+    padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    mask = torch.arange(padded.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
+    return padded.to(device), mask.long().to(device)
+
+
+def _head(model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor]:
+    """From hidden states to logits, as the model's own forward does it."""
+    output, config = model.get_output_embeddings(), model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+    softcap = getattr(config, "final_logit_softcapping", None)
+
+    def head(hidden: torch.Tensor) -> torch.Tensor:
+        logits = output(hidden)
+        if scale != 1.0:
+            logits = logits * scale
+        return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+    return head

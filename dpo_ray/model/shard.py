@@ -9,11 +9,12 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from dpo_ray.config import ModelConfig
+from dpo_ray.model.forward import settle_layout, with_token_logps
 from dpo_ray.model.load import DTYPES, empty_model, load_pretrained
 
 
@@ -41,6 +42,7 @@ def sharded_policy(config: ModelConfig, device: torch.device) -> PreTrainedModel
     if dist.get_rank() == 0:
         whole = load_pretrained(config.path, config.weights_dtype, config.attention).state_dict()
     set_model_state_dict(model, whole, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    settle_layout(model)
     return model.train()
 
 
@@ -61,6 +63,7 @@ def shard(model: PreTrainedModel, compute_dtype: str, device_type: str) -> None:
         # A plain sum on every backend; gloo has no scaled reduction.
         module.set_force_sum_reduction_for_comms(True)
         module.set_gradient_divide_factor(1.0)
+    register_fsdp_forward_method(with_token_logps(model), "token_logps")
     for name, parameter in model.named_parameters():
         assert isinstance(parameter, DTensor), f"{name} is not sharded"
         assert all(placement.is_shard() for placement in parameter.placements), f"{name} is {parameter.placements}"

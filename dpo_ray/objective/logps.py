@@ -1,38 +1,81 @@
 """Log-probabilities of completions.
 
-The only label shift is here: logits at position t predict the token at position t + 1, so `completion_positions` gives
-the positions to take logits from, and everything after it sees logits and targets side by side.
+The only label shift is here: `completion_positions` says which position predicts which token, and everything after it
+sees hidden states or logits and their targets side by side.
 
-Shapes: N completion tokens, A answers, V vocabulary.
+Shapes: N completion tokens, A answers, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 _BLOCK_ELEMENTS = 2**24
+# Tokens whose logits exist at the same time.
+_HEAD_ROWS = 1024
 
 
-def completion_positions(prompt_length: int, answer_length: int) -> range:
-    """Positions of the sequence prompt + answer whose logits predict the answer's tokens.
+def completion_positions(lengths: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Where in a pack the completion tokens are, and what predicts them.
+
+    A completion's first token is predicted at the last token of its prompt, which stands in the pack once for all of
+    its answers.
 
     Args:
-        prompt_length: Tokens before the answer, at least 1.
-        answer_length: Tokens of the answer.
+        lengths: Per pair: prompt tokens, at least 1, then tokens of each answer, in the order in which they stand.
 
     Returns:
-        `answer_length` positions; the target of position t is token t + 1.
+        For each completion token: the position that predicts it, its own position, and its answer, counted over the
+        pack. Shape (N,) each, int64.
 
     Raises:
-        ValueError: Nothing stands before the answer, so that nothing predicts its first token.
+        ValueError: Nothing stands before an answer, so that nothing predicts its first token.
     """
-    if prompt_length < 1:
-        raise ValueError(f"an answer needs at least 1 token before it to be predicted from, got {prompt_length}")
-    return range(prompt_length - 1, prompt_length + answer_length - 1)
+    predicting, targets, answer_of, start, answer = list[int](), list[int](), list[int](), 0, 0
+    for prompt, *answers in lengths:
+        if prompt < 1:
+            raise ValueError(f"an answer needs at least 1 token before it to be predicted from, got {prompt}")
+        last = start + prompt - 1
+        start += prompt
+        for length in answers:
+            own = range(start, start + length)
+            targets += own
+            predicting += [last, *own[:-1]][:length]
+            answer_of += [answer] * length
+            start, answer = own.stop, answer + 1
+    return torch.tensor(predicting), torch.tensor(targets), torch.tensor(answer_of)
+
+
+def completion_token_logps(
+    hidden: torch.Tensor, targets: torch.Tensor, head: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """Log-probability of each completion token, from hidden states.
+
+    The logits exist for a block of tokens at a time; for the backward pass they are computed again.
+
+    Args:
+        hidden: Shape (N, D), any floating dtype: at the positions that predict the targets.
+        targets: Shape (N,), int64.
+        head: Hidden states -> logits, Shape (rows, V).
+
+    Returns:
+        Shape (N,), nats; float64 for float64 logits, else float32.
+    """
+
+    def block(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return token_logps(head(hidden), targets)
+
+    run = (
+        partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False) if torch.is_grad_enabled() else block
+    )
+    parts = zip(hidden.split(_HEAD_ROWS), targets.split(_HEAD_ROWS), strict=True)
+    return torch.cat([run(*part) for part in parts])
 
 
 def token_logps(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from dpo_ray.model.forward import answer_logps
+from dpo_ray.model.forward import answer_logps, settle_layout, with_token_logps
 from dpo_ray.model.load import load_pretrained
 from dpo_ray.pairs.pack import assign, microbatch
 from dpo_ray.types import ScoredPair, TokenizedPair
@@ -28,7 +28,9 @@ class Scorer:
         """
         self.tokens_per_microbatch = tokens_per_microbatch
         self.device = device
-        self.model = load_pretrained(path, dtype, attention).to(device).eval().requires_grad_(False)
+        model = load_pretrained(path, dtype, attention).to(device).eval().requires_grad_(False)
+        self.model = with_token_logps(model)
+        settle_layout(self.model)
 
     @torch.inference_mode()
     def score(self, pairs: Sequence[TokenizedPair]) -> list[np.ndarray]:

@@ -122,10 +122,9 @@ def our_side(rows, name, beta, setting):
 
 def answer_logp(model, prompt, answer):
     sequence = torch.tensor(prompt + answer)
-    positions = torch.tensor(completion_positions(len(prompt), len(answer)))
+    predicting, targets, owners = completion_positions([[len(prompt), len(answer)]])
     logits = model(input_ids=sequence[None]).logits[0]
-    values = token_logps(logits[positions], sequence[positions + 1])
-    return sum_by_answer(values, torch.zeros(len(answer), dtype=torch.int64), 1)
+    return sum_by_answer(token_logps(logits[predicting], sequence[targets]), owners, 1)
 
 
 def assert_same(theirs, ours):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dpo_ray.objective import logps
-from dpo_ray.objective.logps import completion_positions, sum_by_answer, token_logps
+from dpo_ray.objective.logps import completion_positions, completion_token_logps, sum_by_answer, token_logps
 
 
 def random_logits(rows: int, vocabulary: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,12 +92,31 @@ def test_sum_by_answer_does_not_depend_on_the_neighbours():
     assert alone.item() == values.double().sum().float().item()
 
 
-def test_completion_positions_are_one_before_each_answer_token():
-    tokens = ["p0", "p1", "p2", "a0", "a1"]
-    assert [tokens[position + 1] for position in completion_positions(3, 2)] == ["a0", "a1"]
-    assert list(completion_positions(1, 1)) == [0]
+def test_completion_positions_in_a_pack():
+    tokens = ["p0", "p1", "a0", "a1", "b0", "q0", "c0", "d0", "d1", "d2"]
+    predicting, targets, answers = completion_positions([[2, 2, 1], [1, 1, 3]])
+    assert [tokens[position] for position in targets] == ["a0", "a1", "b0", "c0", "d0", "d1", "d2"]
+    # The first token of each answer is predicted by its prompt's last one, the others by the one before.
+    assert [tokens[position] for position in predicting] == ["p1", "a0", "p1", "q0", "q0", "d0", "d1"]
+    assert answers.tolist() == [0, 0, 1, 2, 3, 3, 3]
 
 
 def test_completion_positions_need_a_prompt():
     with pytest.raises(ValueError, match="at least 1 token before it"):
-        completion_positions(0, 3)
+        completion_positions([[2, 1, 1], [0, 3, 1]])
+
+
+def test_completion_token_logps_equal_those_of_all_logits(monkeypatch):
+    """Hidden states in blocks of 3, the last one short: values and both gradients of the whole product at once."""
+    monkeypatch.setattr(logps, "_HEAD_ROWS", 3)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(8, 5, dtype=torch.float64, generator=generator).requires_grad_()
+    weight = torch.randn(11, 5, dtype=torch.float64, generator=generator).requires_grad_()
+    targets = torch.arange(8)
+    found = completion_token_logps(hidden, targets, lambda states: states @ weight.T)
+    expected = (hidden @ weight.T).log_softmax(-1)[torch.arange(8), targets]
+    torch.testing.assert_close(found, expected)
+    factors = torch.arange(1.0, 9.0, dtype=torch.float64)
+    ours = torch.autograd.grad((found * factors).sum(), (hidden, weight))
+    theirs = torch.autograd.grad((expected * factors).sum(), (hidden, weight))
+    torch.testing.assert_close(ours, theirs)

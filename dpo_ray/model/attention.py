@@ -1,0 +1,214 @@
+"""Attention over a pack: pairs side by side in one sequence, each prompt once, and nothing sees its neighbours.
+
+An answer's tokens see their prompt and the answer up to themselves, and take positions that continue the prompt's.
+
+Shapes: T tokens of the pack, H query heads, G key and value heads, D head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache, cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from transformers import AttentionInterface
+
+# What transformers calls it: see the end of this file.
+PACKED = "packed"
+
+
+class Pack:
+    """What stands where in a pack. Masks are made when first needed, and serve all layers."""
+
+    def __init__(self, lengths: Sequence[Sequence[int]], device: torch.device) -> None:
+        """Nothing is computed yet.
+
+        Args:
+            lengths: Per pair: prompt tokens, then tokens of each answer, in the order in which they stand.
+            device: Where attention runs.
+        """
+        self.lengths = lengths
+        self._device = device
+        self._answer_masks: dict[tuple[int, int, int | None], torch.Tensor] = {}
+        self._block_masks: dict[int | None, BlockMask] = {}
+
+    @cached_property
+    def position_ids(self) -> torch.Tensor:
+        """Shape (1, T), int64: each answer goes on where its prompt ends."""
+        parts = []
+        for prompt, *answers in self.lengths:
+            parts.append(torch.arange(prompt))
+            parts += [torch.arange(prompt, prompt + length) for length in answers]
+        return torch.cat(parts)[None].to(self._device)
+
+    def answer_mask(self, prompt: int, answer: int, window: int | None) -> torch.Tensor:
+        """What an answer's tokens see of prompt + answer: Shape (answer, prompt + answer), bool."""
+        key = (prompt, answer, window)
+        if key not in self._answer_masks:
+            queries, keys = torch.arange(prompt, prompt + answer)[:, None], torch.arange(prompt + answer)
+            mask = keys <= queries
+            self._answer_masks[key] = mask if window is None else mask & (queries - keys < window)
+        return self._answer_masks[key]
+
+    def block_mask(self, window: int | None) -> BlockMask:
+        """The whole pack's mask for FlexAttention."""
+        if window not in self._block_masks:
+            num_tokens = self.position_ids.shape[1]
+            make = _compiled(create_block_mask) if self._device.type == "cuda" else create_block_mask
+            self._block_masks[window] = make(
+                self._mask_mod(window), B=None, H=None, Q_LEN=num_tokens, KV_LEN=num_tokens, device=self._device
+            )
+        return self._block_masks[window]
+
+    def _mask_mod(self, window: int | None) -> Callable[..., torch.Tensor]:
+        pair, answer = self._owners
+        position = self.position_ids[0]
+
+        def sees(_b: torch.Tensor, _h: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+            own = (pair[query] == pair[key]) & ((answer[key] == 0) | (answer[key] == answer[query]))
+            near = position[query] - position[key]
+            return own & (near >= 0) & (near < window) if window is not None else own & (near >= 0)
+
+        return sees
+
+    @cached_property
+    def _owners(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of each token its pair, and which answer it belongs to, counted from 1; 0 in a prompt. Shape (T,), int32."""
+        sizes = torch.tensor([length for lengths in self.lengths for length in lengths])
+        pair = [index for index, lengths in enumerate(self.lengths) for _ in lengths]
+        answer = [index for lengths in self.lengths for index in range(len(lengths))]
+        pair_of, answer_of = (torch.tensor(ids, dtype=torch.int32).repeat_interleave(sizes) for ids in (pair, answer))
+        return pair_of.to(self._device), answer_of.to(self._device)
+
+
+def packed_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    pack: Pack | None = None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """The attention of a layer, as transformers asks for it.
+
+    Args:
+        module: The layer.
+        query: Shape (1, H, T, D).
+        key: Shape (1, G, T, D).
+        value: Shape (1, G, T, D).
+        attention_mask: None: the pack says who sees whom.
+        pack: Passed down through the model's keyword arguments.
+        scaling: Of the scores; None: one over the root of D.
+        sliding_window: How far back a token sees, itself included; None: to the beginning.
+        softcap: Bound of the scores, as Gemma 2 has it.
+
+    Returns:
+        Shape (1, T, H, D), and no weights.
+
+    Raises:
+        ValueError: The model did not pass the pack down.
+    """
+    if pack is None:
+        raise ValueError(f"{type(module).__name__} was not told how the pairs are packed")
+    run = _by_block if query.is_cuda else _by_pair
+    return run(query, key, value, pack, scaling, sliding_window, softcap).transpose(1, 2), None
+
+
+def _by_pair(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pack: Pack,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """For CPUs: each pair by itself, so that nothing of the size of the whole pack's mask is ever computed."""
+    sizes = [size for prompt, first, *others in pack.lengths for size in (prompt + first, *others)]
+    # Split and not slices: the gradient of a slice is as large as the whole.
+    parts = zip(*(states.split(sizes, dim=2) for states in (query, key, value)), strict=True)
+    found = []
+    for prompt, first, *others in pack.lengths:
+        queries, keys, values = next(parts)
+        mask = None if window is None else pack.answer_mask(0, prompt + first, window)
+        found.append(_attend(queries, keys, values, mask, scaling, softcap))
+        for length in others:
+            queries, own_keys, own_values = next(parts)
+            own_keys = torch.cat([keys[:, :, :prompt], own_keys], dim=2)
+            own_values = torch.cat([values[:, :, :prompt], own_values], dim=2)
+            mask = pack.answer_mask(prompt, length, window)
+            found.append(_attend(queries, own_keys, own_values, mask, scaling, softcap))
+    return torch.cat(found, dim=2)
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Attention with a mask, or causal without one."""
+    grouped = query.shape[1] != key.shape[1]
+    if softcap is None:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
+        )
+    if grouped:
+        key, value = (states.repeat_interleave(query.shape[1] // states.shape[1], dim=1) for states in (key, value))
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = torch.tanh(scores / softcap) * softcap
+    if mask is None:
+        mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).tril()
+    return scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32).to(value.dtype) @ value
+
+
+def _by_block(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pack: Pack,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """For GPUs: one kernel over the pack that skips the blocks in which nothing sees anything."""
+
+    run: Any = _compiled(flex_attention) if query.is_cuda else flex_attention
+    found: torch.Tensor = run(
+        query,
+        key,
+        value,
+        score_mod=None if softcap is None else _capped(softcap),
+        block_mask=pack.block_mask(window),
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return found
+
+
+@cache
+def _capped(softcap: float) -> Callable[..., torch.Tensor]:
+    def capped(score: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(score / softcap) * softcap
+
+    return capped
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    # Packs differ in length: with dynamic shapes from the start, one compilation serves them all.
+    return torch.compile(function, dynamic=True)
+
+
+AttentionInterface.register(PACKED, packed_attention)
