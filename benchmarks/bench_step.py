@@ -111,7 +111,7 @@ def ours(arguments: argparse.Namespace, rows: list[dict[str, str]]) -> dict[str,
             span = slice(step * arguments.batch, (step + 1) * arguments.batch)
             known = scores[span] if scores is not None else scorer.score(pairs[span])
             scored = list(map(ScoredPair, pairs[span], known))
-            (row,) = pack.table_of(pack.rank_batches(scored, step + 1, 0, 1, budget)).to_pylist()
+            (row,) = pack.table_of(pack.rank_batches(scored, step + 1, 0, 1, pack.Packing(budget))).to_pylist()
             result = train_step(model, optimizer, pack.global_batch(row), objective, 1.0)
             losses.append(finish_metrics(result.sums)["loss"])
             times.append(time.perf_counter() - started)

@@ -79,6 +79,23 @@ def vocabulary_size(uri: str) -> int:
     return int(model_config(uri).get_text_config().vocab_size)
 
 
+def relative_costs(uri: str) -> tuple[float, float]:
+    """What the output layer and attention cost, against all other matrix products for one token.
+
+    Counted from the shape of a dense Transformer with a gated feed-forward part; good enough to balance work by.
+
+    Returns:
+        For one token's way through the output layer, and for one token's look at another.
+    """
+    config = model_config(uri).get_text_config()
+    hidden, layers, heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or hidden // heads
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    body = layers * hidden * (2 * head_dim * (heads + key_heads) + 3 * inner)
+    return config.vocab_size * hidden / body, 2 * layers * heads * head_dim / body
+
+
 def check_vocabulary(uri: str, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuses a tokenizer whose ids the model's embedding does not have.
 

@@ -17,6 +17,7 @@ from dpo_ray import storage
 from dpo_ray.config import Config, changed_keys
 from dpo_ray.errors import ConfigError
 from dpo_ray.lease import RunLease
+from dpo_ray.model.files import relative_costs
 from dpo_ray.orchestration.prepare import Survey, check_reachable, prepare, survey
 from dpo_ray.orchestration.reference_filler import (
     ReferenceFiller,
@@ -28,6 +29,7 @@ from dpo_ray.orchestration.stream import LOAD_CPUS, LOADS_IN_FLIGHT, Places, mak
 from dpo_ray.orchestration.supervisor import supervise
 from dpo_ray.orchestration.watch import Watcher, warnings_to
 from dpo_ray.orchestration.worker import final_error
+from dpo_ray.pairs.pack import Packing
 from dpo_ray.pairs.plan import Plan
 from dpo_ray.pairs.store import PairStore
 from dpo_ray.training import manifest
@@ -146,7 +148,7 @@ def _train(config: Config, watcher: Watcher, found: Survey, lease: RunLease) -> 
             filler.start()
         supervise(
             config,
-            Places(pairs.uri, reference.uri if reference else None),
+            Places(pairs.uri, reference.uri if reference else None, packing_of(config)),
             lease,
             watcher,
             references=lambda: filler is not None and filler.working(),
@@ -192,6 +194,12 @@ def finished_run(config: Config) -> Result | None:
     steps = [line for line in lines if "loss" in line] or [{}]
     evaluations = [line for line in lines if "eval_loss" in line] or [{}]
     return Result(config.run_uri, export_uri, step, steps[-1], evaluations[-1])
+
+
+def packing_of(config: Config) -> Packing:
+    """How a run packs its pairs: the costs follow from the policy's shape."""
+    completion, attention = relative_costs(config.model.path)
+    return Packing(config.train.tokens_per_microbatch, completion, attention)
 
 
 def _write_config(config: Config, plan: Plan, pairs: PairStore) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,33 +34,56 @@ RANK_BATCH_SCHEMA = pa.schema(
 )
 
 
-def assign(costs: Sequence[int], num_ranks: int, budget: int) -> list[list[list[int]]]:
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """How much goes into a microbatch, and what it costs.
+
+    Attributes:
+        tokens_per_microbatch: Budget of one forward and backward pass.
+        completion_cost: What the way through the output layer adds to a completion token, in tokens.
+        attention_cost: What one token's look at another costs, in tokens.
+    """
+
+    tokens_per_microbatch: int
+    completion_cost: float = 0.0
+    attention_cost: float = 0.0
+
+    def cost(self, pair: TokenizedPair) -> float:
+        """The computation for a pair, in tokens."""
+        prompt, *answers = map(len, pair.parts)
+        seen = prompt**2 / 2 + sum(prompt * answer + answer**2 / 2 for answer in answers)
+        return pair.num_tokens + self.completion_cost * sum(answers) + self.attention_cost * seen
+
+
+def assign(pairs: Sequence[TokenizedPair], num_ranks: int, packing: Packing) -> list[list[list[int]]]:
     """Spreads pairs over ranks and microbatches.
 
-    Longest first into the lightest microbatch, with as few microbatches as keep each within the budget (a pair that
-    alone exceeds it gets one of its own). Deterministic; every rank gets the same number of microbatches, some of
-    them empty when there are fewer pairs than microbatches.
+    Costliest first into the lightest microbatch, with as few microbatches as keep each within the budget of tokens (a
+    pair that alone exceeds it gets one of its own). Deterministic; every rank gets the same number of microbatches,
+    some of them empty when there are fewer pairs than microbatches.
 
     Args:
-        costs: Tokens of each pair.
+        pairs: A global batch.
         num_ranks: World size.
-        budget: Tokens of one microbatch.
+        packing: The budget and the costs.
 
     Returns:
-        Per rank, per microbatch, indices into `costs` in ascending order.
+        Per rank, per microbatch, indices into `pairs` in ascending order.
     """
-    longest_first = sorted(range(len(costs)), key=lambda index: (-costs[index], index))
-    per_rank = max(1, -(-sum(costs) // (num_ranks * budget)))
+    budget = packing.tokens_per_microbatch
+    tokens, costs = [pair.num_tokens for pair in pairs], [packing.cost(pair) for pair in pairs]
+    costliest_first = sorted(range(len(pairs)), key=lambda index: (-costs[index], index))
+    per_rank = max(1, -(-sum(tokens) // (num_ranks * budget)))
     while True:
         bins: list[list[int]] = [[] for _ in range(num_ranks * per_rank)]
-        loads = [0] * len(bins)
-        heap = [(0, place) for place in range(len(bins))]
-        for index in longest_first:
+        loads = [0.0] * len(bins)
+        heap = [(0.0, place) for place in range(len(bins))]
+        for index in costliest_first:
             load, lightest = heap[0]
             bins[lightest].append(index)
             loads[lightest] = load + costs[index]
             heapq.heapreplace(heap, (loads[lightest], lightest))
-        if all(load <= budget or len(bin_) <= 1 for load, bin_ in zip(loads, bins, strict=True)):
+        if all(sum(tokens[index] for index in bin_) <= budget or len(bin_) <= 1 for bin_ in bins):
             break
         per_rank += 1
     ranks: list[list[list[int]]] = [[] for _ in range(num_ranks)]
@@ -88,7 +112,7 @@ def microbatch(pairs: Sequence[ScoredPair]) -> Microbatch:
 
 
 def rank_batches(
-    pairs: Sequence[ScoredPair], step: int, epoch: int, num_ranks: int, budget: int
+    pairs: Sequence[ScoredPair], step: int, epoch: int, num_ranks: int, packing: Packing
 ) -> list[dict[str, Any]]:
     """A global batch as one row of `RANK_BATCH_SCHEMA` per rank.
 
@@ -97,11 +121,11 @@ def rank_batches(
         step: The optimizer step it feeds, counted from 1.
         epoch: Counted from 0.
         num_ranks: World size.
-        budget: Tokens of one microbatch.
+        packing: The budget and the costs.
     """
     pair_ids = [scored.pair.pair_id for scored in pairs]
     rows = []
-    for rank, bins in enumerate(assign([scored.pair.num_tokens for scored in pairs], num_ranks, budget)):
+    for rank, bins in enumerate(assign([scored.pair for scored in pairs], num_ranks, packing)):
         own = [pairs[index] for bin_ in bins for index in bin_]
         parts = [part for scored in own for part in scored.pair.parts]
         scores = [scored.ref_logps for scored in own if scored.ref_logps is not None]

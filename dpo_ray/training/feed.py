@@ -22,14 +22,14 @@ class Feed:
         pairs_uri: The pair store.
         reference: The reference store; None where the objective needs no reference.
         check: Called while waiting for scores; raises when they will never come.
-        tokens_per_microbatch: Budget of one forward and backward pass.
+        packing: How much goes into a microbatch.
     """
 
     plan: Plan
     pairs_uri: str
     reference: ReferenceStore | None
     check: Callable[[], None]
-    tokens_per_microbatch: int
+    packing: pack.Packing
 
     def rows(self, window: Window, world_size: int) -> Iterator[list[dict[str, Any]]]:
         """Per global batch of a window, one row per rank (see `pack.RANK_BATCH_SCHEMA`).
@@ -41,10 +41,10 @@ class Feed:
         for segment in window.segments:
             waiting += self._load(segment.chunk, window.epoch)[segment.start : segment.stop]
             while len(waiting) >= size:
-                yield pack.rank_batches(waiting[:size], step, window.epoch, world_size, self.tokens_per_microbatch)
+                yield pack.rank_batches(waiting[:size], step, window.epoch, world_size, self.packing)
                 waiting, step = waiting[size:], step + 1
         if waiting:
-            yield pack.rank_batches(waiting, step, window.epoch, world_size, self.tokens_per_microbatch)
+            yield pack.rank_batches(waiting, step, window.epoch, world_size, self.packing)
 
     def rank_batches(self, position: int, rank: int, world_size: int) -> Iterator[GlobalBatch]:
         """One rank's part of every global batch from a position on, without Ray."""

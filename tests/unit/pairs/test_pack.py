@@ -16,26 +16,45 @@ def scored(index: int, prompt: int, *answers: int, ref: bool = True) -> ScoredPa
     return ScoredPair(TokenizedPair(bytes([index]) * 16, tokens[0], tuple(tokens[1:])), scores)
 
 
-@given(st.lists(st.integers(1, 300), min_size=1, max_size=60), st.integers(1, 8), st.integers(50, 1000))
-def test_assign(costs: list[int], ranks: int, budget: int) -> None:
-    parts = pack.assign(costs, ranks, budget)
+def of_lengths(lengths: list[tuple[int, int, int]]) -> list[TokenizedPair]:
+    return [scored(index, *parts).pair for index, parts in enumerate(lengths)]
+
+
+def test_cost() -> None:
+    """A prompt of 3, answers of 2 and 5: 10 tokens, 7 of them through the output layer; 4.5 + 8 + 27.5 looks."""
+    (pair,) = of_lengths([(3, 2, 5)])
+    assert pack.Packing(1, 0.5, 0.01).cost(pair) == pytest.approx(10 + 0.5 * 7 + 0.01 * 40)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 100), st.integers(1, 100), st.integers(1, 100)), min_size=1, max_size=60),
+    st.integers(1, 8),
+    st.integers(50, 1000),
+    st.floats(0.0, 0.1),
+)
+def test_assign(lengths: list[tuple[int, int, int]], ranks: int, budget: int, attention: float) -> None:
+    pairs, packing = of_lengths(lengths), pack.Packing(budget, 0.3, attention)
+    parts = pack.assign(pairs, ranks, packing)
     assert len(parts) == ranks
     assert len({len(bins) for bins in parts}) == 1
-    assert sorted(index for bins in parts for bin_ in bins for index in bin_) == list(range(len(costs)))
-    assert all(len(bin_) <= 1 or sum(costs[i] for i in bin_) <= budget for bins in parts for bin_ in bins)
+    assert sorted(index for bins in parts for bin_ in bins for index in bin_) == list(range(len(pairs)))
+    assert all(len(bin_) <= 1 or sum(sum(lengths[i]) for i in bin_) <= budget for bins in parts for bin_ in bins)
     assert all(bin_ == sorted(bin_) for bins in parts for bin_ in bins)
-    assert parts == pack.assign(costs, ranks, budget)
+    assert parts == pack.assign(pairs, ranks, packing)
 
 
-def test_assign_balances() -> None:
-    """64 costs of mean 175: 8 ranks must not be further apart than the smallest pair."""
-    costs = np.random.default_rng(0).integers(50, 300, 64).tolist()
-    loads = [sum(costs[i] for bin_ in bins for i in bin_) for bins in pack.assign(costs, 8, 10**6)]
-    assert max(loads) - min(loads) <= 50
+def test_assign_balances_cost() -> None:
+    """The last and cheapest pair of the heaviest rank went there when no rank was lighter: it bounds the difference."""
+    rng = np.random.default_rng(0)
+    pairs = of_lengths([tuple(rng.integers(10, 150, 3).tolist()) for _ in range(64)])
+    packing = pack.Packing(10**6, 0.3, 0.003)
+    ranks = [[packing.cost(pairs[i]) for bin_ in bins for i in bin_] for bins in pack.assign(pairs, 8, packing)]
+    heaviest = max(ranks, key=sum)
+    assert sum(heaviest) - min(map(sum, ranks)) <= min(heaviest)
 
 
 def test_fewer_pairs_than_ranks_leaves_empty_microbatches() -> None:
-    parts = pack.assign([10, 20], 4, 100)
+    parts = pack.assign(of_lengths([(5, 3, 2), (10, 5, 5)]), 4, pack.Packing(100))
     assert sorted(len(bin_) for bins in parts for bin_ in bins) == [0, 0, 1, 1]
 
 
@@ -43,7 +62,7 @@ def test_fewer_pairs_than_ranks_leaves_empty_microbatches() -> None:
 @pytest.mark.parametrize("ref", [True, False])
 def test_rows_survive_arrow(world_size: int, ref: bool) -> None:
     pairs = [scored(i, 3 + i, 2 + i % 3, 4, ref=ref) for i in range(5)]
-    rows = pack.table_of(pack.rank_batches(pairs, 7, 1, world_size, 30)).to_pylist()
+    rows = pack.table_of(pack.rank_batches(pairs, 7, 1, world_size, pack.Packing(30))).to_pylist()
     got = [pack.global_batch(row) for row in rows]
     assert all(batch.pair_ids == [pair.pair.pair_id for pair in pairs] for batch in got)
     assert all((batch.step, batch.epoch, batch.num_pairs) == (7, 1, 5) for batch in got)

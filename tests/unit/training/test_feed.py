@@ -8,6 +8,7 @@ from helpers import chunk_table
 
 from dpo_ray.errors import ReferenceMismatchError
 from dpo_ray.pairs import store
+from dpo_ray.pairs.pack import Packing
 from dpo_ray.pairs.plan import Plan, pair_order
 from dpo_ray.pairs.tokenize import pair_id
 from dpo_ray.reference.store import ReferenceStore
@@ -50,7 +51,7 @@ def test_a_batch_waits_for_its_own_chunks_only(tmp_path: Path, chunks: tuple[sto
     """24 pairs in batches of 4: with the first chunk of the plan scored, exactly the batches within it come."""
     plan = Plan(5, chunks, 4, 6)
     reference = ReferenceStore(str(tmp_path / "reference"))
-    feed = Feed(plan, str(tmp_path), reference, refuse, 100)
+    feed = Feed(plan, str(tmp_path), reference, refuse, Packing(100))
     order = plan.chunk_order(0)
     done = 0
     for number in range(1, 4):
@@ -70,7 +71,7 @@ def test_scores_belong_to_their_answers(tmp_path: Path, chunks: tuple[store.Chun
     reference = ReferenceStore(str(tmp_path / "reference"))
     for chunk in chunks:
         score(reference, tmp_path, chunk)
-    feed = Feed(Plan(5, chunks, 5, 5), str(tmp_path), reference, refuse, 60)
+    feed = Feed(Plan(5, chunks, 5, 5), str(tmp_path), reference, refuse, Packing(60))
     seen = []
     for batch in feed.rank_batches(0, 0, 1):
         for ids, micro in zip(batch.microbatch_pair_ids, batch.microbatches, strict=True):
@@ -87,7 +88,7 @@ def test_scores_belong_to_their_answers(tmp_path: Path, chunks: tuple[store.Chun
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_share_a_batch(tmp_path: Path, chunks: tuple[store.Chunk, ...], world_size: int) -> None:
-    feed = Feed(Plan(5, chunks, 5, 5), str(tmp_path), None, refuse, 60)
+    feed = Feed(Plan(5, chunks, 5, 5), str(tmp_path), None, refuse, Packing(60))
     whole = list(feed.rank_batches(0, 0, 1))
     parts = [list(feed.rank_batches(0, rank, world_size)) for rank in range(world_size)]
     for step, batch in enumerate(whole):
