@@ -1,10 +1,17 @@
 """Packing: the same pairs whatever the world size; every rank the same number of balanced microbatches."""
 
+import gzip
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
+from helpers import tokenized
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
+from dpo_ray.model.files import relative_costs
 from dpo_ray.pairs import pack
 from dpo_ray.types import ScoredPair, TokenizedPair
 
@@ -82,3 +89,26 @@ def test_rows_survive_arrow(world_size: int, ref: bool) -> None:
                 assert micro.ref_logps.tolist() == [float(s) for p in expected for s in p.ref_logps]  # type: ignore[union-attr]
             else:
                 assert micro.ref_logps is None
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("batch", [64, 128, 256])
+def test_ranks_have_even_work_on_real_lengths(smollm2: Path, hh_rlhf: Path, batch: int) -> None:
+    """hh-rlhf on 8 ranks: the heaviest against the mean, at most 5 % above it on average and 12 % nearly always.
+
+    As if the ranks waited for each other after every microbatch, as with sharded weights they do.
+    """
+    with gzip.open(hh_rlhf, "rt") as lines:
+        rows = [json.loads(line) for line in lines]
+    found = tokenized(rows, AutoTokenizer.from_pretrained(smollm2), max_length=1024)
+    pairs = [pair for pair in found if isinstance(pair, TokenizedPair)]
+    packing = pack.Packing(4096, *relative_costs(str(smollm2)))
+    excess = []
+    for start in range(0, len(pairs) - batch + 1, batch):
+        part = pairs[start : start + batch]
+        costs = [packing.cost(pair) for pair in part]
+        ranks = pack.assign(part, 8, packing)
+        work = np.array([[sum(costs[index] for index in bin_) for bin_ in bins] for bins in ranks])
+        excess.append(work.max(axis=0).sum() / (sum(costs) / 8) - 1)
+    assert np.mean(excess) < 0.05
+    assert np.quantile(excess, 0.95) < 0.12
