@@ -17,6 +17,8 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from transformers import AttentionInterface
 
+from dpo_ray.model.linear import widens
+
 # What transformers calls it: see the end of this file.
 PACKED = "packed"
 
@@ -119,8 +121,10 @@ def packed_attention(
     """
     if pack is None:
         raise ValueError(f"{type(module).__name__} was not told how the pairs are packed")
-    run = _by_block if query.is_cuda else _by_pair
-    return run(query, key, value, pack, scaling, sliding_window, softcap).transpose(1, 2), None
+    run, dtype = (_by_block if query.is_cuda else _by_pair), query.dtype
+    if widens(dtype, query.device):
+        query, key, value = query.float(), key.float(), value.float()
+    return run(query, key, value, pack, scaling, sliding_window, softcap).to(dtype).transpose(1, 2), None
 
 
 def _by_pair(

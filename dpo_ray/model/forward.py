@@ -13,11 +13,13 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
 from dpo_ray.errors import ConfigError
 from dpo_ray.model.attention import PACKED, Pack
+from dpo_ray.model.linear import widen_products, widens
 from dpo_ray.objective.logps import completion_positions, completion_token_logps, sum_by_answer, token_logps
 from dpo_ray.types import Microbatch
 
@@ -59,6 +61,7 @@ def with_token_logps(model: PreTrainedModel) -> PreTrainedModel:
     """
     model.packed = model.config._attn_implementation == PACKED
     model.token_logps = MethodType(_token_logps, model)
+    widen_products(model)
     return model
 
 
@@ -180,8 +183,16 @@ def _head(model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor]:
     scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
     softcap = getattr(config, "final_logit_softcapping", None)
 
+    product = output
+    if type(output) is nn.Linear and widens(output.weight.dtype, output.weight.device):
+        # Once, and not for each block of tokens; the logits stay in float32, where they are needed.
+        weight, bias = output.weight.float(), None if output.bias is None else output.bias.float()
+
+        def product(hidden: torch.Tensor) -> torch.Tensor:
+            return F.linear(hidden.float(), weight, bias)
+
     def head(hidden: torch.Tensor) -> torch.Tensor:
-        logits = output(hidden)
+        logits = product(hidden)
         if scale != 1.0:
             logits = logits * scale
         return logits if softcap is None else torch.tanh(logits / softcap) * softcap

@@ -28,6 +28,7 @@ ORDER = [
     "pairs.plan",
     "pairs.pack",
     "model.files",
+    "model.linear",
     "model.attention",
     "model.forward",
     "model.load",
