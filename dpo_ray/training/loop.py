@@ -5,7 +5,6 @@ Every rank runs `train`. It knows nothing of Ray: batches, rank and the place to
 
 from __future__ import annotations
 
-import time
 from contextlib import nullcontext
 from functools import partial
 
@@ -15,7 +14,7 @@ from dpo_ray.model.shard import sharded_policy
 from dpo_ray.objective.losses import LOSSES
 from dpo_ray.training.checkpoint import Checkpointer
 from dpo_ray.training.evaluate import evaluate
-from dpo_ray.training.metrics import check_first_step, speed, step_line
+from dpo_ray.training.metrics import Stopwatch, check_first_step, step_line
 from dpo_ray.training.optimizer import build_optimizer, learning_rate_at
 from dpo_ray.training.record import Recorder
 from dpo_ray.training.step import Objective, train_step
@@ -52,10 +51,11 @@ def _train(config: Config, context: WorkerContext, recorder: Recorder | None) ->
             doing("loading the checkpoint")
             state = checkpoints.load(attempt.checkpoint)
 
+        watch = Stopwatch(model, config, context)
         doing(WAITING)
-        step_ended = asked = time.perf_counter()
+        watch.asked()
         for batch in context.batches:
-            got = time.perf_counter()
+            watch.got()
             assert batch.step == state.step + 1, f"the stream gave step {batch.step} after {state.step}"
             doing(f"step {batch.step}")
             rate = learning_rate(state.step)
@@ -67,9 +67,9 @@ def _train(config: Config, context: WorkerContext, recorder: Recorder | None) ->
             line = step_line(context, state, batch, result, rate)
             if state.step == 1 and config.checks.first_step:
                 check_first_step(config, result)
-            before, step_ended = step_ended, time.perf_counter()
+            speed = watch.step(batch, result)
             if recorder is not None:
-                recorder.step({**line, **speed(batch, result, step_ended - before, got - asked)}, batch.pair_ids)
+                recorder.step({**line, **speed}, batch.pair_ids)
             last, leaving, best = state.step == context.total_steps, bool(result.leaving), False
             if _due(state.step, config.train.eval_every_steps, last):
                 line = evaluate(model, context, objective, state.step)
@@ -82,7 +82,7 @@ def _train(config: Config, context: WorkerContext, recorder: Recorder | None) ->
             if leaving and not last:
                 break
             doing(WAITING)
-            asked = time.perf_counter()
+            watch.asked()
         doing("the last checkpoint")
     if state.step == context.total_steps:
         doing("export")

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+import time
 
+import torch
 import torch.distributed as dist
+from torch import nn
 
 from dpo_ray.config import Config
 from dpo_ray.errors import FirstStepError, NonFiniteLossError
+from dpo_ray.model.peak import peak_flops
 from dpo_ray.objective.rewards import finish_metrics
 from dpo_ray.training.step import StepResult
 from dpo_ray.types import GlobalBatch, TrainState, WorkerContext
@@ -64,22 +68,47 @@ def _suspects(context: WorkerContext, batch: GlobalBatch, result: StepResult) ->
     return f"{whose}: {shown}{more}"
 
 
-def speed(batch: GlobalBatch, result: StepResult, step_s: float, data_wait_s: float) -> dict[str, float]:
-    """Throughput.
+class Stopwatch:
+    """Where the time of a run goes, and what its devices make of it."""
 
-    Args:
-        batch: The global batch.
-        result: Its sums.
-        step_s: From the end of the step before to the end of this one: waiting for data, evaluation and checkpoint
-            in between included.
-        data_wait_s: Of that, waiting for the batch.
-    """
-    return {
-        "perf/step_s": step_s,
-        "perf/data_wait_s": data_wait_s,
-        "perf/pairs_per_s": batch.num_pairs / step_s,
-        "perf/tokens_per_s": int(result.num_tokens) / step_s,
-    }
+    def __init__(self, model: nn.Module, config: Config, context: WorkerContext) -> None:
+        """Starts.
+
+        Args:
+            model: The policy.
+            config: Says in which dtype it computes.
+            context: This rank's device, and how many there are.
+        """
+        self._parameters = sum(parameter.numel() for parameter in model.parameters())
+        dtype = getattr(torch, config.model.compute_dtype)
+        self._peak_flops = peak_flops(context.device, dtype) * context.world_size
+        self._ended = self._asked = self._got = time.perf_counter()
+
+    def asked(self) -> None:
+        """The next batch is asked for."""
+        self._asked = time.perf_counter()
+
+    def got(self) -> None:
+        """It is here."""
+        self._got = time.perf_counter()
+
+    def step(self, batch: GlobalBatch, result: StepResult) -> dict[str, float]:
+        """The step has ended.
+
+        Its time runs from the end of the step before: waiting for data, evaluation and checkpoint in between included.
+
+        Returns:
+            Throughput. `perf/mfu` counts 6 operations per parameter and different token.
+        """
+        before, self._ended = self._ended, time.perf_counter()
+        step_s, num_tokens = self._ended - before, int(result.num_tokens)
+        return {
+            "perf/step_s": step_s,
+            "perf/data_wait_s": self._got - self._asked,
+            "perf/pairs_per_s": batch.num_pairs / step_s,
+            "perf/tokens_per_s": num_tokens / step_s,
+            "perf/mfu": 6 * self._parameters * num_tokens / (step_s * self._peak_flops),
+        }
 
 
 def check_first_step(config: Config, result: StepResult) -> None:
@@ -87,7 +116,10 @@ def check_first_step(config: Config, result: StepResult) -> None:
 
     Raises:
         FirstStepError: For some answer the two differ by more than numerics explain.
+
+    Collective: all ranks.
     """
+    dist.all_reduce(result.reference_gap, op=dist.ReduceOp.MAX)
     gap = float(result.reference_gap)
     dtypes = (config.model.compute_dtype, config.reference_dtype)
     tolerance = FIRST_STEP_TOLERANCE["bfloat16" if "bfloat16" in dtypes else "float32"]

@@ -34,12 +34,12 @@ class Objective:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What one pass over a global batch measured, over all ranks, still on the device.
+    """What one pass over a global batch measured, still on the device; over all ranks, where nothing else is said.
 
     Attributes:
         sums: Shape (M,), float64: the sums named in `METRIC_SUMS`.
         num_tokens: Unique tokens of the global batch.
-        reference_gap: Largest |policy - reference| per token over all answers, nats; 0 without a reference.
+        reference_gap: Largest |policy - reference| per token over this rank's answers, nats; 0 without a reference.
         grad_norm: Before clipping; None in evaluation.
         losses: This rank's, per microbatch with pairs: Shape (P,).
         leaving: How many ranks have been asked to leave: all ranks see the same number at the same step.
@@ -112,7 +112,7 @@ def eval_step(model: nn.Module, batch: GlobalBatch, objective: Objective) -> Ste
 
 
 class _Local:
-    """This rank's sums, reduced over ranks in two collectives per step."""
+    """This rank's sums, reduced over ranks in one collective per step."""
 
     def __init__(self, device: torch.device, leaving: bool = False) -> None:
         self.sums = torch.zeros(len(METRIC_SUMS) + 2, dtype=torch.float64, device=device)
@@ -131,7 +131,6 @@ class _Local:
 
     def reduced(self, grad_norm: torch.Tensor | None) -> StepResult:
         dist.all_reduce(self.sums)
-        dist.all_reduce(self.gap, op=dist.ReduceOp.MAX)
         return StepResult(self.sums[:-2], self.sums[-2], self.gap, grad_norm, self.losses, self.sums[-1])
 
 

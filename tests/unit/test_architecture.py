@@ -29,6 +29,7 @@ ORDER = [
     "pairs.pack",
     "model.files",
     "model.linear",
+    "model.peak",
     "model.attention",
     "model.forward",
     "model.load",

@@ -1,0 +1,37 @@
+"""Throughput: what counts as time, and utilisation by its formula."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from dpo_ray.training import metrics
+from dpo_ray.training.metrics import Stopwatch
+
+
+def test_stopwatch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps that end at 10 s and 14 s; for the second, the batch is asked for at 11 s and there at 11.5 s.
+
+    A model of 30 numbers and 200 tokens: 6 x 30 x 200 operations in 4 s on 2 devices that do 5,000 a second.
+    """
+    clock = iter([0.0, 1.0, 2.0, 10.0, 11.0, 11.5, 14.0])
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(metrics, "peak_flops", lambda device, dtype: 5000.0)
+    config: Any = SimpleNamespace(model=SimpleNamespace(compute_dtype="bfloat16"))
+    context: Any = SimpleNamespace(device=torch.device("cpu"), world_size=2)
+    watch = Stopwatch(nn.Linear(5, 5), config, context)
+    batch: Any = SimpleNamespace(num_pairs=8)
+    result: Any = SimpleNamespace(num_tokens=torch.tensor(200.0))
+    for _ in range(2):
+        watch.asked()
+        watch.got()
+        found = watch.step(batch, result)
+    assert found == {
+        "perf/step_s": 4.0,
+        "perf/data_wait_s": 0.5,
+        "perf/pairs_per_s": 2.0,
+        "perf/tokens_per_s": 50.0,
+        "perf/mfu": pytest.approx(6 * 30 * 200 / (4 * 2 * 5000)),
+    }
