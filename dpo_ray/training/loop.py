@@ -6,18 +6,16 @@ Every rank runs `train`. It knows nothing of Ray: batches, rank and the place to
 from __future__ import annotations
 
 from contextlib import nullcontext
-from functools import partial
 
 from dpo_ray.config import Config
 from dpo_ray.model.export import export
 from dpo_ray.model.shard import sharded_policy
-from dpo_ray.objective.losses import LOSSES
 from dpo_ray.training.checkpoint import Checkpointer
 from dpo_ray.training.evaluate import evaluate
 from dpo_ray.training.metrics import Stopwatch, check_first_step, step_line
 from dpo_ray.training.optimizer import build_optimizer, learning_rate_at
 from dpo_ray.training.record import Recorder
-from dpo_ray.training.step import Objective, train_step
+from dpo_ray.training.step import objective_of, train_step
 from dpo_ray.types import WAITING, TrainState, WorkerContext
 
 
@@ -41,7 +39,7 @@ def _train(config: Config, context: WorkerContext, recorder: Recorder | None) ->
     model = sharded_policy(config.model, context.device)
     optimizer = build_optimizer(model, config.optimizer)
     learning_rate = learning_rate_at(config.optimizer, context.total_steps)
-    objective = _objective(config)
+    objective = objective_of(config.objective)
     # A checkpoint promises the lines up to its step.
     promise = (lambda _: recorder.flush()) if recorder is not None else None
     keep, metric = config.train.keep_checkpoints, config.train.keep_best
@@ -87,13 +85,6 @@ def _train(config: Config, context: WorkerContext, recorder: Recorder | None) ->
     if state.step == context.total_steps:
         doing("export")
         export(model, config, state.step, context.rank, context.fence)
-
-
-def _objective(config: Config) -> Objective:
-    spec = LOSSES[config.objective.loss]
-    values = config.objective.model_dump()
-    loss = partial(spec.fn, **{name: values[name] for name in sorted(spec.parameters)})
-    return Objective(loss, spec.couples_pairs, config.objective.beta)
 
 
 def _due(step: int, every: int | None, last: bool) -> bool:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
+from dpo_ray.config import ObjectiveConfig
 from dpo_ray.model.forward import answer_logps, empty_pass
 from dpo_ray.model.shard import clip_grad_norm, set_gradient_sync
-from dpo_ray.objective.losses import AnswerStats
+from dpo_ray.objective.losses import LOSSES, AnswerStats
 from dpo_ray.objective.rewards import METRIC_SUMS, metric_sums
 from dpo_ray.types import GlobalBatch, Microbatch
 
@@ -30,6 +32,13 @@ class Objective:
     loss: Callable[[AnswerStats], torch.Tensor]
     couples_pairs: bool
     beta: float
+
+
+def objective_of(config: ObjectiveConfig) -> Objective:
+    """The configured loss."""
+    spec, values = LOSSES[config.loss], config.model_dump()
+    loss = partial(spec.fn, **{name: values[name] for name in sorted(spec.parameters)})
+    return Objective(loss, spec.couples_pairs, config.beta)
 
 
 @dataclass(frozen=True, slots=True)
