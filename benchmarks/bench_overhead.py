@@ -94,10 +94,11 @@ def plainly(raw: dict[str, Any]) -> list[dict[str, float]]:
 
     torch.set_num_threads(1)
     from dpo_ray import Config
+    from dpo_ray.model.files import relative_costs
     from dpo_ray.model.shard import sharded_policy
     from dpo_ray.orchestration.reference_filler import open_reference_store
     from dpo_ray.orchestration.stream import Places, make_feed
-    from dpo_ray.orchestration.trainer import packing_of
+    from dpo_ray.pairs.pack import Costs
     from dpo_ray.training.optimizer import build_optimizer
     from dpo_ray.training.step import objective_of, train_step
 
@@ -105,9 +106,9 @@ def plainly(raw: dict[str, Any]) -> list[dict[str, float]]:
     with tempfile.TemporaryDirectory() as folder:
         dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=0, world_size=1)
         (pairs_uri,) = map(str, Path(config.store_uri, "pairs").iterdir())
-        places = Places(pairs_uri, open_reference_store(config).uri, packing_of(config))
+        places = Places(pairs_uri, open_reference_store(config).uri, Costs(*relative_costs(config.model.path)))
         feed, _ = make_feed(config, places)
-        batches = list(feed.rank_batches(0, 0, 1))
+        batches = list(feed.rank_batches(0, 0, 1, 4096))
         model = sharded_policy(config.model, torch.device("cpu"))
         optimizer, objective = build_optimizer(model, config.optimizer), objective_of(config.objective)
         lines, ended = [], time.perf_counter()

@@ -171,8 +171,10 @@ class TrainConfig(Section):
     """The loop."""
 
     global_batch_pairs: PositiveInt = Field(64, description="pairs per optimizer step, whatever the number of workers")
-    tokens_per_microbatch: PositiveInt = Field(
-        4096, description="tokens (prompt once) of one forward and backward pass on one worker"
+    tokens_per_microbatch: PositiveInt | Literal["auto"] = Field(
+        "auto",
+        description="tokens (prompt once) of one forward and backward pass on one worker; auto: as many as the GPU's "
+        "memory holds, measured once (2048 on a CPU). Running out of memory leads to fewer, not to a crash",
     )
     epochs: PositiveInt = Field(1, description="passes over the pairs")
     max_steps: PositiveInt | None = Field(None, description="stop after this many optimizer steps")

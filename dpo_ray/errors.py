@@ -57,6 +57,10 @@ class VersionError(UserError):
     """Files that another version of this package has written."""
 
 
+class OutOfMemoryError(DpoRayError):
+    """A device's memory was too small; the next attempt has a smaller budget."""
+
+
 class CheckpointError(DpoRayError):
     """A checkpoint is incomplete or damaged."""
 

@@ -190,8 +190,8 @@ class WorkerContext:
         world_size: Policy workers.
         device: Where this rank computes.
         attempt: The checkpoint and position to start from.
-        batches: This rank's part of each global batch from the attempt's position on.
-        eval_batches: Makes an iterator over this rank's part of the held-out split.
+        batches: From the tokens of a microbatch, this rank's part of each global batch from the attempt's position on.
+        eval_batches: Likewise of the held-out split.
         publish: Called on rank 0 with each line of metrics.
         control: What the loop says of its progress, and hears.
         fence: Raises when another attempt has begun: called before anything durable is written.
@@ -204,8 +204,8 @@ class WorkerContext:
     world_size: int
     device: torch.device
     attempt: Attempt
-    batches: Iterator[GlobalBatch]
-    eval_batches: Callable[[], Iterator[GlobalBatch]]
+    batches: Callable[[int], Iterator[GlobalBatch]]
+    eval_batches: Callable[[int], Iterator[GlobalBatch]]
     publish: Callable[[dict[str, Any]], None]
     control: Control
     fence: Callable[[], None]

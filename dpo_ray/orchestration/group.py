@@ -41,7 +41,7 @@ _RAY_TRAIN = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
 
-Kind = Literal["done", "worker", "node", "hang", "storage", "ray"]
+Kind = Literal["done", "worker", "node", "hang", "storage", "memory", "ray"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,9 +229,10 @@ class WorkerGroup:
 
 
 def _of_failures(failures: dict[int, Failure]) -> End:
-    rank, failure = min(failures.items(), key=lambda item: (not item[1].storage, item[0]))
+    # What one rank ran into, the others know only as a lost peer.
+    rank, failure = min(failures.items(), key=lambda item: (item[1].kind == "worker", item[0]))
     last = failure.text.strip().splitlines()[-1]
-    return End("storage" if failure.storage else "worker", f"rank {rank}: {last}", failure.text)
+    return End(failure.kind, f"rank {rank}: {last}", failure.text)
 
 
 def _last_line(error: BaseException) -> str:

@@ -14,7 +14,7 @@ import traceback
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import ray
 from ray.exceptions import ActorDiedError, GetTimeoutError, RayError
@@ -29,6 +29,7 @@ BEAT_S = 1.0
 START_S = 120.0
 # An unreachable driver may be a network that heals; a dead one is known at once.
 LOST_S = 120.0
+FailureKind = Literal["worker", "storage", "memory"]
 STARTING = "starting"
 ENDED = "ended"
 STORAGE = "waiting for the storage"
@@ -55,12 +56,12 @@ class Failure:
 
     Attributes:
         final: The error that would come again, or None.
-        storage: Whether the storage had failed.
+        kind: What failed.
         text: The error, with its traceback.
     """
 
     final: FinalError | None
-    storage: bool
+    kind: FailureKind
     text: str
 
 

@@ -37,17 +37,17 @@ def make_plan(config: Config, pairs: PairStore) -> Plan:
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """The stores of a run, and how its pairs are packed; found by the driver once.
+    """The stores of a run, and what its pairs cost; found by the driver once.
 
     Attributes:
         pairs_uri: The pair store.
         reference_uri: The reference store; None where the objective needs none.
-        packing: Budget and costs of a microbatch.
+        costs: To balance work by.
     """
 
     pairs_uri: str
     reference_uri: str | None
-    packing: pack.Packing
+    costs: pack.Costs
 
 
 def make_feed(config: Config, places: Places) -> tuple[Feed, PairStore]:
@@ -60,13 +60,13 @@ def make_feed(config: Config, places: Places) -> tuple[Feed, PairStore]:
     if pairs is None:
         raise DataError(f"{places.pairs_uri}: the pair store is gone; run `dpo-ray prepare`")
     reference = ReferenceStore(places.reference_uri) if places.reference_uri else None
-    return Feed(make_plan(config, pairs), pairs.uri, reference, fill_check(config.run_uri), places.packing), pairs
+    return Feed(make_plan(config, pairs), pairs.uri, reference, fill_check(config.run_uri), places.costs), pairs
 
 
 def eval_feed(config: Config, feed: Feed, chunks: tuple[Chunk, ...]) -> Feed:
     """One pass over the held-out pairs, in batches of the training's size."""
     plan = plan_of(chunks, config.seed, config.train.global_batch_pairs, epochs=1, max_steps=None)
-    return Feed(plan, feed.pairs_uri, feed.reference, feed.check, feed.packing)
+    return Feed(plan, feed.pairs_uri, feed.reference, feed.check, feed.costs)
 
 
 def open_streams(config: Config, places: Places, attempt: Attempt) -> list[ray.data.DataIterator]:

@@ -102,6 +102,9 @@ class Failures:
         if attempt.position > self._position:
             self._position = attempt.position
             self._counts.clear()
+        if end.kind == "memory":
+            # The budget shrinks each time: it ends of itself.
+            return
         self._counts[end.kind] += 1
         key = _LIMITS[end.kind]
         limit = getattr(self._limits, key)

@@ -29,7 +29,7 @@ from dpo_ray.orchestration.stream import LOAD_CPUS, LOADS_IN_FLIGHT, Places, mak
 from dpo_ray.orchestration.supervisor import supervise
 from dpo_ray.orchestration.watch import Watcher, warnings_to
 from dpo_ray.orchestration.worker import final_error
-from dpo_ray.pairs.pack import Packing
+from dpo_ray.pairs.pack import Costs
 from dpo_ray.pairs.plan import Plan
 from dpo_ray.pairs.store import PairStore
 from dpo_ray.training import manifest
@@ -148,7 +148,7 @@ def _train(config: Config, watcher: Watcher, found: Survey, lease: RunLease) -> 
             filler.start()
         supervise(
             config,
-            Places(pairs.uri, reference.uri if reference else None, packing_of(config)),
+            Places(pairs.uri, reference.uri if reference else None, Costs(*relative_costs(config.model.path))),
             lease,
             watcher,
             references=lambda: filler is not None and filler.working(),
@@ -194,12 +194,6 @@ def finished_run(config: Config) -> Result | None:
     steps = [line for line in lines if "loss" in line] or [{}]
     evaluations = [line for line in lines if "eval_loss" in line] or [{}]
     return Result(config.run_uri, export_uri, step, steps[-1], evaluations[-1])
-
-
-def packing_of(config: Config) -> Packing:
-    """How a run packs its pairs: the costs follow from the policy's shape."""
-    completion, attention = relative_costs(config.model.path)
-    return Packing(config.train.tokens_per_microbatch, completion, attention)
 
 
 def _write_config(config: Config, plan: Plan, pairs: PairStore) -> None:

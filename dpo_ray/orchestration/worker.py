@@ -12,7 +12,7 @@ import ray.train
 
 from dpo_ray import errors
 from dpo_ray.config import Config
-from dpo_ray.orchestration.monitor import Failure, Reporter
+from dpo_ray.orchestration.monitor import Failure, FailureKind, Reporter
 from dpo_ray.orchestration.stream import Places, eval_feed, make_feed
 from dpo_ray.orchestration.watch import warnings_to
 from dpo_ray.pairs import pack
@@ -63,8 +63,12 @@ def work(arguments: dict[str, Assignment]) -> None:
 def _failure(error: BaseException) -> Failure:
     final = final_error(error)
     # Storage that does not answer now may answer the next attempt.
-    storage_failed = isinstance(final, errors.StorageError)
-    return Failure(None if storage_failed else final, storage_failed, "".join(traceback.format_exception(error)))
+    kind: FailureKind = "worker"
+    if isinstance(final, errors.StorageError):
+        final, kind = None, "storage"
+    elif isinstance(error, errors.OutOfMemoryError):
+        kind = "memory"
+    return Failure(final, kind, "".join(traceback.format_exception(error)))
 
 
 def final_error(error: BaseException | None) -> errors.FinalError | None:
@@ -92,14 +96,19 @@ def _context(assignment: Assignment, reporter: Reporter) -> WorkerContext:
     rank, world_size = ray_context.get_world_rank(), ray_context.get_world_size()
     feed, pairs = make_feed(config, assignment.places)
     held = eval_feed(config, feed, pairs.eval)
-    batches = _batches(assignment.streams[rank], rank) if assignment.streams else iter(())
+    costs = assignment.places.costs
+
+    def batches(tokens_per_microbatch: int) -> Iterator[GlobalBatch]:
+        stream = assignment.streams[rank] if assignment.streams else None
+        return iter(()) if stream is None else _batches(stream, rank, tokens_per_microbatch, costs)
+
     return WorkerContext(
         rank=rank,
         world_size=world_size,
         device=device,
         attempt=attempt,
         batches=batches,
-        eval_batches=lambda: held.rank_batches(0, rank, world_size),
+        eval_batches=lambda tokens_per_microbatch: held.rank_batches(0, rank, world_size, tokens_per_microbatch),
         publish=reporter.publish,
         control=reporter,
         fence=Fence(config.run_uri, attempt).check,
@@ -109,8 +118,10 @@ def _context(assignment: Assignment, reporter: Reporter) -> WorkerContext:
     )
 
 
-def _batches(stream: ray.data.DataIterator, rank: int) -> Iterator[GlobalBatch]:
+def _batches(
+    stream: ray.data.DataIterator, rank: int, tokens_per_microbatch: int, costs: pack.Costs
+) -> Iterator[GlobalBatch]:
     for table in stream.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=2):
         (row,) = table.to_pylist()
         assert row["rank"] == rank, f"rank {rank} was given rank {row['rank']}'s part of step {row['step']}"
-        yield pack.global_batch(row)
+        yield pack.global_batch(row, tokens_per_microbatch, costs)

@@ -25,9 +25,9 @@ RANK_BATCH_SCHEMA = pa.schema(
         ("epoch", pa.int32()),
         ("rank", pa.int32()),
         ("pair_ids", IDS),
-        ("microbatch_pairs", pa.list_(pa.int32())),
         ("own_ids", IDS),
-        ("lengths", pa.list_(pa.list_(pa.int32()))),
+        # Of all ranks: how many microbatches there are is the same for all.
+        ("lengths", pa.list_(pa.list_(pa.list_(pa.int32())))),
         ("tokens", pa.list_(pa.int32())),
         ("ref_logps", pa.list_(pa.float32())),
     ]
@@ -35,63 +35,70 @@ RANK_BATCH_SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True, slots=True)
-class Packing:
-    """How much goes into a microbatch, and what it costs.
+class Costs:
+    """What computing a pair costs, in tokens.
 
     Attributes:
-        tokens_per_microbatch: Budget of one forward and backward pass.
-        completion_cost: What the way through the output layer adds to a completion token, in tokens.
-        attention_cost: What one token's look at another costs, in tokens.
+        completion: What the way through the output layer adds to a completion token.
+        attention: One token's look at another.
     """
 
-    tokens_per_microbatch: int
-    completion_cost: float = 0.0
-    attention_cost: float = 0.0
+    completion: float = 0.0
+    attention: float = 0.0
 
-    def cost(self, pair: TokenizedPair) -> float:
-        """The computation for a pair, in tokens."""
-        prompt, *answers = map(len, pair.parts)
-        seen = prompt**2 / 2 + sum(prompt * answer + answer**2 / 2 for answer in answers)
-        return pair.num_tokens + self.completion_cost * sum(answers) + self.attention_cost * seen
+    def of(self, lengths: Sequence[int]) -> float:
+        """The cost of a pair.
+
+        Args:
+            lengths: Tokens of the prompt, then of each answer.
+        """
+        prompt, *answers = lengths
+        looks = prompt**2 / 2 + sum(prompt * answer + answer**2 / 2 for answer in answers)
+        return sum(lengths) + self.completion * sum(answers) + self.attention * looks
 
 
-def assign(pairs: Sequence[TokenizedPair], num_ranks: int, packing: Packing) -> list[list[list[int]]]:
-    """Spreads pairs over ranks and microbatches.
-
-    Costliest first into the lightest microbatch, with as few microbatches as keep each within the budget of tokens (a
-    pair that alone exceeds it gets one of its own). Deterministic; every rank gets the same number of microbatches,
-    some of them empty when there are fewer pairs than microbatches.
-
-    Args:
-        pairs: A global batch.
-        num_ranks: World size.
-        packing: The budget and the costs.
+def spread(costs: Sequence[float], num_parts: int) -> list[list[int]]:
+    """Spreads work evenly: costliest first, into the part that has least so far. Deterministic.
 
     Returns:
-        Per rank, per microbatch, indices into `pairs` in ascending order.
+        Per part, indices into `costs` in ascending order; parts with much work first.
     """
-    budget = packing.tokens_per_microbatch
-    tokens, costs = [pair.num_tokens for pair in pairs], [packing.cost(pair) for pair in pairs]
-    costliest_first = sorted(range(len(pairs)), key=lambda index: (-costs[index], index))
-    per_rank = max(1, -(-sum(tokens) // (num_ranks * budget)))
+    parts: list[list[int]] = [[] for _ in range(num_parts)]
+    loads = [(0.0, part) for part in range(num_parts)]
+    for index in sorted(range(len(costs)), key=lambda index: (-costs[index], index)):
+        load, lightest = loads[0]
+        parts[lightest].append(index)
+        heapq.heapreplace(loads, (load + costs[index], lightest))
+    return [sorted(parts[part]) for _, part in sorted(loads, key=lambda load: (-load[0], load[1]))]
+
+
+def microbatches(
+    lengths: Sequence[Sequence[Sequence[int]]], rank: int, tokens_per_microbatch: int, costs: Costs
+) -> list[list[int]]:
+    """How a rank groups its pairs.
+
+    As few microbatches as keep each within the budget on every rank (a pair that alone exceeds it gets one of its
+    own); every rank gets the same number, the costly ones first on all, and some empty where pairs are few.
+
+    Args:
+        lengths: Per rank, per pair: tokens of the prompt, then of each answer.
+        rank: Whose.
+        tokens_per_microbatch: The budget.
+        costs: To balance by.
+
+    Returns:
+        Per microbatch, indices into the rank's pairs in ascending order.
+    """
+
+    def fits(pairs: Sequence[Sequence[int]], parts: list[list[int]]) -> bool:
+        return all(len(part) <= 1 or sum(sum(pairs[i]) for i in part) <= tokens_per_microbatch for part in parts)
+
+    num = max(1, max(-(-sum(map(sum, pairs)) // tokens_per_microbatch) for pairs in lengths))
     while True:
-        bins: list[list[int]] = [[] for _ in range(num_ranks * per_rank)]
-        loads = [0.0] * len(bins)
-        heap = [(0.0, place) for place in range(len(bins))]
-        for index in costliest_first:
-            load, lightest = heap[0]
-            bins[lightest].append(index)
-            loads[lightest] = load + costs[index]
-            heapq.heapreplace(heap, (loads[lightest], lightest))
-        if all(sum(tokens[index] for index in bin_) <= budget or len(bin_) <= 1 for bin_ in bins):
-            break
-        per_rank += 1
-    ranks: list[list[list[int]]] = [[] for _ in range(num_ranks)]
-    for place, heavy in enumerate(sorted(range(len(bins)), key=lambda index: (-loads[index], index))):
-        row, column = divmod(place, num_ranks)
-        # Back and forth, so that the first rank does not get the heaviest of every row.
-        ranks[column if row % 2 == 0 else num_ranks - 1 - column].append(sorted(bins[heavy]))
-    return ranks
+        grouped = [spread([costs.of(pair) for pair in pairs], num) for pairs in lengths]
+        if all(map(fits, lengths, grouped)):
+            return grouped[rank]
+        num += 1
 
 
 def microbatch(pairs: Sequence[ScoredPair]) -> Microbatch:
@@ -112,7 +119,7 @@ def microbatch(pairs: Sequence[ScoredPair]) -> Microbatch:
 
 
 def rank_batches(
-    pairs: Sequence[ScoredPair], step: int, epoch: int, num_ranks: int, packing: Packing
+    pairs: Sequence[ScoredPair], step: int, epoch: int, num_ranks: int, costs: Costs
 ) -> list[dict[str, Any]]:
     """A global batch as one row of `RANK_BATCH_SCHEMA` per rank.
 
@@ -121,12 +128,13 @@ def rank_batches(
         step: The optimizer step it feeds, counted from 1.
         epoch: Counted from 0.
         num_ranks: World size.
-        packing: The budget and the costs.
+        costs: To balance the ranks by.
     """
-    pair_ids = [scored.pair.pair_id for scored in pairs]
+    lengths = [list(map(len, scored.pair.parts)) for scored in pairs]
+    shares = spread([costs.of(each) for each in lengths], num_ranks)
     rows = []
-    for rank, bins in enumerate(assign([scored.pair for scored in pairs], num_ranks, packing)):
-        own = [pairs[index] for bin_ in bins for index in bin_]
+    for rank, share in enumerate(shares):
+        own = [pairs[index] for index in share]
         parts = [part for scored in own for part in scored.pair.parts]
         scores = [scored.ref_logps for scored in own if scored.ref_logps is not None]
         rows.append(
@@ -134,10 +142,9 @@ def rank_batches(
                 "step": step,
                 "epoch": epoch,
                 "rank": rank,
-                "pair_ids": pair_ids,
-                "microbatch_pairs": [len(bin_) for bin_ in bins],
+                "pair_ids": [scored.pair.pair_id for scored in pairs],
                 "own_ids": [scored.pair.pair_id for scored in own],
-                "lengths": [list(map(len, scored.pair.parts)) for scored in own],
+                "lengths": [[lengths[index] for index in each] for each in shares],
                 "tokens": np.concatenate(parts) if parts else np.zeros(0, np.int32),
                 "ref_logps": np.concatenate(scores) if len(scores) == len(own) and scores else None,
             }
@@ -150,19 +157,19 @@ def table_of(rows: list[dict[str, Any]]) -> pa.Table:
     return pa.table({name: [row[name] for row in rows] for name in RANK_BATCH_SCHEMA.names}, schema=RANK_BATCH_SCHEMA)
 
 
-def global_batch(row: dict[str, Any]) -> GlobalBatch:
-    """One rank's part of a global batch, from a row of `RANK_BATCH_SCHEMA`."""
+def global_batch(row: dict[str, Any], tokens_per_microbatch: int, costs: Costs) -> GlobalBatch:
+    """One rank's part of a global batch, from a row of `RANK_BATCH_SCHEMA`, in microbatches within a budget."""
     pairs, token, score = [], 0, 0
     tokens = np.asarray(row["tokens"], dtype=np.int32)
     scores = None if row["ref_logps"] is None else np.asarray(row["ref_logps"], dtype=np.float32)
-    for pair_id, lengths in zip(row["own_ids"], row["lengths"], strict=True):
+    for pair_id, lengths in zip(row["own_ids"], row["lengths"][row["rank"]], strict=True):
         bounds = token + np.cumsum(lengths)
         prompt, *answers = np.split(tokens[token : bounds[-1]], bounds[:-1] - token)
         ref_logps = None if scores is None else scores[score : score + len(answers)]
         pairs.append(ScoredPair(TokenizedPair(pair_id, prompt, tuple(answers)), ref_logps))
         token, score = int(bounds[-1]), score + len(answers)
-    ends = np.cumsum(row["microbatch_pairs"])
-    groups = [pairs[end - size : end] for end, size in zip(ends, row["microbatch_pairs"], strict=True)]
+    grouped = microbatches(row["lengths"], row["rank"], tokens_per_microbatch, costs)
+    groups = [[pairs[index] for index in group] for group in grouped]
     return GlobalBatch(
         step=row["step"],
         epoch=row["epoch"],

@@ -9,7 +9,7 @@ import torch
 
 from dpo_ray.model.forward import answer_logps, settle_layout, with_token_logps
 from dpo_ray.model.load import load_pretrained
-from dpo_ray.pairs.pack import Packing, assign, microbatch
+from dpo_ray.pairs.pack import Costs, microbatch, microbatches
 from dpo_ray.types import ScoredPair, TokenizedPair
 
 
@@ -40,8 +40,8 @@ class Scorer:
             Per pair, in the given order, Shape (answers,), float32, nats.
         """
         scores: list[np.ndarray] = [np.zeros(0, np.float32)] * len(pairs)
-        (microbatches,) = assign(pairs, 1, Packing(self.tokens_per_microbatch))
-        for indices in microbatches:
+        lengths = [list(map(len, pair.parts)) for pair in pairs]
+        for indices in microbatches([lengths], 0, self.tokens_per_microbatch, Costs()):
             group = [ScoredPair(pairs[index], None) for index in indices]
             flat = answer_logps(self.model, microbatch(group)).float().cpu().numpy()
             bounds = np.cumsum([len(scored.pair.answers) for scored in group])[:-1]

@@ -12,12 +12,14 @@ from dpo_ray.training.step import Objective, eval_step
 from dpo_ray.types import WorkerContext
 
 
-def evaluate(model: nn.Module, context: WorkerContext, objective: Objective, step: int) -> dict[str, float]:
-    """One pass over the held-out pairs; metrics are named with the prefix `eval_`.
+def evaluate(
+    model: nn.Module, context: WorkerContext, objective: Objective, step: int, tokens: int
+) -> dict[str, float]:
+    """One pass over the held-out pairs, in microbatches of `tokens`; metrics are named with the prefix `eval_`.
 
     Collective: all ranks.
     """
     started = time.perf_counter()
-    sums = [eval_step(model, batch, objective).sums for batch in context.eval_batches()]
+    sums = [eval_step(model, batch, objective).sums for batch in context.eval_batches(tokens)]
     metrics = {f"eval_{name}": value for name, value in finish_metrics(torch.stack(sums).sum(0)).items()}
     return {"step": step, **metrics, "eval_perf/seconds": time.perf_counter() - started}

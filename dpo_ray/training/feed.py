@@ -22,14 +22,14 @@ class Feed:
         pairs_uri: The pair store.
         reference: The reference store; None where the objective needs no reference.
         check: Called while waiting for scores; raises when they will never come.
-        packing: How much goes into a microbatch.
+        costs: To balance the ranks by.
     """
 
     plan: Plan
     pairs_uri: str
     reference: ReferenceStore | None
     check: Callable[[], None]
-    packing: pack.Packing
+    costs: pack.Costs
 
     def rows(self, window: Window, world_size: int) -> Iterator[list[dict[str, Any]]]:
         """Per global batch of a window, one row per rank (see `pack.RANK_BATCH_SCHEMA`).
@@ -41,16 +41,18 @@ class Feed:
         for segment in window.segments:
             waiting += self._load(segment.chunk, window.epoch)[segment.start : segment.stop]
             while len(waiting) >= size:
-                yield pack.rank_batches(waiting[:size], step, window.epoch, world_size, self.packing)
+                yield pack.rank_batches(waiting[:size], step, window.epoch, world_size, self.costs)
                 waiting, step = waiting[size:], step + 1
         if waiting:
-            yield pack.rank_batches(waiting, step, window.epoch, world_size, self.packing)
+            yield pack.rank_batches(waiting, step, window.epoch, world_size, self.costs)
 
-    def rank_batches(self, position: int, rank: int, world_size: int) -> Iterator[GlobalBatch]:
+    def rank_batches(
+        self, position: int, rank: int, world_size: int, tokens_per_microbatch: int
+    ) -> Iterator[GlobalBatch]:
         """One rank's part of every global batch from a position on, without Ray."""
         for window in self.plan.windows(position):
             for rows in self.rows(window, world_size):
-                yield pack.global_batch(rows[rank])
+                yield pack.global_batch(rows[rank], tokens_per_microbatch, self.costs)
 
     def sources(self, step: int) -> dict[bytes, str]:
         """Where the pairs of a global batch, and of its neighbours, come from: file and row, by id."""

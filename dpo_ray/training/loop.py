@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from dpo_ray.config import Config
 from dpo_ray.model.export import export
 from dpo_ray.model.shard import sharded_policy
+from dpo_ray.training.budget import Budget
 from dpo_ray.training.checkpoint import Checkpointer
 from dpo_ray.training.evaluate import evaluate
 from dpo_ray.training.metrics import Stopwatch, check_first_step, step_line
@@ -25,6 +26,7 @@ def train(config: Config, context: WorkerContext) -> None:
     Raises:
         FirstStepError: At the run's first step the policy does not score the answers as the reference did.
         NonFiniteLossError: A global batch gave a loss that is not finite.
+        OutOfMemoryError: The next attempt will have smaller microbatches.
         CheckpointError: The attempt's checkpoint is damaged: the next attempt will use the one before.
 
     Collective: all ranks.
@@ -37,6 +39,8 @@ def _train(config: Config, context: WorkerContext, recorder: Recorder | None) ->
     doing, attempt = context.control.doing, context.attempt
     doing("loading the model")
     model = sharded_policy(config.model, context.device)
+    budget = Budget(config, context)
+    tokens_per_microbatch = budget.settle(model)
     optimizer = build_optimizer(model, config.optimizer)
     learning_rate = learning_rate_at(config.optimizer, context.total_steps)
     objective = objective_of(config.objective)
@@ -52,7 +56,7 @@ def _train(config: Config, context: WorkerContext, recorder: Recorder | None) ->
         watch = Stopwatch(model, config, context)
         doing(WAITING)
         watch.asked()
-        for batch in context.batches:
+        for batch in context.batches(tokens_per_microbatch):
             watch.got()
             assert batch.step == state.step + 1, f"the stream gave step {batch.step} after {state.step}"
             doing(f"step {batch.step}")
@@ -60,7 +64,8 @@ def _train(config: Config, context: WorkerContext, recorder: Recorder | None) ->
             for group in optimizer.param_groups:
                 group["lr"] = rate
             leaving = context.control.leaving()
-            result = train_step(model, optimizer, batch, objective, config.optimizer.max_grad_norm, leaving)
+            with budget.watched(batch):
+                result = train_step(model, optimizer, batch, objective, config.optimizer.max_grad_norm, leaving)
             state.step, state.num_tokens = batch.step, state.num_tokens + int(result.num_tokens)
             line = step_line(context, state, batch, result, rate)
             if state.step == 1 and config.checks.first_step:
@@ -70,7 +75,7 @@ def _train(config: Config, context: WorkerContext, recorder: Recorder | None) ->
                 recorder.step({**line, **speed}, batch.pair_ids)
             last, leaving, best = state.step == context.total_steps, bool(result.leaving), False
             if _due(state.step, config.train.eval_every_steps, last):
-                line = evaluate(model, context, objective, state.step)
+                line = evaluate(model, context, objective, state.step, tokens_per_microbatch)
                 best = checkpoints.is_best(state, line)
                 if recorder is not None:
                     recorder.line(line)

@@ -50,6 +50,20 @@ def test_at_a_point(
         assert [each for each in there if "." not in each] == [manifest.attempt_folder(written_by)]
 
 
+@pytest.mark.slow
+def test_out_of_memory(place: Place, twin: str, drivers: Any) -> None:
+    """One rank runs out of memory, twice: all go on with smaller microbatches, 0.7 times as large each time."""
+    faults = [{"point": "backward", "rank": 1, "step": step, "do": "memory"} for step in (7, 10)]
+    driver = place.start(place.config("memory", recovery={"max_worker_failures": 0}), *faults)
+    drivers.append(driver)
+    driver.finish()
+    place.assert_same_but_for_rounding("memory", twin)
+    assert [attempt["position"] for attempt in place.attempts("memory")] == [0, 4, 8]
+    told = [text for text in driver.warnings() if "out of memory" in text]
+    assert ["microbatches of 600 tokens; going on with 420" in told[0], "of 420 tokens; going on with 294" in told[1]]
+    assert storage.read_json(storage.join(place.uri("memory"), "budget.json"))["tokens"] == 294
+
+
 def test_kill_right_after_a_commit(place: Place, twin: str, drivers: Any) -> None:
     """Fault 2: what was committed is not lost."""
     driver = place.start(place.config("after-commit"))

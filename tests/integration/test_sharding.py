@@ -54,8 +54,8 @@ def steps(
     objective = objective or Objective(sigmoid, couples_pairs=False, beta=0.1)
     losses = []
     for step in range(1, num + 1):
-        rows = pack.table_of(pack.rank_batches(pairs, step, 0, world, pack.Packing(500))).to_pylist()
-        result = train_step(policy, optimizer, pack.global_batch(rows[rank]), objective, 1.0)
+        rows = pack.table_of(pack.rank_batches(pairs, step, 0, world, pack.Costs())).to_pylist()
+        result = train_step(policy, optimizer, pack.global_batch(rows[rank], 500, pack.Costs()), objective, 1.0)
         losses.append(float(result.sums[0]) / len(pairs))
     return losses
 

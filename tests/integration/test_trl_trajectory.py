@@ -46,8 +46,9 @@ def ours(rank: int, world: int, model: str, rows: list[dict[str, str]], target: 
         for group in optimizer.param_groups:
             group["lr"] = rate(step)
         batch = scored[step * BATCH : (step + 1) * BATCH]
-        rows_ = pack.table_of(pack.rank_batches(batch, step + 1, 0, world, pack.Packing(400))).to_pylist()
-        result = train_step(policy, optimizer, pack.global_batch(rows_[rank]), Objective(sigmoid, False, BETA), 1.0)
+        rows_ = pack.table_of(pack.rank_batches(batch, step + 1, 0, world, pack.Costs())).to_pylist()
+        mine = pack.global_batch(rows_[rank], 400, pack.Costs())
+        result = train_step(policy, optimizer, mine, Objective(sigmoid, False, BETA), 1.0)
         assert result.grad_norm is not None
         lines.append({**finish_metrics(result.sums), "grad_norm": float(result.grad_norm)})
     if rank == 0:

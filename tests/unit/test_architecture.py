@@ -40,6 +40,7 @@ ORDER = [
     "training.feed",
     "training.optimizer",
     "training.step",
+    "training.budget",
     "training.metrics",
     "training.manifest",
     "training.attempts",

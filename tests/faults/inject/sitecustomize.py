@@ -8,7 +8,7 @@ Points: `group` (before a rank joins the process group), `step` (before a traini
 its backward pass), `shard` (before a rank's part of a checkpoint is written), `uploaded` (after), `commit` (before the
 manifest), `score` (a reference actor, before a chunk), `tokenize` (a task of `prepare`, after a block).
 What: `raise`, `kill` (SIGKILL), `stop` (SIGSTOP), `skip` (the step, with its collectives), `slow` (half a minute),
-`full` (no space left).
+`full` (no space left), `memory` (the device has none left).
 """
 
 from __future__ import annotations
@@ -64,6 +64,10 @@ def do(what: str, where: str) -> None:
         raise Planted(f"planted at {where}")
     if what == "full":
         raise OSError(errno.ENOSPC, f"no space left on device, planted at {where}")
+    if what == "memory":
+        import torch
+
+        raise torch.OutOfMemoryError(f"planted at {where}")
     if what == "skip":
         raise Skip
     if what == "slow":

@@ -23,54 +23,60 @@ def scored(index: int, prompt: int, *answers: int, ref: bool = True) -> ScoredPa
     return ScoredPair(TokenizedPair(bytes([index]) * 16, tokens[0], tuple(tokens[1:])), scores)
 
 
-def of_lengths(lengths: list[tuple[int, int, int]]) -> list[TokenizedPair]:
-    return [scored(index, *parts).pair for index, parts in enumerate(lengths)]
+LENGTHS = st.lists(st.integers(1, 100), min_size=3, max_size=3)
 
 
-def test_cost() -> None:
+def test_costs() -> None:
     """A prompt of 3, answers of 2 and 5: 10 tokens, 7 of them through the output layer; 4.5 + 8 + 27.5 looks."""
-    (pair,) = of_lengths([(3, 2, 5)])
-    assert pack.Packing(1, 0.5, 0.01).cost(pair) == pytest.approx(10 + 0.5 * 7 + 0.01 * 40)
+    assert pack.Costs(0.5, 0.01).of([3, 2, 5]) == pytest.approx(10 + 0.5 * 7 + 0.01 * 40)
 
 
-@given(
-    st.lists(st.tuples(st.integers(1, 100), st.integers(1, 100), st.integers(1, 100)), min_size=1, max_size=60),
-    st.integers(1, 8),
-    st.integers(50, 1000),
-    st.floats(0.0, 0.1),
-)
-def test_assign(lengths: list[tuple[int, int, int]], ranks: int, budget: int, attention: float) -> None:
-    pairs, packing = of_lengths(lengths), pack.Packing(budget, 0.3, attention)
-    parts = pack.assign(pairs, ranks, packing)
-    assert len(parts) == ranks
-    assert len({len(bins) for bins in parts}) == 1
-    assert sorted(index for bins in parts for bin_ in bins for index in bin_) == list(range(len(pairs)))
-    assert all(len(bin_) <= 1 or sum(sum(lengths[i]) for i in bin_) <= budget for bins in parts for bin_ in bins)
-    assert all(bin_ == sorted(bin_) for bins in parts for bin_ in bins)
-    assert parts == pack.assign(pairs, ranks, packing)
+@given(st.lists(st.floats(0, 1000), max_size=60), st.integers(1, 8))
+def test_spread(costs: list[float], num_parts: int) -> None:
+    """The last and cheapest item of the heaviest part went there when no part was lighter: it bounds the difference."""
+    parts = pack.spread(costs, num_parts)
+    assert sorted(index for part in parts for index in part) == list(range(len(costs)))
+    assert all(part == sorted(part) for part in parts)
+    loads = [sum(costs[index] for index in part) for part in parts]
+    assert loads == sorted(loads, reverse=True)
+    cheapest = min((costs[index] for index in parts[0]), default=0.0)
+    assert loads[0] - loads[-1] <= cheapest + 1e-9 * loads[0]
 
 
-def test_assign_balances_cost() -> None:
-    """The last and cheapest pair of the heaviest rank went there when no rank was lighter: it bounds the difference."""
-    rng = np.random.default_rng(0)
-    pairs = of_lengths([tuple(rng.integers(10, 150, 3).tolist()) for _ in range(64)])
-    packing = pack.Packing(10**6, 0.3, 0.003)
-    ranks = [[packing.cost(pairs[i]) for bin_ in bins for i in bin_] for bins in pack.assign(pairs, 8, packing)]
-    heaviest = max(ranks, key=sum)
-    assert sum(heaviest) - min(map(sum, ranks)) <= min(heaviest)
+@given(st.lists(st.lists(LENGTHS, max_size=20), min_size=1, max_size=5), st.integers(50, 1000), st.floats(0.0, 0.1))
+def test_microbatches(lengths: list[list[list[int]]], budget: int, attention: float) -> None:
+    """Every rank finds the same number of groups, each within the budget; with one less, some would not be."""
+    costs = pack.Costs(0.3, attention)
+    grouped = [pack.microbatches(lengths, rank, budget, costs) for rank in range(len(lengths))]
+    assert len({len(groups) for groups in grouped}) == 1
+    for pairs, groups in zip(lengths, grouped, strict=True):
+        assert sorted(index for group in groups for index in group) == list(range(len(pairs)))
+        assert all(len(group) <= 1 or sum(sum(pairs[i]) for i in group) <= budget for group in groups)
+    num = len(grouped[0])
+    fewer = [pack.spread([costs.of(pair) for pair in pairs], max(1, num - 1)) for pairs in lengths]
+    assert (
+        num == 1
+        or any(
+            len(group) > 1 and sum(sum(pairs[i]) for i in group) > budget
+            for pairs, groups in zip(lengths, fewer, strict=True)
+            for group in groups
+        )
+        or any(sum(map(sum, pairs)) > budget * (num - 1) for pairs in lengths)
+    )
 
 
 def test_fewer_pairs_than_ranks_leaves_empty_microbatches() -> None:
-    parts = pack.assign(of_lengths([(5, 3, 2), (10, 5, 5)]), 4, pack.Packing(100))
-    assert sorted(len(bin_) for bins in parts for bin_ in bins) == [0, 0, 1, 1]
+    rows = pack.rank_batches([scored(0, 5, 3, 2), scored(1, 10, 5, 5)], 1, 0, 4, pack.Costs())
+    sizes = [len(each.lengths) for row in rows for each in pack.global_batch(row, 100, pack.Costs()).microbatches]
+    assert sizes == [1, 1, 0, 0]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 @pytest.mark.parametrize("ref", [True, False])
 def test_rows_survive_arrow(world_size: int, ref: bool) -> None:
     pairs = [scored(i, 3 + i, 2 + i % 3, 4, ref=ref) for i in range(5)]
-    rows = pack.table_of(pack.rank_batches(pairs, 7, 1, world_size, pack.Packing(30))).to_pylist()
-    got = [pack.global_batch(row) for row in rows]
+    rows = pack.table_of(pack.rank_batches(pairs, 7, 1, world_size, pack.Costs())).to_pylist()
+    got = [pack.global_batch(row, 30, pack.Costs()) for row in rows]
     assert all(batch.pair_ids == [pair.pair.pair_id for pair in pairs] for batch in got)
     assert all((batch.step, batch.epoch, batch.num_pairs) == (7, 1, 5) for batch in got)
     by_id = {pair.pair.pair_id: pair for pair in pairs}
@@ -102,13 +108,20 @@ def test_ranks_have_even_work_on_real_lengths(smollm2: Path, hh_rlhf: Path, batc
         rows = [json.loads(line) for line in lines]
     found = tokenized(rows, AutoTokenizer.from_pretrained(smollm2), max_length=1024)
     pairs = [pair for pair in found if isinstance(pair, TokenizedPair)]
-    packing = pack.Packing(4096, *relative_costs(str(smollm2)))
+    costs = pack.Costs(*relative_costs(str(smollm2)))
     excess = []
     for start in range(0, len(pairs) - batch + 1, batch):
-        part = pairs[start : start + batch]
-        costs = [packing.cost(pair) for pair in part]
-        ranks = pack.assign(part, 8, packing)
-        work = np.array([[sum(costs[index] for index in bin_) for bin_ in bins] for bins in ranks])
-        excess.append(work.max(axis=0).sum() / (sum(costs) / 8) - 1)
+        of_pairs = [list(map(len, pair.parts)) for pair in pairs[start : start + batch]]
+        ranks = [
+            [of_pairs[index] for index in share] for share in pack.spread([costs.of(each) for each in of_pairs], 8)
+        ]
+        grouped = [pack.microbatches(ranks, rank, 2048, costs) for rank in range(8)]
+        work = np.array(
+            [
+                [sum(costs.of(mine[index]) for index in group) for group in groups]
+                for mine, groups in zip(ranks, grouped, strict=True)
+            ]
+        )
+        excess.append(work.max(axis=0).sum() / work.sum(axis=1).mean() - 1)
     assert np.mean(excess) < 0.05
     assert np.quantile(excess, 0.95) < 0.12

@@ -8,7 +8,7 @@ from helpers import chunk_table
 
 from dpo_ray.errors import ReferenceMismatchError
 from dpo_ray.pairs import store
-from dpo_ray.pairs.pack import Packing
+from dpo_ray.pairs.pack import Costs
 from dpo_ray.pairs.plan import Plan, pair_order
 from dpo_ray.pairs.tokenize import pair_id
 from dpo_ray.reference.store import ReferenceStore
@@ -51,13 +51,13 @@ def test_a_batch_waits_for_its_own_chunks_only(tmp_path: Path, chunks: tuple[sto
     """24 pairs in batches of 4: with the first chunk of the plan scored, exactly the batches within it come."""
     plan = Plan(5, chunks, 4, 6)
     reference = ReferenceStore(str(tmp_path / "reference"))
-    feed = Feed(plan, str(tmp_path), reference, refuse, Packing(100))
+    feed = Feed(plan, str(tmp_path), reference, refuse, Costs())
     order = plan.chunk_order(0)
     done = 0
     for number in range(1, 4):
         score(reference, tmp_path, order[number - 1])
         complete = sum(chunk.num_pairs for chunk in order[:number]) // 4
-        batches = feed.rank_batches(done, 0, 1)
+        batches = feed.rank_batches(done, 0, 1, 100)
         for step in range(done + 1, complete + 1):
             assert next(batches).step == step
         if number < 3:
@@ -71,9 +71,9 @@ def test_scores_belong_to_their_answers(tmp_path: Path, chunks: tuple[store.Chun
     reference = ReferenceStore(str(tmp_path / "reference"))
     for chunk in chunks:
         score(reference, tmp_path, chunk)
-    feed = Feed(Plan(5, chunks, 5, 5), str(tmp_path), reference, refuse, Packing(60))
+    feed = Feed(Plan(5, chunks, 5, 5), str(tmp_path), reference, refuse, Costs())
     seen = []
-    for batch in feed.rank_batches(0, 0, 1):
+    for batch in feed.rank_batches(0, 0, 1, 60):
         for ids, micro in zip(batch.microbatch_pair_ids, batch.microbatches, strict=True):
             assert micro.ref_logps is not None
             assert micro.ref_logps.tolist() == [value for i in ids for value in score_of(i)]
@@ -88,9 +88,9 @@ def test_scores_belong_to_their_answers(tmp_path: Path, chunks: tuple[store.Chun
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_share_a_batch(tmp_path: Path, chunks: tuple[store.Chunk, ...], world_size: int) -> None:
-    feed = Feed(Plan(5, chunks, 5, 5), str(tmp_path), None, refuse, Packing(60))
-    whole = list(feed.rank_batches(0, 0, 1))
-    parts = [list(feed.rank_batches(0, rank, world_size)) for rank in range(world_size)]
+    feed = Feed(Plan(5, chunks, 5, 5), str(tmp_path), None, refuse, Costs())
+    whole = list(feed.rank_batches(0, 0, 1, 60))
+    parts = [list(feed.rank_batches(0, rank, world_size, 60)) for rank in range(world_size)]
     for step, batch in enumerate(whole):
         assert all(part[step].pair_ids == batch.pair_ids for part in parts)
         own = [i for part in parts for ids in part[step].microbatch_pair_ids for i in ids]
