@@ -7,8 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
 import ray
 import ray.train
+from ray.data.collate_fn import ArrowBatchCollateFn
 
 from dpo_ray import errors
 from dpo_ray.config import Config
@@ -99,8 +101,11 @@ def _context(assignment: Assignment, reporter: Reporter) -> WorkerContext:
     costs = assignment.places.costs
 
     def batches(tokens_per_microbatch: int) -> Iterator[GlobalBatch]:
-        stream = assignment.streams[rank] if assignment.streams else None
-        return iter(()) if stream is None else _batches(stream, rank, tokens_per_microbatch, costs)
+        if not assignment.streams:
+            return iter(())
+        unpack = _Unpack(rank, tokens_per_microbatch, costs)
+        stream = assignment.streams[rank].iter_torch_batches(batch_size=1, prefetch_batches=2, collate_fn=unpack)
+        return iter(stream)
 
     return WorkerContext(
         rank=rank,
@@ -118,10 +123,13 @@ def _context(assignment: Assignment, reporter: Reporter) -> WorkerContext:
     )
 
 
-def _batches(
-    stream: ray.data.DataIterator, rank: int, tokens_per_microbatch: int, costs: pack.Costs
-) -> Iterator[GlobalBatch]:
-    for table in stream.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=2):
-        (row,) = table.to_pylist()
-        assert row["rank"] == rank, f"rank {rank} was given rank {row['rank']}'s part of step {row['step']}"
-        yield pack.global_batch(row, tokens_per_microbatch, costs)
+class _Unpack(ArrowBatchCollateFn):
+    """From the stream's rows to batches: Ray Data calls it some batches ahead, in a thread beside training."""
+
+    def __init__(self, rank: int, tokens_per_microbatch: int, costs: pack.Costs) -> None:
+        self._rank, self._tokens, self._costs = rank, tokens_per_microbatch, costs
+
+    def __call__(self, batch: pa.Table) -> GlobalBatch:
+        row = pack.row_of(batch)
+        assert row["rank"] == self._rank, f"rank {self._rank} was given rank {row['rank']}'s part of step {row['step']}"
+        return pack.global_batch(row, self._tokens, self._costs)

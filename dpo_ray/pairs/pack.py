@@ -157,6 +157,16 @@ def table_of(rows: list[dict[str, Any]]) -> pa.Table:
     return pa.table({name: [row[name] for row in rows] for name in RANK_BATCH_SCHEMA.names}, schema=RANK_BATCH_SCHEMA)
 
 
+def row_of(table: pa.Table) -> dict[str, Any]:
+    """The one row of a table of `RANK_BATCH_SCHEMA`; tokens and scores as arrays."""
+    arrays = ("tokens", "ref_logps")
+    row = {name: table[name][0].as_py() for name in table.column_names if name not in arrays}
+    for name in arrays:
+        values = table[name][0].values
+        row[name] = None if values is None else values.to_numpy()
+    return row
+
+
 def global_batch(row: dict[str, Any], tokens_per_microbatch: int, costs: Costs) -> GlobalBatch:
     """One rank's part of a global batch, from a row of `RANK_BATCH_SCHEMA`, in microbatches within a budget."""
     pairs, token, score = [], 0, 0
