@@ -160,7 +160,8 @@ def _token_logps(
         rows, mask = _rows(lengths, device)
         states = model.base_model(input_ids=tokens[rows], attention_mask=mask, use_cache=False).last_hidden_state
         hidden = states[answers, pack.position_ids[0, targets] - 1]
-    return completion_token_logps(hidden, tokens[targets], _head(model)), answers
+    vocab_size = model.config.get_text_config().vocab_size
+    return completion_token_logps(hidden, tokens[targets], _head(model), vocab_size), answers
 
 
 def _rows(lengths: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

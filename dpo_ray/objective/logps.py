@@ -9,7 +9,6 @@ Shapes: N completion tokens, A answers, D hidden size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +16,9 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 _BLOCK_ELEMENTS = 2**24
-# Tokens whose logits exist at the same time.
-_HEAD_ROWS = 1024
+# Tokens whose logits are computed at once, and how many logits a forward pass may leave behind.
+_HEAD_ROWS = 512
+_KEPT_ELEMENTS = 2**26
 
 
 def completion_positions(lengths: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -53,16 +53,18 @@ def completion_positions(lengths: Sequence[Sequence[int]]) -> tuple[torch.Tensor
 
 
 def completion_token_logps(
-    hidden: torch.Tensor, targets: torch.Tensor, head: Callable[[torch.Tensor], torch.Tensor]
+    hidden: torch.Tensor, targets: torch.Tensor, head: Callable[[torch.Tensor], torch.Tensor], vocab_size: int
 ) -> torch.Tensor:
     """Log-probability of each completion token, from hidden states.
 
-    The logits exist for a block of tokens at a time; for the backward pass they are computed again.
+    The logits are made for a block of tokens at a time. Those of the first blocks are kept for the backward pass, up to
+    a fixed amount of memory; the others are computed again there.
 
     Args:
         hidden: Shape (N, D), any floating dtype: at the positions that predict the targets.
         targets: Shape (N,), int64.
         head: Hidden states -> logits, Shape (rows, V).
+        vocab_size: V.
 
     Returns:
         Shape (N,), nats; float64 for float64 logits, else float32.
@@ -71,11 +73,14 @@ def completion_token_logps(
     def block(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return token_logps(head(hidden), targets)
 
-    run = (
-        partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False) if torch.is_grad_enabled() else block
-    )
-    parts = zip(hidden.split(_HEAD_ROWS), targets.split(_HEAD_ROWS), strict=True)
-    return torch.cat([run(*part) for part in parts])
+    found, kept_rows = [], _KEPT_ELEMENTS // vocab_size
+    for states, wanted in zip(hidden.split(_HEAD_ROWS), targets.split(_HEAD_ROWS), strict=True):
+        kept_rows -= len(wanted)
+        if kept_rows >= 0 or not torch.is_grad_enabled():
+            found.append(block(states, wanted))
+        else:
+            found.append(checkpoint(block, states, wanted, use_reentrant=False, preserve_rng_state=False))
+    return torch.cat(found)
 
 
 def token_logps(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

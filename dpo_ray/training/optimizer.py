@@ -22,7 +22,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     groups = [group for group in groups if group["params"]]
     match config.name:
         case "adamw":
-            return AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps)
+            return AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
         case "rmsprop":
             return RMSprop(groups, lr=config.learning_rate, eps=config.eps)
         case "adamw_kahan":

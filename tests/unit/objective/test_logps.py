@@ -107,16 +107,23 @@ def test_completion_positions_need_a_prompt():
 
 
 def test_completion_token_logps_equal_those_of_all_logits(monkeypatch):
-    """Hidden states in blocks of 3, the last one short: values and both gradients of the whole product at once."""
+    """Blocks of 3, the last one short, two kept and one made again: values and gradients of the whole at once."""
     monkeypatch.setattr(logps, "_HEAD_ROWS", 3)
+    monkeypatch.setattr(logps, "_KEPT_ELEMENTS", 6 * 11)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(8, 5, dtype=torch.float64, generator=generator).requires_grad_()
     weight = torch.randn(11, 5, dtype=torch.float64, generator=generator).requires_grad_()
-    targets = torch.arange(8)
-    found = completion_token_logps(hidden, targets, lambda states: states @ weight.T)
+    targets, calls = torch.arange(8), []
+
+    def head(states):
+        calls.append(len(states))
+        return states @ weight.T
+
+    found = completion_token_logps(hidden, targets, head, 11)
     expected = (hidden @ weight.T).log_softmax(-1)[torch.arange(8), targets]
     torch.testing.assert_close(found, expected)
     factors = torch.arange(1.0, 9.0, dtype=torch.float64)
     ours = torch.autograd.grad((found * factors).sum(), (hidden, weight))
     theirs = torch.autograd.grad((expected * factors).sum(), (hidden, weight))
     torch.testing.assert_close(ours, theirs)
+    assert calls == [3, 3, 2, 2]
