@@ -108,7 +108,7 @@ def packed_attention(
         key: Shape (1, G, T, D).
         value: Shape (1, G, T, D).
         attention_mask: None: the pack says who sees whom.
-        pack: Passed down through the model's keyword arguments.
+        pack: Passed down through the model's keyword arguments; None: the sequence is one text.
         scaling: Of the scores; None: one over the root of D.
         sliding_window: How far back a token sees, itself included; None: to the beginning.
         softcap: Bound of the scores, as Gemma 2 has it.
@@ -117,10 +117,12 @@ def packed_attention(
         Shape (1, T, H, D), and no weights.
 
     Raises:
-        ValueError: The model did not pass the pack down.
+        ValueError: There is more than one sequence.
     """
+    if len(query) != 1:
+        raise ValueError(f"packed attention of {type(module).__name__} wants one sequence, got {len(query)}")
     if pack is None:
-        raise ValueError(f"{type(module).__name__} was not told how the pairs are packed")
+        pack = Pack([[query.shape[2]]], query.device)
     run, dtype = (_by_block if query.is_cuda else _by_pair), query.dtype
     if widens(dtype, query.device):
         query, key, value = query.float(), key.float(), value.float()
@@ -137,15 +139,16 @@ def _by_pair(
     softcap: float | None,
 ) -> torch.Tensor:
     """For CPUs: each pair by itself, so that nothing of the size of the whole pack's mask is ever computed."""
-    sizes = [size for prompt, first, *others in pack.lengths for size in (prompt + first, *others)]
+    sizes = [size for prompt, *answers in pack.lengths for size in (prompt + sum(answers[:1]), *answers[1:])]
     # Split and not slices: the gradient of a slice is as large as the whole.
     parts = zip(*(states.split(sizes, dim=2) for states in (query, key, value)), strict=True)
     found = []
-    for prompt, first, *others in pack.lengths:
+    for prompt, *answers in pack.lengths:
         queries, keys, values = next(parts)
-        mask = None if window is None else pack.answer_mask(0, prompt + first, window)
+        first = queries.shape[2]
+        mask = None if window is None or first <= window else pack.answer_mask(0, first, window)
         found.append(_attend(queries, keys, values, mask, scaling, softcap))
-        for length in others:
+        for length in answers[1:]:
             queries, own_keys, own_values = next(parts)
             own_keys = torch.cat([keys[:, :, :prompt], own_keys], dim=2)
             own_values = torch.cat([values[:, :, :prompt], own_values], dim=2)
@@ -211,8 +214,10 @@ def _capped(softcap: float) -> Callable[..., torch.Tensor]:
 
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    # Packs differ in length: with dynamic shapes from the start, one compilation serves them all.
-    return torch.compile(function, dynamic=True)
+    # With dynamic shapes a few compilations serve all packs; one too many shall fail, and not run uncompiled, where
+    # FlexAttention would hold all scores of the pack.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
+    return torch.compile(function, dynamic=True, fullgraph=True)
 
 
 AttentionInterface.register(PACKED, packed_attention)

@@ -85,13 +85,16 @@ def relative_costs(uri: str) -> tuple[float, float]:
     Counted from the shape of a dense Transformer with a gated feed-forward part; good enough to balance work by.
 
     Returns:
-        For one token's way through the output layer, and for one token's look at another.
+        For one token's way through the output layer, and for one token's look at another; zeros for a model of
+        another kind.
     """
     config = model_config(uri).get_text_config()
-    hidden, layers, heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
+    hidden, layers, heads = config.hidden_size, config.num_hidden_layers, getattr(config, "num_attention_heads", None)
+    inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    if not isinstance(heads, int) or not isinstance(inner, int):
+        return 0.0, 0.0
     head_dim = getattr(config, "head_dim", None) or hidden // heads
     key_heads = getattr(config, "num_key_value_heads", None) or heads
-    inner = getattr(config, "intermediate_size", None) or 4 * hidden
     body = layers * hidden * (2 * head_dim * (heads + key_heads) + 3 * inner)
     return config.vocab_size * hidden / body, 2 * layers * heads * head_dim / body
 

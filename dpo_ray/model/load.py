@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError
@@ -9,7 +11,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dpo_ray.errors import ConfigError
+from dpo_ray.model.attention import PACKED
 from dpo_ray.model.files import first_line, localize, model_config
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -20,7 +25,7 @@ def load_pretrained(uri: str, dtype: str, attention: str) -> PreTrainedModel:
     Args:
         uri: transformers directory.
         dtype: "float32" or "bfloat16".
-        attention: transformers' attention implementation.
+        attention: "packed", or transformers' attention implementation.
 
     Raises:
         ConfigError: The folder holds no causal language model in safetensors.
@@ -31,12 +36,12 @@ def load_pretrained(uri: str, dtype: str, attention: str) -> PreTrainedModel:
             folder,
             config=model_config(uri),
             dtype=DTYPES[dtype],
-            attn_implementation=attention,
+            attn_implementation=None if attention == PACKED else attention,
             use_safetensors=True,
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ConfigError(f"{uri}: cannot load a causal language model: {first_line(error)}") from None
-    return without_dropout(model)
+    return _with_attention(without_dropout(model), attention)
 
 
 def empty_model(uri: str, attention: str) -> PreTrainedModel:
@@ -44,9 +49,23 @@ def empty_model(uri: str, attention: str) -> PreTrainedModel:
     config = model_config(uri)
     # Buffers such as rotary frequencies are computed, not stored: on the meta device they would be lost.
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation=None if attention == PACKED else attention
+        )
     model.tie_weights()
-    return without_dropout(model)
+    return _with_attention(without_dropout(model), attention)
+
+
+def _with_attention(model: PreTrainedModel, attention: str) -> PreTrainedModel:
+    if attention == PACKED:
+        if model._can_set_attn_implementation():
+            model.set_attn_implementation(PACKED)
+        else:
+            log.warning(
+                "%s has an attention of its own: pairs cannot be packed; each answer gets a row, with padding",
+                type(model).__name__,
+            )
+    return model
 
 
 def without_dropout(model: PreTrainedModel) -> PreTrainedModel:

@@ -43,6 +43,11 @@ def sharded_policy(config: ModelConfig, device: torch.device) -> PreTrainedModel
         whole = load_pretrained(config.path, config.weights_dtype, config.attention).state_dict()
     set_model_state_dict(model, whole, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
     settle_layout(model)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # The root keeps its gathered weights after a forward pass, for a backward pass that does not come here.
+            module.reshard()
+    _assert_sharded(model)
     return model.train()
 
 
@@ -64,6 +69,10 @@ def shard(model: PreTrainedModel, compute_dtype: str, device_type: str) -> None:
         module.set_force_sum_reduction_for_comms(True)
         module.set_gradient_divide_factor(1.0)
     register_fsdp_forward_method(with_token_logps(model), "token_logps")
+    _assert_sharded(model)
+
+
+def _assert_sharded(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         assert isinstance(parameter, DTensor), f"{name} is not sharded"
         assert all(placement.is_shard() for placement in parameter.placements), f"{name} is {parameter.placements}"

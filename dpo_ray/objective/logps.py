@@ -16,8 +16,11 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 _BLOCK_ELEMENTS = 2**24
-# Tokens whose logits are computed at once, and how many logits a forward pass may leave behind.
-_HEAD_ROWS = 512
+# Tokens whose logits are computed at once, fewer where the vocabulary is large: each block adds to the gradient of the
+# whole output layer, which on a GPU takes as long as many tokens.
+_HEAD_ROWS = {"cpu": 512, "cuda": 4096}
+_BLOCK_LOGITS = 2**29
+# Logits that a forward pass may leave behind.
 _KEPT_ELEMENTS = 2**26
 
 
@@ -74,7 +77,8 @@ def completion_token_logps(
         return token_logps(head(hidden), targets)
 
     found, kept_rows = [], _KEPT_ELEMENTS // vocab_size
-    for states, wanted in zip(hidden.split(_HEAD_ROWS), targets.split(_HEAD_ROWS), strict=True):
+    rows = min(_HEAD_ROWS[hidden.device.type], max(1, _BLOCK_LOGITS // vocab_size))
+    for states, wanted in zip(hidden.split(rows), targets.split(rows), strict=True):
         kept_rows -= len(wanted)
         if kept_rows >= 0 or not torch.is_grad_enabled():
             found.append(block(states, wanted))

@@ -31,6 +31,8 @@ TELL_S = 10.0
 DRAIN_LOOK_S = 1.0
 GROW_LOOK_S = 5.0
 
+# Each time microbatches get smaller; after so many they are a twentieth of what they were.
+MAX_MEMORY_FAILURES = 8
 _LIMITS = {
     "worker": "max_worker_failures",
     "node": "max_node_failures",
@@ -102,10 +104,14 @@ class Failures:
         if attempt.position > self._position:
             self._position = attempt.position
             self._counts.clear()
-        if end.kind == "memory":
-            # The budget shrinks each time: it ends of itself.
-            return
         self._counts[end.kind] += 1
+        if end.kind == "memory":
+            if self._counts[end.kind] > MAX_MEMORY_FAILURES:
+                raise RecoveryError(
+                    f"{end.reason}, {self._counts[end.kind]} times since step {attempt.position}: it is not the size "
+                    "of the microbatches; set model.gradient_checkpointing: true, or raise scaling.workers"
+                )
+            return
         key = _LIMITS[end.kind]
         limit = getattr(self._limits, key)
         if -1 < limit < self._counts[end.kind]:

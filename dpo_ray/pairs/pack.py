@@ -93,12 +93,11 @@ def microbatches(
     def fits(pairs: Sequence[Sequence[int]], parts: list[list[int]]) -> bool:
         return all(len(part) <= 1 or sum(sum(pairs[i]) for i in part) <= tokens_per_microbatch for part in parts)
 
+    of_pairs = [[costs.of(pair) for pair in pairs] for pairs in lengths]
     num = max(1, max(-(-sum(map(sum, pairs)) // tokens_per_microbatch) for pairs in lengths))
-    while True:
-        grouped = [spread([costs.of(pair) for pair in pairs], num) for pairs in lengths]
-        if all(map(fits, lengths, grouped)):
-            return grouped[rank]
+    while not all(fits(pairs, spread(each, num)) for pairs, each in zip(lengths, of_pairs, strict=True)):
         num += 1
+    return spread(of_pairs[rank], num)
 
 
 def microbatch(pairs: Sequence[ScoredPair]) -> Microbatch:

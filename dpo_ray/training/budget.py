@@ -14,6 +14,7 @@ from torch import nn
 from dpo_ray import storage
 from dpo_ray.config import Config
 from dpo_ray.errors import ConfigError, OutOfMemoryError
+from dpo_ray.model.shard import set_gradient_sync
 from dpo_ray.types import GlobalBatch, WorkerContext
 
 log = logging.getLogger(__name__)
@@ -21,12 +22,12 @@ log = logging.getLogger(__name__)
 # On a CPU longer packs are no faster: its caches are small.
 CPU_TOKENS = 2048
 # Packs of these sizes are tried to see what a token takes.
-TRIED_TOKENS = (512, 2048)
+TRIED_TOKENS = (768, 3072)
 # Of the memory that the device has; the rest is for what comes in between, and for fragments.
 USED_SHARE = 0.85
 # Of the budget that did not fit.
 SHRINK = 0.7
-MOST_TOKENS = 65_536
+MOST_TOKENS, PADDED_TOKENS = 65_536, 4096
 # What an optimizer keeps per trained number, at most: two moments in float32, and Kahan's compensation.
 STATE_BYTES = 10
 
@@ -39,13 +40,20 @@ class Budget:
 
         Collective: all ranks.
         """
-        self._uri = storage.join(config.run_uri, "budget.json")
-        self._configured, self._context = config.train.tokens_per_microbatch, context
-        known = [storage.read_json(self._uri) if context.rank == 0 and storage.exists(self._uri) else None]
-        dist.broadcast_object_list(known)
-        found = known[0] if known[0] is not None and known[0]["configured"] == self._configured else None
-        self.known = found is not None or self._configured != "auto"
-        self.tokens = found["tokens"] if found else CPU_TOKENS if self._configured == "auto" else self._configured
+        self._uri, self._context = storage.join(config.run_uri, "budget.json"), context
+        configured = config.train.tokens_per_microbatch
+        # What a budget holds for.
+        self._valid_for = {
+            "configured": configured,
+            "world_size": dist.get_world_size(),
+            "gradient_checkpointing": config.model.gradient_checkpointing,
+            "device": _device_name(context.device),
+        }
+        stored = [storage.read_json(self._uri) if context.rank == 0 and storage.exists(self._uri) else None]
+        dist.broadcast_object_list(stored)
+        known = stored[0] if stored[0] is not None and stored[0]["valid_for"] == self._valid_for else None
+        self._measure = known is None and configured == "auto" and context.device.type == "cuda"
+        self.tokens = known["tokens"] if known else CPU_TOKENS if configured == "auto" else configured
 
     def settle(self, model: nn.Module) -> int:
         """The budget, measured where it is not known.
@@ -61,14 +69,19 @@ class Budget:
 
         Collective: all ranks.
         """
-        if not self.known and self._context.device.type == "cuda":
-            self.tokens = TRIED_TOKENS[-1]
+        if self._measure:
+            self.tokens, device = TRIED_TOKENS[-1], self._context.device
             with self.watched():
-                few, many = (_peak_bytes(model, tokens, self._context.device) for tokens in TRIED_TOKENS)
-            affordable = affordable_tokens(few, many, _state_bytes(model), _memory_bytes(self._context.device))
-            found = torch.tensor(affordable, device=self._context.device)
+                few, many = (_peak_bytes(model, tokens, device) for tokens in TRIED_TOKENS)
+            config = cast(Any, model).config.get_text_config()
+            least = 2 * config.num_hidden_layers * config.hidden_size
+            affordable = affordable_tokens(few, many, least, _state_bytes(model), _memory_bytes(device))
+            if not cast(Any, model).packed:
+                # Padded rows with their prompts take several times the memory that their tokens say.
+                affordable = min(affordable, PADDED_TOKENS)
+            found = torch.tensor(affordable, device=device)
             dist.all_reduce(found, op=dist.ReduceOp.MIN)
-            self.tokens, self.known = int(found), True
+            self.tokens = int(found)
             if self._context.rank == 0:
                 self._write("measured")
                 log.warning("train.tokens_per_microbatch: auto is %d tokens here", self.tokens)
@@ -96,6 +109,7 @@ class Budget:
                     f"step {batch.step}: out of memory with a single pair of up to {longest} tokens in a microbatch; "
                     "set model.gradient_checkpointing: true, lower data.max_length, or raise scaling.workers"
                 ) from None
+            log.warning("%s", error)
             before, self.tokens = self.tokens, int(self.tokens * SHRINK)
             self._context.fence()
             self._write("out of memory")
@@ -104,11 +118,11 @@ class Budget:
             ) from None
 
     def _write(self, reason: str) -> None:
-        document = {"configured": self._configured, "tokens": self.tokens, "reason": reason}
+        document = {"tokens": self.tokens, "reason": reason, "valid_for": self._valid_for}
         storage.write_json(self._uri, document)
 
 
-def affordable_tokens(few_bytes: int, many_bytes: int, state_bytes: int, memory_bytes: int) -> int:
+def affordable_tokens(few_bytes: int, many_bytes: int, least_bytes: int, state_bytes: int, memory_bytes: int) -> int:
     """The budget that fills a device, from the peaks of the two packs that were tried.
 
     A pack's memory grows in proportion to its tokens; what does not grow is weights, gradients and, still to come,
@@ -117,6 +131,7 @@ def affordable_tokens(few_bytes: int, many_bytes: int, state_bytes: int, memory_
     Args:
         few_bytes: Peak with the first of `TRIED_TOKENS`.
         many_bytes: Peak with the second.
+        least_bytes: What a token takes at the very least: the two peaks may both be another moment's.
         state_bytes: What the optimizer will take.
         memory_bytes: The device's.
 
@@ -124,25 +139,31 @@ def affordable_tokens(few_bytes: int, many_bytes: int, state_bytes: int, memory_
         A multiple of 256, at least the second of `TRIED_TOKENS`, which has been seen to fit.
     """
     few, many = TRIED_TOKENS
-    per_token = max(1.0, (many_bytes - few_bytes) / (many - few))
+    per_token = max(least_bytes, (many_bytes - few_bytes) / (many - few))
     fixed = many_bytes - per_token * many + state_bytes
     affordable = int((USED_SHARE * memory_bytes - fixed) / per_token) // 256 * 256
     return min(max(affordable, many), MOST_TOKENS)
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    signs = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
 
 
 def _peak_bytes(model: nn.Module, num_tokens: int, device: torch.device) -> int:
-    """Largest memory during a forward and backward pass over random pairs of 128 tokens a part."""
-    lengths = [[128, 128, 128]] * (num_tokens // 384) + [[num_tokens % 384 - 2, 1, 1]] * (num_tokens % 384 > 2)
+    """Largest memory during two microbatches of a step, over pairs of 128 tokens a part.
+
+    Until the last microbatch every rank holds the gradient of the whole model.
+    """
+    lengths = [[128, 128, 128]] * (num_tokens // 384)
+    tokens = torch.zeros(sum(map(sum, lengths)), dtype=torch.int64)
     torch.cuda.reset_peak_memory_stats(device)
-    per_token, _ = cast(Any, model).token_logps(torch.zeros(num_tokens, dtype=torch.int64), lengths)
-    per_token.sum().backward()
-    peak = torch.cuda.max_memory_allocated(device)
+    for last in (False, True):
+        set_gradient_sync(model, last)
+        per_token, _ = cast(Any, model).token_logps(tokens, lengths)
+        per_token.sum().backward()
     model.zero_grad(set_to_none=True)
-    return peak
+    return torch.cuda.max_memory_allocated(device)
 
 
 def _state_bytes(model: nn.Module) -> int:
@@ -152,3 +173,7 @@ def _state_bytes(model: nn.Module) -> int:
 
 def _memory_bytes(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).total_memory
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -75,7 +75,8 @@ def _train(config: Config, context: WorkerContext, recorder: Recorder | None) ->
                 recorder.step({**line, **speed}, batch.pair_ids)
             last, leaving, best = state.step == context.total_steps, bool(result.leaving), False
             if _due(state.step, config.train.eval_every_steps, last):
-                line = evaluate(model, context, objective, state.step, tokens_per_microbatch)
+                with budget.watched():
+                    line = evaluate(model, context, objective, state.step, tokens_per_microbatch)
                 best = checkpoints.is_best(state, line)
                 if recorder is not None:
                     recorder.line(line)

@@ -108,7 +108,7 @@ def test_completion_positions_need_a_prompt():
 
 def test_completion_token_logps_equal_those_of_all_logits(monkeypatch):
     """Blocks of 3, the last one short, two kept and one made again: values and gradients of the whole at once."""
-    monkeypatch.setattr(logps, "_HEAD_ROWS", 3)
+    monkeypatch.setattr(logps, "_HEAD_ROWS", {"cpu": 3})
     monkeypatch.setattr(logps, "_KEPT_ELEMENTS", 6 * 11)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(8, 5, dtype=torch.float64, generator=generator).requires_grad_()

@@ -18,13 +18,18 @@ MIB = 2**20
 
 
 def test_affordable_tokens() -> None:
-    """512 tokens take 1,000 MiB and 2,048 take 1,768: half a MiB each beside 744. With 256 MiB of optimizer state,
-    0.85 of 8,000 MiB leave (6,800 - 744 - 256) / 0.5 = 11,600 tokens, or 45 times 256."""
-    assert affordable_tokens(1000 * MIB, 1768 * MIB, 256 * MIB, 8000 * MIB) == 45 * 256
+    """768 tokens take 1,000 MiB and 3,072 take 2,152: half a MiB each beside 616. With 256 MiB of optimizer state,
+    0.85 of 8,000 MiB leave (6,800 - 616 - 256) / 0.5 = 11,856 tokens, or 46 times 256."""
+    assert affordable_tokens(1000 * MIB, 2152 * MIB, 1, 256 * MIB, 8000 * MIB) == 46 * 256
+
+
+def test_a_peak_of_another_moment_does_not_make_tokens_free() -> None:
+    """Both peaks are the gradients': a token is taken for its least, 0.25 MiB: (6,800 - 1,000 + 768) / 0.25."""
+    assert affordable_tokens(1000 * MIB, 1000 * MIB, MIB // 4, 0, 8000 * MIB) == (6800 - 1000 + 768) * 4 // 256 * 256
 
 
 def test_what_has_been_seen_to_fit_is_never_undercut() -> None:
-    assert affordable_tokens(1000 * MIB, 1768 * MIB, 256 * MIB, 1000 * MIB) == budgets.TRIED_TOKENS[-1]
+    assert affordable_tokens(1000 * MIB, 2152 * MIB, 1, 256 * MIB, 1000 * MIB) == budgets.TRIED_TOKENS[-1]
 
 
 def batch(*pairs: int) -> Any:
