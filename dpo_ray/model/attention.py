@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache, cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from transformers import AttentionInterface
 
 from dpo_ray.model.linear import widens
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask  # Brings a compiler, which CPUs have no use for here.
 
 # What transformers calls it: see the end of this file.
 PACKED = "packed"
@@ -58,6 +60,8 @@ class Pack:
 
     def block_mask(self, window: int | None) -> BlockMask:
         """The whole pack's mask for FlexAttention."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
         if window not in self._block_masks:
             num_tokens = self.position_ids.shape[1]
             make = _compiled(create_block_mask) if self._device.type == "cuda" else create_block_mask
@@ -190,6 +194,8 @@ def _by_block(
     softcap: float | None,
 ) -> torch.Tensor:
     """For GPUs: one kernel over the pack that skips the blocks in which nothing sees anything."""
+
+    from torch.nn.attention.flex_attention import flex_attention
 
     run: Any = _compiled(flex_attention) if query.is_cuda else flex_attention
     found: torch.Tensor = run(
