@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -53,6 +54,8 @@ def work(arguments: dict[str, Assignment]) -> None:
     try:
         from dpo_ray.training.loop import train  # The driver imports this file too, and needs no model.
 
+        # What was imported is no garbage: each look through it would stop every thread for a quarter of a second.
+        gc.freeze()
         with warnings_to(reporter.warn):
             train(assignment.config, _context(assignment, reporter))
     except BaseException as error:
