@@ -28,6 +28,8 @@ USED_SHARE = 0.85
 # Of the budget that did not fit.
 SHRINK = 0.7
 MOST_TOKENS, PADDED_TOKENS = 65_536, 4096
+# Of the memory, what the unsummed gradient of the whole model may take.
+GRADIENT_SHARE = 0.15
 # What an optimizer keeps per trained number, at most: two moments in float32, and Kahan's compensation.
 STATE_BYTES = 10
 
@@ -49,6 +51,7 @@ class Budget:
             "gradient_checkpointing": config.model.gradient_checkpointing,
             "device": _device_name(context.device),
         }
+        self.reduce_each = False
         stored = [storage.read_json(self._uri) if context.rank == 0 and storage.exists(self._uri) else None]
         dist.broadcast_object_list(stored)
         known = stored[0] if stored[0] is not None and stored[0]["valid_for"] == self._valid_for else None
@@ -57,6 +60,9 @@ class Budget:
 
     def settle(self, model: nn.Module) -> int:
         """The budget, measured where it is not known.
+
+        Also decides whether gradients are summed over ranks after each microbatch (`reduce_each`): where the gradient
+        of the whole model would take much of the memory.
 
         Args:
             model: The policy, without gradients and optimizer state.
@@ -69,10 +75,14 @@ class Budget:
 
         Collective: all ranks.
         """
+        if self._context.device.type == "cuda":
+            # Until it is summed, a gradient is in float32.
+            gradient_bytes = 4 * sum(parameter.numel() for parameter in model.parameters())
+            self.reduce_each = gradient_bytes > GRADIENT_SHARE * _memory_bytes(self._context.device)
         if self._measure:
             self.tokens, device = TRIED_TOKENS[-1], self._context.device
             with self.watched():
-                few, many = (_peak_bytes(model, tokens, device) for tokens in TRIED_TOKENS)
+                few, many = (_peak_bytes(model, tokens, device, self.reduce_each) for tokens in TRIED_TOKENS)
             config = cast(Any, model).config.get_text_config()
             least = 2 * config.num_hidden_layers * config.hidden_size
             affordable = affordable_tokens(few, many, least, _state_bytes(model), _memory_bytes(device))
@@ -150,16 +160,16 @@ def _out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
 
 
-def _peak_bytes(model: nn.Module, num_tokens: int, device: torch.device) -> int:
+def _peak_bytes(model: nn.Module, num_tokens: int, device: torch.device, reduce_each: bool) -> int:
     """Largest memory during two microbatches of a step, over pairs of 128 tokens a part.
 
-    Until the last microbatch every rank holds the gradient of the whole model.
+    Until it is summed over ranks, each holds the gradient of the whole model.
     """
     lengths = [[128, 128, 128]] * (num_tokens // 384)
     tokens = torch.zeros(sum(map(sum, lengths)), dtype=torch.int64)
     torch.cuda.reset_peak_memory_stats(device)
     for last in (False, True):
-        set_gradient_sync(model, last)
+        set_gradient_sync(model, reduce_each or last)
         per_token, _ = cast(Any, model).token_logps(tokens, lengths)
         per_token.sum().backward()
     model.zero_grad(set_to_none=True)

@@ -65,7 +65,8 @@ def _train(config: Config, context: WorkerContext, recorder: Recorder | None) ->
                 group["lr"] = rate
             leaving = context.control.leaving()
             with budget.watched(batch):
-                result = train_step(model, optimizer, batch, objective, config.optimizer.max_grad_norm, leaving)
+                clip = config.optimizer.max_grad_norm
+                result = train_step(model, optimizer, batch, objective, clip, leaving, budget.reduce_each)
             state.step, state.num_tokens = batch.step, state.num_tokens + int(result.num_tokens)
             line = step_line(context, state, batch, result, rate)
             if state.step == 1 and config.checks.first_step:

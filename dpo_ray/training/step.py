@@ -69,6 +69,7 @@ def train_step(
     objective: Objective,
     max_grad_norm: float | None,
     leaving: bool = False,
+    reduce_each: bool = False,
 ) -> StepResult:
     """One optimizer update: the mean loss over the global batch's pairs, whatever ranks and microbatches they are in.
 
@@ -79,13 +80,15 @@ def train_step(
         objective: The loss.
         max_grad_norm: For clipping; None: do not.
         leaving: Whether this rank has been asked to leave.
+        reduce_each: Whether gradients are summed over ranks after each microbatch, and not once after the last: more
+            communication, but no rank holds the gradient of the whole model.
 
     Collective: all ranks.
     """
     local = _Local(next(model.parameters()).device, leaving)
     joint = _joint_losses(model, batch, objective) if objective.couples_pairs else None
     for index, microbatch in enumerate(batch.microbatches):
-        set_gradient_sync(model, index == len(batch.microbatches) - 1)
+        set_gradient_sync(model, reduce_each or index == len(batch.microbatches) - 1)
         if not microbatch.lengths:
             empty_pass(model).backward()
             continue

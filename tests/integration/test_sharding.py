@@ -198,3 +198,24 @@ def test_losses_that_couple_pairs_see_the_global_batch(tmp_path: Path, tiny_mode
         run_ranks(coupled, world, tmp_path, str(tiny_model), str(tmp_path))
     one, two = (json.loads((tmp_path / f"coupled-{world}.json").read_text()) for world in (1, 2))
     assert two["sorted"] == pytest.approx(one["sorted"], rel=1e-5)
+
+
+def summed_each(rank: int, world: int, model: str) -> None:
+    pairs = scored_pairs(model, 24)
+    found = []
+    for reduce_each in (False, True):
+        policy, optimizer = build(model)
+        for step in range(1, 5):
+            row = pack.rank_batches(pairs, step, 0, world, pack.Costs())[rank]
+            batch = pack.global_batch(row, 300, pack.Costs())
+            assert len(batch.microbatches) >= 3
+            result = train_step(policy, optimizer, batch, Objective(sigmoid, False, 0.1), 1.0, reduce_each=reduce_each)
+            assert result.grad_norm is not None
+            found.append([float(result.sums[0]), float(result.grad_norm)])
+    assert found[0][0] > found[3][0]
+    assert found[:4] == pytest.approx(found[4:], rel=1e-5)
+
+
+def test_when_gradients_are_summed_does_not_matter(tmp_path: Path, tiny_model: Path) -> None:
+    """After each of several microbatches, or once after the last."""
+    run_ranks(summed_each, 2, tmp_path, str(tiny_model))
