@@ -211,9 +211,10 @@ def summed_each(rank: int, world: int, model: str) -> None:
             assert len(batch.microbatches) >= 3
             result = train_step(policy, optimizer, batch, Objective(sigmoid, False, 0.1), 1.0, reduce_each=reduce_each)
             assert result.grad_norm is not None
-            found.append([float(result.sums[0]), float(result.grad_norm)])
-    assert found[0][0] > found[3][0]
-    assert found[:4] == pytest.approx(found[4:], rel=1e-5)
+            found += [float(result.sums[0]), float(result.grad_norm)]
+    once, each = found[:8], found[8:]
+    assert once[0] > once[-2]
+    assert each == pytest.approx(once, rel=1e-5)
 
 
 def test_when_gradients_are_summed_does_not_matter(tmp_path: Path, tiny_model: Path) -> None:
