@@ -84,7 +84,7 @@ def _train(config: Config, context: WorkerContext, recorder: Recorder | None) ->
             doing(WAITING)
             asked = time.perf_counter()
         doing("the last checkpoint")
-    if state.step == context.total_steps:
+    if state.step >= context.total_steps:  # More, where a run was given less to do than it had done.
         doing("export")
         export(model, config, state.step, context.rank, context.fence)
 
