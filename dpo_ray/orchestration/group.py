@@ -31,6 +31,7 @@ from dpo_ray.orchestration.nodes import kill, look_at, on_nodes, usable_nodes
 from dpo_ray.orchestration.stream import Places, close_streams, open_streams
 from dpo_ray.orchestration.watch import Watcher
 from dpo_ray.orchestration.worker import Assignment, final_error, work
+from dpo_ray.storage_requests import patience_s
 from dpo_ray.types import Attempt
 
 LOOK_S = 0.5
@@ -132,7 +133,7 @@ class WorkerGroup:
                 train_loop_config={
                     "assignment": Assignment(config, self._places, attempt, self._streams, self._monitor)
                 },
-                torch_config=TorchConfig(timeout_s=int(max(1800, 2 * config.recovery.hang_timeout_s))),
+                torch_config=TorchConfig(timeout_s=int(patience_s() + 2 * config.recovery.hang_timeout_s)),
                 scaling_config=ray.train.ScalingConfig(
                     num_workers=attempt.world_size,
                     use_gpu=bool(scaling.gpus_per_worker),
@@ -143,7 +144,9 @@ class WorkerGroup:
                 run_config=RunConfig(
                     name=config.name,
                     storage_path=scratch,
-                    failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
+                    # Preempted nodes have a count of their own, without a limit: Ray Train would start the group anew
+                    # in the middle of an attempt.
+                    failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
                 ),
             ).fit()
         except BaseException as error:

@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import partial, wraps
 from threading import Thread
 from types import TracebackType
@@ -43,6 +44,8 @@ from torch.optim import Optimizer
 
 from dpo_ray import storage
 from dpo_ray.errors import CheckpointError, DpoRayError, StorageError
+from dpo_ray.storage_requests import patience_s
+from dpo_ray.training.attempts import read_attempts
 from dpo_ray.training.manifest import (
     FORMAT_VERSION,
     FileRecord,
@@ -71,6 +74,8 @@ _DTYPES = {  # As safetensors names them.
     "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+# Beyond the patience with the storage, for the work itself.
+GROUP_MARGIN_S = 1800.0
 _PIECE_BYTES = 2**20  # Hashed and written while it is in the CPU's cache.
 
 P = ParamSpec("P")
@@ -111,7 +116,8 @@ class Checkpointer:
         self._attempt, self._keep, self._keep_best = attempt, keep, keep_best
         self._before_commit = before_commit or (lambda _: None)
         # Its own: a save must not meet the train step's collectives. And of the CPU, where the copies are.
-        self._group = dist.new_group(backend="gloo")
+        # A rank that waits out an outage must not be given up by the others.
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=patience_s() + GROUP_MARGIN_S))
         self._rank = dist.get_rank()
         self._buffers: dict[str, torch.Tensor] = {}
         self._writing: _Background | None = None
@@ -208,7 +214,10 @@ class Checkpointer:
     def _write(self, staged: dict[str, torch.Tensor], state: TrainState) -> None:
         writer = _Writer(self._run_uri, state, self._attempt, partial(self._before_commit, state))
         try:
-            planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+            # What all ranks have stands in one rank's file: at loading each reads that one and its own, not all.
+            planner = DefaultSavePlanner(
+                flatten_state_dict=False, flatten_sharded_tensors=False, dedup_save_to_lowest_rank=True
+            )
             dcp.save(dict(staged), storage_writer=writer, planner=planner, process_group=self._group)
         except BaseException as error:  # DCP's CheckpointException is no Exception.
             # A manifest whose writing failed may still have come to be. And storage that fails is not asked again.
@@ -219,7 +228,10 @@ class Checkpointer:
         if self._rank == 0:
             best = state.best_step if self._keep_best and self._keep_best == state.best_metric else None
             try:
-                prune(self._run_uri, self._keep, self._attempt, best)
+                newest = read_attempts(self._run_uri)[-1:]
+                # An attempt that has begun meanwhile loads it.
+                spared = {each.checkpoint for each in newest if each.attempt != self._attempt}
+                prune(self._run_uri, self._keep, self._attempt, best, spared)
             except (DpoRayError, OSError) as error:  # The checkpoint is there: old ones are nothing to fail for.
                 _log.warning("old checkpoints were not removed: %s", error)
 

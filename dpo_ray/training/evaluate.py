@@ -9,7 +9,7 @@ from torch import nn
 
 from dpo_ray.objective.rewards import finish_metrics
 from dpo_ray.training.step import Objective, eval_step
-from dpo_ray.types import WorkerContext
+from dpo_ray.types import WAITING, WorkerContext
 
 
 def evaluate(
@@ -20,6 +20,11 @@ def evaluate(
     Collective: all ranks.
     """
     started = time.perf_counter()
-    sums = [eval_step(model, batch, objective).sums for batch in context.eval_batches(tokens)]
+    sums, doing = [], context.control.doing
+    doing(WAITING)
+    for number, batch in enumerate(context.eval_batches(tokens), start=1):
+        doing(f"batch {number} of the evaluation after step {step}")
+        sums.append(eval_step(model, batch, objective).sums)
+        doing(WAITING)
     metrics = {f"eval_{name}": value for name, value in finish_metrics(torch.stack(sums).sum(0)).items()}
     return {"step": step, **metrics, "eval_perf/seconds": time.perf_counter() - started}

@@ -89,7 +89,7 @@ def _train(config: Config, context: WorkerContext, recorder: Recorder | None) ->
             doing(WAITING)
             watch.asked()
         doing("the last checkpoint")
-    if state.step == context.total_steps:
+    if state.step >= context.total_steps:  # More, where a run was given less to do than it had done.
         doing("export")
         export(model, config, state.step, context.rank, context.fence)
 

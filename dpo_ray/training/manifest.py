@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -155,7 +155,9 @@ def set_aside(run_uri: str, name: str, reason: str) -> None:
     _log.warning("%s: set aside: %s", name, reason)
 
 
-def prune(run_uri: str, keep: int, attempt: int, best_step: int | None = None) -> None:
+def prune(
+    run_uri: str, keep: int, attempt: int, best_step: int | None = None, spared: Collection[str | None] = ()
+) -> None:
     """Removes what is older than the newest `keep` checkpoints, what was set aside too, but not the best one.
 
     Args:
@@ -163,13 +165,14 @@ def prune(run_uri: str, keep: int, attempt: int, best_step: int | None = None) -
         keep: How many.
         attempt: Who asks. A folder that a newer attempt writes to is left alone.
         best_step: Kept, however old.
+        spared: Names that are kept too.
     """
     steps = _listed(run_uri)
     kept = [name for name, there in steps.items() if _is_committed(run_uri, name, there)][-keep:]
     best = None if best_step is None else checkpoint_name(best_step)
     for name, there in steps.items():
         newer = any(number > attempt for number in _numbers(there, _ATTEMPT))
-        if kept and name < kept[0] and name != best and not newer:
+        if kept and name < kept[0] and name != best and name not in spared and not newer:
             # The manifest first: what is left of a removal cut short must not look like a checkpoint.
             storage.remove(storage.join(checkpoint_uri(run_uri, name), _MANIFEST))
             storage.remove(checkpoint_uri(run_uri, name))
