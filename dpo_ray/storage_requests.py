@@ -63,7 +63,7 @@ def patience(seconds: float) -> Iterator[None]:
         _patience_here.reset(token)
 
 
-def patience_s() -> float:
+def full_patience_s() -> float:
     """How long storage that fails is waited for.
 
     Raises:
@@ -144,7 +144,7 @@ def _ask_until_answered(uri: str, ask: Callable[[], _T], writes: bool) -> _T:
             # What is silent altogether raises a timeout of another type.
             too_slow += type(error) is FSTimeoutError and type(error.__cause__) is TimeoutError
             passing = is_passing(error, local=isinstance(filesystem(uri)[0], LocalFileSystem))
-            patience_s = patience_s() if passing else 0.0
+            patience_s = full_patience_s() if passing else 0.0
             if writes and place in _on_trial and s3_code(error) is not None:
                 patience_s = min(patience_s, FIRST_WRITE_PATIENCE_S)
             pause_s = _jitter.uniform(0, min(LONGEST_PAUSE_S, 0.25 * 2.0 ** min(failures, 10)))

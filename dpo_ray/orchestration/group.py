@@ -31,7 +31,7 @@ from dpo_ray.orchestration.nodes import kill, look_at, on_nodes, usable_nodes
 from dpo_ray.orchestration.stream import Places, close_streams, open_streams
 from dpo_ray.orchestration.watch import Watcher
 from dpo_ray.orchestration.worker import Assignment, final_error, work
-from dpo_ray.storage_requests import patience_s
+from dpo_ray.storage_requests import full_patience_s
 from dpo_ray.types import Attempt
 
 LOOK_S = 0.5
@@ -133,7 +133,7 @@ class WorkerGroup:
                 train_loop_config={
                     "assignment": Assignment(config, self._places, attempt, self._streams, self._monitor)
                 },
-                torch_config=TorchConfig(timeout_s=int(patience_s() + 2 * config.recovery.hang_timeout_s)),
+                torch_config=TorchConfig(timeout_s=int(full_patience_s() + 2 * config.recovery.hang_timeout_s)),
                 scaling_config=ray.train.ScalingConfig(
                     num_workers=attempt.world_size,
                     use_gpu=bool(scaling.gpus_per_worker),

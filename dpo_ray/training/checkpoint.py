@@ -44,7 +44,7 @@ from torch.optim import Optimizer
 
 from dpo_ray import storage
 from dpo_ray.errors import CheckpointError, DpoRayError, StorageError
-from dpo_ray.storage_requests import patience_s
+from dpo_ray.storage_requests import full_patience_s
 from dpo_ray.training.attempts import read_attempts
 from dpo_ray.training.manifest import (
     FORMAT_VERSION,
@@ -117,7 +117,7 @@ class Checkpointer:
         self._before_commit = before_commit or (lambda _: None)
         # Its own: a save must not meet the train step's collectives. And of the CPU, where the copies are.
         # A rank that waits out an outage must not be given up by the others.
-        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=patience_s() + GROUP_MARGIN_S))
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=full_patience_s() + GROUP_MARGIN_S))
         self._rank = dist.get_rank()
         self._buffers: dict[str, torch.Tensor] = {}
         self._writing: _Background | None = None
