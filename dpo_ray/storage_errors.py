@@ -64,7 +64,6 @@ _PASSING_CODES = {
     "IncompleteBody",
     "NoSuchUpload",  # The answer that completed an upload was lost, or the server has cleaned up: it begins anew.
     "OperationAborted",
-    "RequestTimeTooSkewed",  # A clock that was wrong is set right.
     "RequestTimeout",
     "SlowDown",
     "TooManyRequests",
