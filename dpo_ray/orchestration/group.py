@@ -123,6 +123,7 @@ class WorkerGroup:
     def _fit(self) -> None:
         """Ray Train's part, in a thread of its own, so that this one can look after it."""
         config, attempt, scaling = self._config, self._attempt, self._config.scaling
+        limit_s = config.recovery.hang_timeout_s
         os.environ.update({name: os.environ.get(name, value) for name, value in _RAY_TRAIN.items()})
         # Ray Train wants a place of its own, but is given nothing to put there: our manifests are the only truth.
         scratch = tempfile.mkdtemp(prefix="dpo_ray-train-")
@@ -133,7 +134,7 @@ class WorkerGroup:
                 train_loop_config={
                     "assignment": Assignment(config, self._places, attempt, self._streams, self._monitor)
                 },
-                torch_config=TorchConfig(timeout_s=int(full_patience_s() + 2 * config.recovery.hang_timeout_s)),
+                torch_config=TorchConfig(timeout_s=int(max(1800, full_patience_s() + 2 * limit_s))),
                 scaling_config=ray.train.ScalingConfig(
                     num_workers=attempt.world_size,
                     use_gpu=bool(scaling.gpus_per_worker),
