@@ -15,13 +15,16 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import ray
 import ray.train
 from ray.exceptions import GetTimeoutError, RayError
 from ray.train import FailureConfig, RunConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2._internal.execution.callback import ControllerCallback, RayTrainCallback
+from ray.train.v2._internal.execution.context import TrainRunContext
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dpo_ray import storage
@@ -123,17 +126,18 @@ class WorkerGroup:
     def _fit(self) -> None:
         """Ray Train's part, in a thread of its own, so that this one can look after it."""
         config, attempt, scaling = self._config, self._attempt, self._config.scaling
+        limit_s = config.recovery.hang_timeout_s
         os.environ.update({name: os.environ.get(name, value) for name, value in _RAY_TRAIN.items()})
         # Ray Train wants a place of its own, but is given nothing to put there: our manifests are the only truth.
         scratch = tempfile.mkdtemp(prefix="dpo_ray-train-")
         try:
             self._streams = open_streams(config, self._places, attempt)
-            TorchTrainer(
+            _Trainer(
                 work,
                 train_loop_config={
                     "assignment": Assignment(config, self._places, attempt, self._streams, self._monitor)
                 },
-                torch_config=TorchConfig(timeout_s=int(full_patience_s() + 2 * config.recovery.hang_timeout_s)),
+                torch_config=TorchConfig(timeout_s=int(max(1800, full_patience_s() + 2 * limit_s))),
                 scaling_config=ray.train.ScalingConfig(
                     num_workers=attempt.world_size,
                     use_gpu=bool(scaling.gpus_per_worker),
@@ -144,6 +148,7 @@ class WorkerGroup:
                 run_config=RunConfig(
                     name=config.name,
                     storage_path=scratch,
+                    callbacks=[_Whereabouts(self._monitor)],
                     # Preempted nodes have a count of their own, without a limit: Ray Train would start the group anew
                     # in the middle of an attempt.
                     failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
@@ -207,6 +212,10 @@ class WorkerGroup:
         with contextlib.suppress(RayError):
             ray.kill(self._monitor)
         self._thread.join(START_S if not self._all_ended() else LOOK_S)
+        if self._thread.is_alive() and self._report.controller is not None:
+            # It stands still, and holds the group's placement.
+            on_nodes(kill, {0: self._report.controller})
+            self._thread.join(START_S)
 
     def _judge(self, hang: str | None) -> End:
         failures = {rank: beat.failure for rank, beat in self._report.beats.items() if beat.failure is not None}
@@ -229,6 +238,23 @@ class WorkerGroup:
         if isinstance(self._error, WorkerGroupError):
             return End("worker", "a worker's process died", str(self._error))
         return End("ray", f"Ray Train: {_last_line(self._error)}", str(self._error))
+
+
+class _Whereabouts(ControllerCallback):
+    """Tells the monitor where Ray Train's controller runs."""
+
+    def __init__(self, monitor: Any) -> None:
+        self._monitor = monitor
+
+    def after_controller_start(self, train_run_context: TrainRunContext) -> None:
+        self._monitor.controller.remote(Place.here())
+
+
+class _Trainer(TorchTrainer):
+    """Ray Train's, but for an actor that would hand out datasets: a process more to start before the workers can."""
+
+    def _create_default_callbacks(self) -> list[RayTrainCallback]:
+        return [each for each in super()._create_default_callbacks() if not isinstance(each, DatasetsCallback)]
 
 
 def _of_failures(failures: dict[int, Failure]) -> End:

@@ -37,7 +37,7 @@ STORAGE = "waiting for the storage"
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a worker runs.
+    """Where a process runs.
 
     Attributes:
         node_id: Ray's node.
@@ -48,6 +48,12 @@ class Place:
     node_id: str
     pid: int
     started: str | None
+
+    @classmethod
+    def here(cls) -> Place:
+        """Of the process that asks."""
+        pid = os.getpid()
+        return cls(ray.get_runtime_context().get_node_id(), pid, process_start(pid))
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,11 +115,13 @@ class Report:
         beats: The last beat of each rank.
         silent_s: Seconds since it came.
         lines: Lines of metrics since the last look.
+        controller: Where Ray Train's controller runs, once it has said so.
     """
 
     beats: dict[int, Beat] = field(default_factory=dict)
     silent_s: dict[int, float] = field(default_factory=dict)
     lines: list[dict[str, Any]] = field(default_factory=list)
+    controller: Place | None = None
 
 
 def has_excuse(report: Report) -> bool:
@@ -157,6 +165,11 @@ class Monitor:
         self._came: dict[int, float] = {}
         self._lines = list[dict[str, Any]]()
         self._orders = Orders()
+        self._controller: Place | None = None
+
+    def controller(self, place: Place) -> None:
+        """Takes note of where Ray Train's controller runs."""
+        self._controller = place
 
     def beat(self, beat: Beat) -> Orders:
         """Takes a sign of life; answers with the orders."""
@@ -169,7 +182,8 @@ class Monitor:
         self._orders = orders
         lines, self._lines = self._lines, []
         now = time.monotonic()
-        return Report(dict(self._beats), {rank: now - came for rank, came in self._came.items()}, lines)
+        silent_s = {rank: now - came for rank, came in self._came.items()}
+        return Report(dict(self._beats), silent_s, lines, self._controller)
 
 
 class Reporter:
@@ -183,8 +197,7 @@ class Reporter:
             rank: This worker's.
         """
         self._monitor, self._rank = monitor, rank
-        pid = os.getpid()
-        self._place = Place(ray.get_runtime_context().get_node_id(), pid, process_start(pid))
+        self._place = Place.here()
         self._doing, self._since = STARTING, time.monotonic()
         self._lines: deque[dict[str, Any]] = deque()
         self._failure: Failure | None = None

@@ -85,7 +85,7 @@ def on_nodes(errand: Callable[[Place], Any], places: Mapping[int, Place]) -> dic
 
 
 def kill(place: Place) -> None:
-    """Ends a worker's process, whatever it is doing, and sees it gone."""
+    """Ends a process, whatever it is doing, and sees it gone."""
     deadline = time.monotonic() + ERRAND_S / 2
     while process_start(place.pid) == place.started and time.monotonic() < deadline:
         with contextlib.suppress(ProcessLookupError):

@@ -52,10 +52,12 @@ def work(arguments: dict[str, Assignment]) -> None:
     reporter = Reporter(assignment.monitor, ray.train.get_context().get_world_rank())
     failure = None
     try:
+        # What is imported is no garbage: each look through it takes a quarter of a second, and stops every thread.
+        gc.disable()
         from dpo_ray.training.loop import train  # The driver imports this file too, and needs no model.
 
-        # What was imported is no garbage: each look through it would stop every thread for a quarter of a second.
         gc.freeze()
+        gc.enable()
         with warnings_to(reporter.warn):
             train(assignment.config, _context(assignment, reporter))
     except BaseException as error:

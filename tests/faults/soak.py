@@ -4,8 +4,8 @@ Two workers on local Ray, all but the raw pairs on a real S3 server behind a fau
 the run has done a few new steps since the one before. The run must end as the twin did, to the bit, with each pair of
 each epoch once; else the exit code is 1.
 
-- time to recovery: from a fault to the first step, heard of more than MOMENT_S later where processes died, that was
-  not done before the fault.
+- time to recovery: from a fault to the first finished step that is heard of more than MOMENT_S later where processes
+  died: the next one, which may be done again, and the next new one.
 - goodput: seconds spent in steps that the model kept, without waiting for data, by seconds from the first to the last
   finished step. Evaluations and what checkpoints hold up are part of the steps; steps that were done again, restarts
   and outages are not.
@@ -59,13 +59,15 @@ class Fault:
         kind: What.
         step: The newest step before it.
         at_s: Seconds after the first finished step.
-        recovered_s: From the fault to the first new step.
+        next_s: From the fault to the next finished step, new or done again.
+        next_new_s: From the fault to the first step that was not done before it.
     """
 
     kind: str
     step: int
     at_s: float
-    recovered_s: float
+    next_s: float
+    next_new_s: float
 
 
 class Soak:
@@ -98,7 +100,8 @@ class Soak:
             self._wait(lambda calm=calm: self.newest() >= calm, f"step {calm}", RECOVERY_S)
             self._let_happen(kind)
             last = self.faults[-1]
-            say(f"{number}: {kind} after step {last.step}: {last.recovered_s:.1f} s to the next new one")
+            took = f"{last.next_s:.1f} s to the next step, {last.next_new_s:.1f} s to the next new one"
+            say(f"{number}: {kind} after step {last.step}: {took}")
         self.drivers[-1].finish(END_S)
 
     def _let_happen(self, kind: str) -> None:
@@ -113,7 +116,9 @@ class Soak:
             return next((when for number, when in self._steps() if number > step and when > late), None)
 
         when = self._wait(recovered, f"recovery from {kind} after step {seen()}", RECOVERY_S)
-        self.faults.append(Fault(kind, seen(), happened - self._steps()[0][1], when - happened))
+        following = min(told for _, told in self._steps() if told > late)
+        at_s = happened - self._steps()[0][1]
+        self.faults.append(Fault(kind, seen(), at_s, following - happened, when - happened))
 
     def newest(self) -> int:
         """The newest step that was told of."""
@@ -247,16 +252,10 @@ def _report(place: Place, run: Soak, error: str | None, verdict: Verdict) -> dic
         except AssertionError as differs:
             wrong.append(f"not like the twin: {str(differs)[:2000]}")
     useful_s = sum(line["perf/step_s"] - line["perf/data_wait_s"] for line in place.steps(NAME)[1:])
-    by_kind: dict[str, list[float]] = {}
-    for fault in run.faults:
-        by_kind.setdefault(fault.kind, []).append(fault.recovered_s)
     return {
         "faults": [asdict(fault) for fault in run.faults],
-        "recovery_s": {
-            kind: {"mean": statistics.mean(taken), "median": statistics.median(taken), "max": max(taken)}
-            for kind, taken in {**by_kind, "all": [fault.recovered_s for fault in run.faults]}.items()
-            if taken
-        },
+        "next_step_s": _by_kind(run.faults, lambda fault: fault.next_s),
+        "next_new_step_s": _by_kind(run.faults, lambda fault: fault.next_new_s),
         "useful_s": useful_s,
         "wall_s": run.wall_s(),
         "goodput": useful_s / max(run.wall_s(), 1e-3),
@@ -269,18 +268,28 @@ def _report(place: Place, run: Soak, error: str | None, verdict: Verdict) -> dic
     }
 
 
-def _table(faults: list[Fault]) -> Table:
-    table = Table("fault", "after step", "at (s)", "to the next new step (s)")
+def _by_kind(faults: list[Fault], seconds: Callable[[Fault], float]) -> dict[str, dict[str, float]]:
+    taken: dict[str, list[float]] = {}
     for fault in faults:
-        table.add_row(fault.kind, str(fault.step), f"{fault.at_s:.0f}", f"{fault.recovered_s:.1f}")
+        for kind in (fault.kind, "all"):
+            taken.setdefault(kind, []).append(seconds(fault))
+    return {kind: {"mean": statistics.mean(each), "max": max(each)} for kind, each in sorted(taken.items())}
+
+
+def _table(faults: list[Fault]) -> Table:
+    table = Table("fault", "after step", "at (s)", "to the next step (s)", "to the next new one (s)")
+    for fault in faults:
+        times = f"{fault.at_s:.0f}", f"{fault.next_s:.1f}", f"{fault.next_new_s:.1f}"
+        table.add_row(fault.kind, str(fault.step), *times)
     return table
 
 
 def show(report: dict[str, Any], console: Console) -> None:
     """What came of it, for people."""
-    table = Table("time to recovery (s)", "mean", "median", "max")
-    for kind, taken in report["recovery_s"].items():
-        table.add_row(kind, *(f"{taken[each]:.1f}" for each in ("mean", "median", "max")))
+    table = Table("seconds from a fault", "to the next step: mean", "max", "to the next new one: mean", "max")
+    for kind, taken in report["next_step_s"].items():
+        new = report["next_new_step_s"][kind]
+        table.add_row(kind, *(f"{each:.1f}" for each in (taken["mean"], taken["max"], new["mean"], new["max"])))
     console.print(table)
     console.print(
         f"goodput {report['goodput']:.2f}: {report['useful_s']:.0f} s in steps that the model kept, of "

@@ -12,7 +12,7 @@ import pytest
 
 from dpo_ray import storage
 from dpo_ray.training import manifest
-from faults.harness import Driver, Place, named, until, workers_of
+from faults.harness import READY_S, Driver, Place, named, until, workers_of
 
 pytestmark = [pytest.mark.faults, pytest.mark.integration, pytest.mark.timeout(600)]
 
@@ -99,6 +99,21 @@ def test_kill_controller_then_driver(place: Place, twin: str, drivers: Any) -> N
     assert not [worker for worker in workers if worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE]
     generations = [attempt["generation"] for attempt in place.attempts("controller")]
     assert generations == [1, 1, 2]
+
+
+@pytest.mark.slow
+def test_a_controller_that_stands_still(place: Place, twin: str, drivers: Any) -> None:
+    """It never hears of a death, and would hold the dead group's resources for ever."""
+    driver = place.start(place.config("still", recovery={"hang_timeout_s": 8}))
+    drivers.append(driver)
+    driver.wait_for_step(6)
+    (controller,) = named(driver, "TrainController")
+    controller.suspend()
+    workers_of(driver)[0].kill()
+    driver.finish(2 * READY_S)
+    assert not controller.is_running()
+    place.assert_like_twin("still", twin)
+    assert len(place.attempts("still")) == 2
 
 
 @pytest.mark.slow

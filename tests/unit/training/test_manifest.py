@@ -118,6 +118,13 @@ def test_nothing_is_committed_when_the_fence_raises(tmp_path: Path) -> None:
     assert steps(tmp_path) == []
 
 
+def test_prune_spares_what_a_newer_attempt_loads(tmp_path: Path) -> None:
+    for step in range(1, 5):
+        write(tmp_path, step, 0)
+    manifest.prune(str(tmp_path), keep=1, attempt=0, spared={manifest.checkpoint_name(2), None})
+    assert steps(tmp_path) == [2, 4]
+
+
 def test_prune_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     """Of the steps 1 to 6, with 2 set aside, 5 set aside and the best at 1, the newest two are 4 and 6."""
     for step in range(1, 7):
