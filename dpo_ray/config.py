@@ -60,7 +60,15 @@ class ModelConfig(Section):
         description="packed: pairs side by side without padding, each prompt once; sdpa, eager: transformers' own, "
         "each answer in a padded row",
     )
-    gradient_checkpointing: bool = Field(False, description="recompute activations in backward: less memory, more time")
+    gradient_checkpointing: bool | Literal["offload"] = Field(
+        False,
+        description="compute activations again in backward: less memory, more time; offload: what remains of them "
+        "waits in the memory of the host",
+    )
+    compile: bool = Field(
+        False,
+        description="compile what is between attention and matrix products (torch.compile): the first steps take longer",
+    )
 
 
 class DataConfig(Section):
@@ -307,6 +315,11 @@ class Config(Section):
                 f"model.weights_dtype: bfloat16 with optimizer.name: {self.optimizer.name} would lose the training: at "
                 "DPO's learning rates nearly every update is smaller than half a bfloat16 step and rounds to nothing; "
                 "use optimizer.name: adamw_kahan, or model.weights_dtype: float32 (compute can stay in bfloat16)"
+            )
+        if self.model.gradient_checkpointing == "offload" and not self.scaling.gpus_per_worker:
+            raise ValueError(
+                "model.gradient_checkpointing: offload does nothing without scaling.gpus_per_worker: 1, since the "
+                "activations are in the host's memory already; use gradient_checkpointing: true"
             )
         if self.model.weights_dtype == "bfloat16" and self.model.compute_dtype == "float32":
             raise ValueError("model.weights_dtype: bfloat16 needs model.compute_dtype: bfloat16")

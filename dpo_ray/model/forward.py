@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from types import MethodType
 from typing import Any, cast
 
@@ -15,12 +16,19 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.graph import save_on_cpu
 from transformers import PreTrainedModel
 
 from dpo_ray.errors import ConfigError
 from dpo_ray.model.attention import PACKED, Pack
 from dpo_ray.model.linear import widen_products, widens
-from dpo_ray.objective.logps import completion_positions, completion_token_logps, sum_by_answer, token_logps
+from dpo_ray.objective.logps import (
+    Scores,
+    completion_positions,
+    completion_token_scores,
+    sum_by_answer,
+    token_scores,
+)
 from dpo_ray.types import Microbatch
 
 log = logging.getLogger(__name__)
@@ -36,20 +44,20 @@ LONGEST_TRIED_WINDOW = 4096
 GPU_SHORTEST, GPU_BLOCK = 256, 128
 
 
-def answer_logps(model: nn.Module, batch: Microbatch) -> torch.Tensor:
-    """Summed completion log-probability of each answer.
+def answer_scores(model: nn.Module, batch: Microbatch) -> Scores:
+    """What the model says of each answer, summed over its completion tokens.
 
     Args:
-        model: A model that `with_token_logps` has prepared, sharded or not.
+        model: A model that `with_token_scores` has prepared, sharded or not.
         batch: At least one pair, on any device.
 
     Returns:
-        Shape (A,), float32, nats, with gradient where the model's parameters have it.
+        Shape (A,) each, float32, with gradient where the model's parameters have it.
 
     Collective: all ranks, where the model is sharded.
     """
-    per_token, answers = cast(Any, model).token_logps(batch.tokens, batch.lengths)
-    return sum_by_answer(per_token, answers, len(batch.num_tokens))
+    per_token, answers = cast(Any, model).token_scores(batch.tokens, batch.lengths)
+    return Scores(*(sum_by_answer(values, answers, len(batch.num_tokens)) for values in per_token))
 
 
 def empty_pass(model: nn.Module) -> torch.Tensor:
@@ -57,17 +65,18 @@ def empty_pass(model: nn.Module) -> torch.Tensor:
 
     Collective: all ranks, where the model is sharded.
     """
-    per_token, _ = cast(Any, model).token_logps(torch.zeros(2, dtype=torch.int64), [[1, 1]])
-    return per_token.sum() * 0.0
+    per_token, _ = cast(Any, model).token_scores(torch.zeros(2, dtype=torch.int64), [[1, 1]])
+    return per_token.logps.sum() * 0.0
 
 
-def with_token_logps(model: PreTrainedModel) -> PreTrainedModel:
-    """Gives a model a second way forward, `token_logps(tokens, lengths)`, that never holds the logits of all tokens.
+def with_token_scores(model: PreTrainedModel) -> PreTrainedModel:
+    """Gives a model a second way forward, `token_scores(tokens, lengths)`, that never holds the logits of all tokens.
 
     It reads packs where the model was loaded with packed attention.
     """
     model.packed = model.config._attn_implementation == PACKED
-    model.token_logps = MethodType(_token_logps, model)
+    model.saves_on_host = False
+    model.token_scores = MethodType(_token_scores, model)
     widen_products(model)
     return model
 
@@ -78,7 +87,7 @@ def settle_layout(model: PreTrainedModel) -> None:
     State-space layers, for one, which carry what they have read from one pair into the next.
 
     Args:
-        model: A model that `with_token_logps` has prepared, sharded where it will be.
+        model: A model that `with_token_scores` has prepared, sharded where it will be.
 
     Raises:
         ConfigError: Laid out plainly it does not either.
@@ -104,7 +113,7 @@ def settle_layout(model: PreTrainedModel) -> None:
             )
         if wanted != PACKED:
             return
-        expected_long = model.token_logps(long, beyond)[0] if beyond else None
+        expected_long = model.token_scores(long, beyond)[0].logps if beyond else None
         _set_layout(model, PACKED)
         gap = _gap(model, short, lengths, expected)
         if expected_long is not None:
@@ -138,7 +147,7 @@ def _one_by_one(
         for length in answers:
             whole = torch.cat([tokens[start : start + prompt], tokens[stop : stop + length]]).to(model.device)
             logits = model(input_ids=whole[None], use_cache=False).logits[0, prompt - 1 : -1]
-            found.append(token_logps(logits, whole[prompt:]))
+            found.append(token_scores(logits, whole[prompt:]).logps)
             stop += length
         start = stop
     return torch.cat(found), logits.dtype
@@ -148,17 +157,17 @@ def _gap(
     model: PreTrainedModel, tokens: torch.Tensor, lengths: Sequence[Sequence[int]], expected: torch.Tensor
 ) -> float:
     """Mean difference per token from what is expected; the largest over all ranks."""
-    found, _ = model.token_logps(tokens, lengths)
-    gap = (found - expected).abs().mean().nan_to_num(torch.inf)
+    found, _ = model.token_scores(tokens, lengths)
+    gap = (found.logps - expected).abs().mean().nan_to_num(torch.inf)
     if dist.is_initialized():
         dist.all_reduce(gap, op=dist.ReduceOp.MAX)
     return float(gap)
 
 
-def _token_logps(
+def _token_scores(
     model: PreTrainedModel, tokens: torch.Tensor, lengths: Sequence[Sequence[int]]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of each completion token of a pack, and the answer it belongs to: Shape (N,) each."""
+) -> tuple[Scores, torch.Tensor]:
+    """What the model says of each completion token of a pack, and the answer it belongs to: Shape (N,)."""
     device = model.device
     if model.packed and device.type == "cuda":
         missing = max(GPU_SHORTEST - len(tokens), -len(tokens) % GPU_BLOCK)
@@ -167,16 +176,19 @@ def _token_logps(
     tokens = tokens.to(device)
     predicting, targets, answers = (places.to(device) for places in completion_positions(lengths))
     pack = Pack(lengths, device)
-    if model.packed:
-        hidden = model.base_model(
-            input_ids=tokens[None], position_ids=pack.position_ids, pack=pack, use_cache=False
-        ).last_hidden_state[0, predicting]
-    else:
-        rows, mask = _rows(lengths, device)
-        states = model.base_model(input_ids=tokens[rows], attention_mask=mask, use_cache=False).last_hidden_state
-        hidden = states[answers, pack.position_ids[0, targets] - 1]
+    if model.training != torch.is_grad_enabled():
+        model.train(torch.is_grad_enabled())  # Checkpoints of activations are of no use without gradients.
+    with save_on_cpu(pin_memory=device.type == "cuda") if model.saves_on_host else nullcontext():
+        if model.packed:
+            hidden = model.base_model(
+                input_ids=tokens[None], position_ids=pack.position_ids, pack=pack, use_cache=False
+            ).last_hidden_state[0, predicting]
+        else:
+            rows, mask = _rows(lengths, device)
+            states = model.base_model(input_ids=tokens[rows], attention_mask=mask, use_cache=False).last_hidden_state
+            hidden = states[answers, pack.position_ids[0, targets] - 1]
     vocab_size = model.config.get_text_config().vocab_size
-    return completion_token_logps(hidden, tokens[targets], _head(model), vocab_size), answers
+    return completion_token_scores(hidden, tokens[targets], _head(model), vocab_size), answers
 
 
 def _rows(lengths: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from typing import cast
+
 import torch
 import torch.distributed as dist
 from accelerate import FullyShardedDataParallelPlugin
@@ -11,10 +14,11 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
 from dpo_ray.config import ModelConfig
-from dpo_ray.model.forward import settle_layout, with_token_logps
+from dpo_ray.model.attention import PACKED, packed_attention
+from dpo_ray.model.forward import settle_layout, with_token_scores
 from dpo_ray.model.load import DTYPES, empty_model, load_pretrained
 
 
@@ -32,8 +36,12 @@ def sharded_policy(config: ModelConfig, device: torch.device) -> PreTrainedModel
     """
     model = empty_model(config.path, config.attention).to(DTYPES[config.weights_dtype])
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # Only reentrant checkpoints keep a block's input as a saved tensor, which can be kept elsewhere.
+        model.gradient_checkpointing_enable({"use_reentrant": config.gradient_checkpointing == "offload"})
     shard(model, config.compute_dtype, device.type)
+    model.saves_on_host = config.gradient_checkpointing == "offload"
+    if config.compile:
+        compile_blocks(model)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     model.to_empty(device=device)
     for name, buffer in model.named_buffers():
@@ -62,14 +70,25 @@ def shard(model: PreTrainedModel, compute_dtype: str, device_type: str) -> None:
         FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap"), model
     )
     blocks = [module for module in model.modules() if is_block is not None and is_block(module)]
-    for module in [*blocks, model]:
-        fully_shard(module, mesh=mesh, mp_policy=policy)
-        assert isinstance(module, FSDPModule)
+    sharded = [cast(FSDPModule, fully_shard(module, mesh=mesh, mp_policy=policy)) for module in [*blocks, model]]
+    for module in sharded:
         # A plain sum on every backend; gloo has no scaled reduction.
         module.set_force_sum_reduction_for_comms(True)
         module.set_gradient_divide_factor(1.0)
-    register_fsdp_forward_method(with_token_logps(model), "token_logps")
+    for block, following in itertools.pairwise(sharded[:-1]):
+        # The next weights are on their way while this block computes; in backward FSDP does so by itself.
+        block.set_modules_to_forward_prefetch([following])
+    register_fsdp_forward_method(with_token_scores(model), "token_scores")
     _assert_sharded(model)
+
+
+def compile_blocks(model: PreTrainedModel) -> None:
+    """Compiles the transformer blocks of a sharded model, but for their attention, whose packs are never the same."""
+    AttentionInterface.register(PACKED, torch.compiler.disable(packed_attention))
+    for module in model.modules():
+        if isinstance(module, FSDPModule) and module is not model:
+            # Its forward and not its call: FSDP's hooks stay outside.
+            module.forward = torch.compile(module.forward, dynamic=True)  # type: ignore[method-assign]
 
 
 def _assert_sharded(model: nn.Module) -> None:

@@ -9,7 +9,7 @@ Shapes: N completion tokens, A answers, D hidden size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -22,6 +22,20 @@ _HEAD_ROWS = {"cpu": 512, "cuda": 4096}
 _BLOCK_LOGITS = 2**29
 # Logits that a forward pass may leave behind.
 _KEPT_ELEMENTS = 2**26
+
+
+class Scores(NamedTuple):
+    """What a model says of completion tokens: Shape (N,) each, or, summed by answer, Shape (A,) each.
+
+    Attributes:
+        logps: Log-probability, nats, with gradient.
+        entropy: Of the distribution that a token was predicted by, nats, without gradient.
+        mean_logits: The mean over the vocabulary, without gradient.
+    """
+
+    logps: torch.Tensor
+    entropy: torch.Tensor
+    mean_logits: torch.Tensor
 
 
 def completion_positions(lengths: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -55,10 +69,10 @@ def completion_positions(lengths: Sequence[Sequence[int]]) -> tuple[torch.Tensor
     return torch.tensor(predicting), torch.tensor(targets), torch.tensor(answer_of)
 
 
-def completion_token_logps(
+def completion_token_scores(
     hidden: torch.Tensor, targets: torch.Tensor, head: Callable[[torch.Tensor], torch.Tensor], vocab_size: int
-) -> torch.Tensor:
-    """Log-probability of each completion token, from hidden states.
+) -> Scores:
+    """`token_scores` of each completion token, from hidden states.
 
     The logits are made for a block of tokens at a time. Those of the first blocks are kept for the backward pass, up to
     a fixed amount of memory; the others are computed again there.
@@ -68,13 +82,10 @@ def completion_token_logps(
         targets: Shape (N,), int64.
         head: Hidden states -> logits, Shape (rows, V).
         vocab_size: V.
-
-    Returns:
-        Shape (N,), nats; float64 for float64 logits, else float32.
     """
 
-    def block(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return token_logps(head(hidden), targets)
+    def block(hidden: torch.Tensor, targets: torch.Tensor) -> Scores:
+        return token_scores(head(hidden), targets)
 
     found, kept_rows = [], _KEPT_ELEMENTS // vocab_size
     rows = min(_HEAD_ROWS[hidden.device.type], max(1, _BLOCK_LOGITS // vocab_size))
@@ -84,11 +95,11 @@ def completion_token_logps(
             found.append(block(states, wanted))
         else:
             found.append(checkpoint(block, states, wanted, use_reentrant=False, preserve_rng_state=False))
-    return torch.cat(found)
+    return Scores(*map(torch.cat, zip(*found, strict=True)))
 
 
-def token_logps(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Log-probability of each target token.
+def token_scores(logits: torch.Tensor, targets: torch.Tensor) -> Scores:
+    """Log-probability of each target token, and what the distribution that it was predicted by is like.
 
     Besides the logits, only N numbers are kept for the backward pass: the full-precision copy that a softmax over
     bfloat16 logits needs exists for a block of rows at a time, forward and backward.
@@ -98,9 +109,9 @@ def token_logps(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         targets: Shape (N,), int64.
 
     Returns:
-        Shape (N,), nats; float64 for float64 logits, else float32.
+        Shape (N,) each; float64 for float64 logits, else float32.
     """
-    return _TokenLogps.apply(logits, targets)  # type: ignore[no-any-return,no-untyped-call,unused-ignore]
+    return Scores(*_TokenScores.apply(logits, targets))  # type: ignore[no-untyped-call,unused-ignore]
 
 
 def sum_by_answer(token_logps: torch.Tensor, answer: torch.Tensor, num_answers: int) -> torch.Tensor:
@@ -125,21 +136,30 @@ def sum_by_answer(token_logps: torch.Tensor, answer: torch.Tensor, num_answers: 
     return sums.index_add(0, answer, values).to(token_logps.dtype)
 
 
-class _TokenLogps(torch.autograd.Function):
+class _TokenScores(torch.autograd.Function):
     """log p(target) = logit(target) - logsumexp(logits), a block of rows at a time."""
 
     @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, logits: torch.Tensor, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        log_normalizers = torch.empty(len(logits), dtype=dtype, device=logits.device)
+        log_normalizers, entropy, means = logits.new_empty((3, len(logits)), dtype=dtype)
         for rows in _row_blocks(logits):
-            log_normalizers[rows] = torch.logsumexp(logits[rows].to(dtype), dim=-1)
+            scores = logits[rows].to(dtype)
+            means[rows] = scores.mean(dim=-1)
+            largest = scores.amax(dim=-1)
+            weights = (scores - largest[:, None]).exp_()
+            total = weights.sum(dim=-1)
+            log_normalizers[rows] = largest + total.log()
+            entropy[rows] = log_normalizers[rows] - torch.linalg.vecdot(weights, scores) / total
         ctx.save_for_backward(logits, targets, log_normalizers)
-        return logits.gather(-1, targets[:, None])[:, 0].to(dtype) - log_normalizers
+        ctx.mark_non_differentiable(entropy, means)
+        return logits.gather(-1, targets[:, None])[:, 0].to(dtype) - log_normalizers, entropy, means
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator,unused-ignore]
-    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, grad_output: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor, None]:
         logits, targets, log_normalizers = ctx.saved_tensors
         grad_logits = torch.empty_like(logits)
         for rows in _row_blocks(logits):

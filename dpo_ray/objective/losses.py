@@ -32,6 +32,8 @@ class AnswerStats:
         num_tokens: Shape (A,), int64, completion tokens.
         pair_index: Shape (A,), int64: the pair that an answer belongs to.
         answer_index: Shape (A,), int64: 0 for the best answer of its pair (chosen), then 1, 2, ...
+        entropy: Shape (A,), of the policy, summed over the answer's tokens, nats, without gradient; for metrics.
+        mean_logits: Shape (A,), the policy's mean logit, summed over the answer's tokens, without gradient; likewise.
     """
 
     policy_logps: torch.Tensor
@@ -39,6 +41,8 @@ class AnswerStats:
     num_tokens: torch.Tensor
     pair_index: torch.Tensor
     answer_index: torch.Tensor
+    entropy: torch.Tensor | None = None
+    mean_logits: torch.Tensor | None = None
 
     def log_ratios(self) -> torch.Tensor:
         """h = policy - reference, Shape (A,), nats.

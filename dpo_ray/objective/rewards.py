@@ -6,11 +6,21 @@ import torch
 
 from dpo_ray.objective.losses import AnswerStats
 
-# The means, in the order of `METRIC_SUMS`, by the count that they are divided by.
-_PER_PAIR = ("loss", "logps/chosen", "logps/rejected")
-_PER_REWARDED_PAIR = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
+# The means, each by the count that its sum is divided by.
+_COUNTS = {
+    "loss": "num_pairs",
+    "logps/chosen": "num_pairs",
+    "logps/rejected": "num_pairs",
+    "rewards/chosen": "num_rewarded_pairs",
+    "rewards/rejected": "num_rewarded_pairs",
+    "rewards/margins": "num_rewarded_pairs",
+    "rewards/accuracies": "num_rewarded_pairs",
+    "logits/chosen": "num_chosen_tokens",
+    "logits/rejected": "num_rejected_tokens",
+    "entropy": "num_completion_tokens",
+}
 
-METRIC_SUMS: tuple[str, ...] = (*_PER_PAIR, "num_pairs", *_PER_REWARDED_PAIR, "num_rewarded_pairs")
+METRIC_SUMS: tuple[str, ...] = (*_COUNTS, *dict.fromkeys(_COUNTS.values()))
 
 
 def implicit_rewards(stats: AnswerStats, beta: float) -> torch.Tensor:
@@ -35,8 +45,8 @@ def implicit_rewards(stats: AnswerStats, beta: float) -> torch.Tensor:
 def metric_sums(stats: AnswerStats, losses: torch.Tensor, beta: float) -> torch.Tensor:
     """The sums behind the metrics, on the device of the answers: nothing here waits for it.
 
-    Add them over microbatches and ranks, then call `finish_metrics`. Without reference scores the rewards' sums and
-    their count are 0.
+    Add them over microbatches and ranks, then call `finish_metrics`. What the answers do not say (scores of a
+    reference, the policy's entropy and logits) has sum and count 0.
 
     Args:
         stats: The answers, two per pair.
@@ -46,22 +56,28 @@ def metric_sums(stats: AnswerStats, losses: torch.Tensor, beta: float) -> torch.
     Returns:
         Shape (M,), float64: the sums named in `METRIC_SUMS`.
     """
-    chosen_logps, rejected_logps = stats.pairwise(stats.policy_logps)
     ones = torch.ones_like(losses)
-    columns = [losses, chosen_logps, rejected_logps, ones]
-    if stats.ref_logps is None:
-        columns += [torch.zeros_like(losses)] * (len(METRIC_SUMS) - len(columns))
-    else:
+    columns = {"loss": losses, "num_pairs": ones}
+    columns["logps/chosen"], columns["logps/rejected"] = stats.pairwise(stats.policy_logps)
+    if stats.ref_logps is not None:
         chosen, rejected = stats.pairwise(implicit_rewards(stats, beta))
-        columns += [chosen, rejected, chosen - rejected, chosen > rejected, ones]
-    return torch.stack([column.double() for column in columns]).sum(dim=1)
+        columns |= {"rewards/chosen": chosen, "rewards/rejected": rejected, "num_rewarded_pairs": ones}
+        columns |= {"rewards/margins": chosen - rejected, "rewards/accuracies": chosen > rejected}
+    if stats.entropy is not None and stats.mean_logits is not None:
+        chosen, rejected = stats.pairwise(stats.num_tokens)
+        columns |= {"num_chosen_tokens": chosen, "num_rejected_tokens": rejected}
+        columns |= {"num_completion_tokens": chosen + rejected, "entropy": sum(stats.pairwise(stats.entropy))}
+        columns["logits/chosen"], columns["logits/rejected"] = stats.pairwise(stats.mean_logits)
+    nothing = torch.zeros_like(losses)
+    return torch.stack([columns.get(name, nothing).double() for name in METRIC_SUMS]).sum(dim=1)
 
 
 def finish_metrics(sums: torch.Tensor) -> dict[str, float]:
     """Means over all pairs that were summed, under TRL's names.
 
     `rewards/*` are there only for answers with reference scores. `rewards/accuracies` counts a tie as wrong, so that
-    it is 0 while the policy is the reference. `logps/*` are sums over an answer's tokens.
+    it is 0 while the policy is the reference. `logps/*` are sums over an answer's tokens; `logits/*` (over the
+    vocabulary) and `entropy` are means over completion tokens.
 
     Args:
         sums: Shape (M,), float64, as `METRIC_SUMS`.
@@ -73,10 +89,6 @@ def finish_metrics(sums: torch.Tensor) -> dict[str, float]:
         ValueError: No pair was summed.
     """
     values = dict(zip(METRIC_SUMS, sums.tolist(), strict=True))
-    num_pairs, num_rewarded_pairs = values["num_pairs"], values["num_rewarded_pairs"]
-    if not num_pairs:
+    if not values["num_pairs"]:
         raise ValueError("metrics of no pairs: metric_sums was never added to these sums")
-    metrics = {name: values[name] / num_pairs for name in _PER_PAIR}
-    if num_rewarded_pairs:
-        metrics |= {name: values[name] / num_rewarded_pairs for name in _PER_REWARDED_PAIR}
-    return metrics
+    return {name: values[name] / values[count] for name, count in _COUNTS.items() if values[count]}

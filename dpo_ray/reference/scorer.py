@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from dpo_ray.model.forward import answer_logps, settle_layout, with_token_logps
+from dpo_ray.model.forward import answer_scores, settle_layout, with_token_scores
 from dpo_ray.model.load import load_pretrained
 from dpo_ray.pairs.pack import Costs, microbatch, microbatches
 from dpo_ray.types import ScoredPair, TokenizedPair
@@ -29,7 +29,7 @@ class Scorer:
         self.tokens_per_microbatch = tokens_per_microbatch
         self.device = device
         model = load_pretrained(path, dtype, attention).to(device).eval().requires_grad_(False)
-        self.model = with_token_logps(model)
+        self.model = with_token_scores(model)
         settle_layout(self.model)
 
     @torch.inference_mode()
@@ -43,7 +43,7 @@ class Scorer:
         lengths = [list(map(len, pair.parts)) for pair in pairs]
         for indices in microbatches([lengths], 0, self.tokens_per_microbatch, Costs()):
             group = [ScoredPair(pairs[index], None) for index in indices]
-            flat = answer_logps(self.model, microbatch(group)).float().cpu().numpy()
+            flat = answer_scores(self.model, microbatch(group)).logps.float().cpu().numpy()
             bounds = np.cumsum([len(scored.pair.answers) for scored in group])[:-1]
             for index, part in zip(indices, np.split(flat, bounds), strict=True):
                 scores[index] = part

@@ -170,8 +170,8 @@ def _peak_bytes(model: nn.Module, num_tokens: int, device: torch.device, reduce_
     torch.cuda.reset_peak_memory_stats(device)
     for last in (False, True):
         set_gradient_sync(model, reduce_each or last)
-        per_token, _ = cast(Any, model).token_logps(tokens, lengths)
-        per_token.sum().backward()
+        per_token, _ = cast(Any, model).token_scores(tokens, lengths)
+        per_token.logps.sum().backward()
     model.zero_grad(set_to_none=True)
     return torch.cuda.max_memory_allocated(device)
 

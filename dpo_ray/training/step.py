@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dpo_ray.config import ObjectiveConfig
-from dpo_ray.model.forward import answer_logps, empty_pass
+from dpo_ray.model.forward import answer_scores, empty_pass
 from dpo_ray.model.shard import clip_grad_norm, set_gradient_sync
 from dpo_ray.objective.losses import LOSSES, AnswerStats
 from dpo_ray.objective.rewards import METRIC_SUMS, metric_sums
@@ -147,14 +147,16 @@ class _Local:
 
 
 def _answer_stats(model: nn.Module, microbatch: Microbatch) -> AnswerStats:
-    policy_logps = answer_logps(model, microbatch)
-    device = policy_logps.device
+    scores = answer_scores(model, microbatch)
+    device = scores.logps.device
     return AnswerStats(
-        policy_logps=policy_logps,
+        policy_logps=scores.logps,
         ref_logps=None if microbatch.ref_logps is None else microbatch.ref_logps.to(device),
         num_tokens=microbatch.num_tokens.to(device),
         pair_index=microbatch.pair_index.to(device),
         answer_index=microbatch.answer_index.to(device),
+        entropy=scores.entropy,
+        mean_logits=scores.mean_logits,
     )
 
 

@@ -78,9 +78,10 @@ def sharded(rank: int, world: int, model: str, folder: str) -> None:
         steps(*other, scored_pairs(model, dtype=options.get("compute_dtype", "float32")), rank, world, 2)
         saved(folder, name, *other, rank)
 
-    # Recomputed activations change nothing.
-    again = build(model, gradient_checkpointing=True)
-    assert steps(*again, pairs, rank, world, 3) == pytest.approx(losses[:3], rel=1e-6)
+    # Recomputed activations, kept on the host or not, and compiled blocks change nothing.
+    for options in ({"gradient_checkpointing": True}, {"gradient_checkpointing": "offload"}, {"compile": True}):
+        again = build(model, **options)
+        assert steps(*again, pairs, rank, world, 3) == pytest.approx(losses[:3], rel=1e-6), options
     # bfloat16 compute on float32 weights: near, not equal; the weights stay float32.
     mixed = build(model, compute_dtype="bfloat16")
     found = steps(*mixed, scored_pairs(model, dtype="bfloat16"), rank, world, 3)

@@ -99,15 +99,15 @@ def in_loop(module: ModuleType) -> None:
 
 
 def in_step(module: ModuleType) -> None:
-    answer_logps = module.answer_logps
+    answer_scores = module.answer_scores
 
     def hooked(*arguments: Any) -> Any:
-        logps = answer_logps(*arguments)
-        if logps.requires_grad:
-            logps.register_hook(lambda gradient: happen("backward", module.step_now, my_rank()))
-        return logps
+        scores = answer_scores(*arguments)
+        if scores.logps.requires_grad:
+            scores.logps.register_hook(lambda gradient: happen("backward", module.step_now, my_rank()))
+        return scores
 
-    module.answer_logps = hooked
+    module.answer_scores = hooked
 
 
 def in_manifest(module: ModuleType) -> None:

@@ -1,4 +1,4 @@
-"""answer_logps against a computation written out for one answer at a time."""
+"""answer_scores against a computation written out for one answer at a time."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from dpo_ray.errors import ConfigError
 from dpo_ray.model.attention import PACKED, Pack, _by_block, _by_pair
-from dpo_ray.model.forward import answer_logps, settle_layout, with_token_logps
+from dpo_ray.model.forward import answer_scores, settle_layout, with_token_scores
 from dpo_ray.pairs.pack import microbatch
 from dpo_ray.types import ScoredPair, TokenizedPair
 
@@ -44,7 +44,7 @@ def tiny(kind: str, attention: str = PACKED) -> PreTrainedModel:
         for parameter in model.parameters():
             # Larger than fresh weights: attention is then far from even, and a wrong mask far from right.
             parameter.mul_(4.0) if parameter.dim() > 1 else parameter.add_(0.1)
-    return with_token_logps(model.eval())
+    return with_token_scores(model.eval())
 
 
 def make_pairs(num: int) -> list[ScoredPair]:
@@ -85,7 +85,7 @@ def test_packed_equals_one_answer_at_a_time(kind: str) -> None:
     (expected * weights).sum().backward()
     wanted = {name: parameter.grad for name, parameter in model.named_parameters()}
     model.zero_grad()
-    found = answer_logps(model, microbatch(pairs))
+    found = answer_scores(model, microbatch(pairs)).logps
     (found * weights).sum().backward()
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
     scale = max(float(gradient.abs().max()) for gradient in wanted.values())
@@ -97,10 +97,10 @@ def test_packed_equals_one_answer_at_a_time(kind: str) -> None:
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_plain_equals_packed(kind: str) -> None:
     model, pairs = tiny(kind), make_pairs(4)
-    packed = answer_logps(model, microbatch(pairs))
+    packed = answer_scores(model, microbatch(pairs)).logps
     model.packed = False
     model.set_attn_implementation("eager")
-    torch.testing.assert_close(answer_logps(model, microbatch(pairs)), packed, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(answer_scores(model, microbatch(pairs)).logps, packed, rtol=1e-5, atol=1e-4)
 
 
 @torch.no_grad()
@@ -111,7 +111,7 @@ def test_a_model_that_cannot_be_packed_is_laid_out_plainly(caplog: pytest.LogCap
     assert not model.packed
     assert "MambaForCausalLM does not score packed pairs as it scores single answers" in caplog.text
     expected = expected_logps(model, pairs).float()
-    torch.testing.assert_close(answer_logps(model, microbatch(pairs)), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(answer_scores(model, microbatch(pairs)).logps, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_head_that_does_more_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,6 +138,6 @@ def test_block_mask_lets_see_what_pair_by_pair_attention_sees(window: int | None
 @torch.no_grad()
 def test_company_does_not_matter() -> None:
     model, pairs = tiny("llama"), make_pairs(5)
-    together = answer_logps(model, microbatch(pairs))
-    alone = torch.cat([answer_logps(model, microbatch([pair])) for pair in pairs])
+    together = answer_scores(model, microbatch(pairs)).logps
+    alone = torch.cat([answer_scores(model, microbatch([pair])).logps for pair in pairs])
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)

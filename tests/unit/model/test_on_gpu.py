@@ -7,7 +7,7 @@ import torch
 from test_forward import FAMILIES, make_pairs, tiny
 from torch._dynamo.utils import counters
 
-from dpo_ray.model.forward import answer_logps
+from dpo_ray.model.forward import answer_scores
 from dpo_ray.pairs.pack import microbatch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -18,9 +18,9 @@ def test_compiled_attention_equals_pair_by_pair(kind: str) -> None:
     """Values and gradients, against the same model on the CPU."""
     here = tiny(kind)
     there, pairs = copy.deepcopy(here).to("cuda"), microbatch(make_pairs(6))
-    there.token_logps = here.token_logps.__func__.__get__(there)
+    there.token_scores = here.token_scores.__func__.__get__(there)
     weights = torch.arange(1.0, 13.0)
-    expected, found = answer_logps(here, pairs), answer_logps(there, pairs)
+    expected, found = answer_scores(here, pairs).logps, answer_scores(there, pairs).logps
     torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-3)
     (expected * weights).sum().backward()
     (found * weights.to("cuda")).sum().backward()
@@ -35,7 +35,7 @@ def test_a_few_compilations_serve_all_packs() -> None:
     counters.clear()
     for num in (1, 2, 3, 5, 8, 13, 21, 34, 55, 89):
         pairs = microbatch(make_pairs(num))
-        answer_logps(model, pairs).sum().backward()
+        answer_scores(model, pairs).logps.sum().backward()
         with torch.no_grad():
-            answer_logps(model, pairs)
+            answer_scores(model, pairs).logps
     assert counters["stats"]["unique_graphs"] <= 8

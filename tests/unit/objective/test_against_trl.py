@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dpo_ray.objective.logps import completion_positions, sum_by_answer, token_logps
+from dpo_ray.objective.logps import Scores, completion_positions, sum_by_answer, token_scores
 from dpo_ray.objective.losses import LOSSES, AnswerStats
 from dpo_ray.objective.rewards import finish_metrics, metric_sums
 
@@ -107,12 +107,15 @@ def our_side(rows, name, beta, setting):
     """Loss, gradient and metrics of this package over the token ids that TRL made."""
     model, reference = tiny_model(seed=1), tiny_model(seed=2).requires_grad_(False)
     answers = [(row["prompt_ids"], row[key]) for row in rows for key in ("chosen_ids", "rejected_ids")]
+    scores = [answer_scores(model, *answer) for answer in answers]
     stats = AnswerStats(
-        policy_logps=torch.cat([answer_logp(model, *answer) for answer in answers]),
-        ref_logps=torch.cat([answer_logp(reference, *answer) for answer in answers]),
+        policy_logps=torch.cat([each.logps for each in scores]),
+        ref_logps=torch.cat([answer_scores(reference, *answer).logps for answer in answers]),
         num_tokens=torch.tensor([len(answer) for _, answer in answers]),
         pair_index=torch.arange(len(rows)).repeat_interleave(2),
         answer_index=torch.tensor([0, 1]).repeat(len(rows)),
+        entropy=torch.cat([each.entropy for each in scores]),
+        mean_logits=torch.cat([each.mean_logits for each in scores]),
     )
     losses = LOSSES[name].fn(stats, **setting)
     (losses.sum() / len(rows)).backward()
@@ -120,11 +123,11 @@ def our_side(rows, name, beta, setting):
     return metrics["loss"], {name: p.grad for name, p in model.named_parameters()}, metrics
 
 
-def answer_logp(model, prompt, answer):
+def answer_scores(model, prompt, answer):
     sequence = torch.tensor(prompt + answer)
     predicting, targets, owners = completion_positions([[len(prompt), len(answer)]])
     logits = model(input_ids=sequence[None]).logits[0]
-    return sum_by_answer(token_logps(logits[predicting], sequence[targets]), owners, 1)
+    return Scores(*(sum_by_answer(each, owners, 1) for each in token_scores(logits[predicting], sequence[targets])))
 
 
 def assert_same(theirs, ours):

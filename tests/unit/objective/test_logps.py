@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dpo_ray.objective import logps
-from dpo_ray.objective.logps import completion_positions, completion_token_logps, sum_by_answer, token_logps
+from dpo_ray.objective.logps import completion_positions, completion_token_scores, sum_by_answer, token_scores
 
 
 def random_logits(rows: int, vocabulary: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
@@ -15,19 +15,19 @@ def random_logits(rows: int, vocabulary: int, dtype: torch.dtype = torch.float64
     return logits.to(dtype), torch.randint(vocabulary, (rows,), generator=generator)
 
 
-def test_token_logps_of_two_tokens():
+def test_token_scores_of_two_tokens():
     """Logits log 1 and log 3: the second token has probability 3/4."""
     logits = torch.tensor([[0.0, math.log(3)]], dtype=torch.float64)
-    assert token_logps(logits, torch.tensor([1])).item() == pytest.approx(math.log(0.75), abs=1e-12)
+    assert token_scores(logits, torch.tensor([1])).logps.item() == pytest.approx(math.log(0.75), abs=1e-12)
 
 
 @pytest.mark.parametrize("block_elements", [1, 70, logps._BLOCK_ELEMENTS])
-def test_token_logps_and_gradient_against_log_softmax(block_elements, monkeypatch):
+def test_token_scores_and_gradient_against_log_softmax(block_elements, monkeypatch):
     monkeypatch.setattr(logps, "_BLOCK_ELEMENTS", block_elements)
     logits, targets = random_logits(rows=11, vocabulary=23)
     weights = torch.linspace(-2, 3, 11, dtype=torch.float64)
     ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
-    values = token_logps(ours, targets)
+    values = token_scores(ours, targets).logps
     expected = torch.log_softmax(theirs, dim=-1)[torch.arange(11), targets]
     torch.testing.assert_close(values, expected, rtol=0, atol=1e-12)
     (values @ weights).backward()
@@ -35,17 +35,33 @@ def test_token_logps_and_gradient_against_log_softmax(block_elements, monkeypatc
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-12)
 
 
-def test_token_logps_gradcheck():
+@pytest.mark.parametrize("block_elements", [1, 70, logps._BLOCK_ELEMENTS])
+def test_entropy_and_mean_logits(block_elements, monkeypatch):
+    """- sum p log p, which is log V where all logits are equal."""
+    monkeypatch.setattr(logps, "_BLOCK_ELEMENTS", block_elements)
+    logits, targets = random_logits(rows=11, vocabulary=23)
+    logits[4] = 7.0
+    scores = token_scores(logits.requires_grad_(), targets)
+    log_probs = logits.log_softmax(-1)
+    torch.testing.assert_close(scores.entropy, -(log_probs.exp() * log_probs).sum(-1), rtol=0, atol=1e-12)
+    assert scores.entropy[4].item() == pytest.approx(math.log(23))
+    torch.testing.assert_close(scores.mean_logits, logits.mean(-1), rtol=0, atol=1e-12)
+    assert scores.logps.requires_grad
+    assert not scores.entropy.requires_grad
+    assert not scores.mean_logits.requires_grad
+
+
+def test_token_scores_gradcheck():
     logits, targets = random_logits(rows=4, vocabulary=5)
-    assert torch.autograd.gradcheck(lambda scores: token_logps(scores, targets), logits.requires_grad_())
+    assert torch.autograd.gradcheck(lambda scores: token_scores(scores, targets).logps, logits.requires_grad_())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_token_logps_are_float32_for_narrow_logits(dtype):
+def test_token_scores_are_float32_for_narrow_logits(dtype):
     """The value is that of the rounded logits in float32, and the gradient comes back in the dtype of the logits."""
     logits, targets = random_logits(rows=7, vocabulary=300, dtype=dtype)
     logits.requires_grad_()
-    values = token_logps(logits, targets)
+    values = token_scores(logits, targets).logps
     exact = torch.log_softmax(logits.detach().double(), dim=-1)[torch.arange(7), targets]
     assert values.dtype == torch.float32
     torch.testing.assert_close(values.double(), exact, rtol=1e-6, atol=1e-6)
@@ -53,24 +69,24 @@ def test_token_logps_are_float32_for_narrow_logits(dtype):
     assert logits.grad.dtype == dtype
 
 
-def test_token_logps_survive_large_logits():
+def test_token_scores_survive_large_logits():
     logits = torch.tensor([[1e4, 0.0], [-1e4, 0.0]])
-    assert token_logps(logits, torch.tensor([1, 0])).tolist() == [-1e4, -1e4]
+    assert token_scores(logits, torch.tensor([1, 0])).logps.tolist() == [-1e4, -1e4]
 
 
-def test_token_logps_of_no_rows():
+def test_token_scores_of_no_rows():
     logits = torch.zeros(0, 5, requires_grad=True)
-    values = token_logps(logits, torch.zeros(0, dtype=torch.int64))
+    values = token_scores(logits, torch.zeros(0, dtype=torch.int64)).logps
     assert values.shape == (0,)
     values.sum().backward()
     assert logits.grad.shape == (0, 5)
 
 
-def test_token_logps_keep_no_second_copy_of_the_logits():
+def test_token_scores_keep_no_second_copy_of_the_logits():
     logits, targets = random_logits(rows=8, vocabulary=50, dtype=torch.bfloat16)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
-        token_logps(logits.requires_grad_(), targets)
+        token_scores(logits.requires_grad_(), targets)
     assert [tensor.dtype for tensor in saved if tensor.ndim == 2] == [torch.bfloat16]
 
 
@@ -106,7 +122,7 @@ def test_completion_positions_need_a_prompt():
         completion_positions([[2, 1, 1], [0, 3, 1]])
 
 
-def test_completion_token_logps_equal_those_of_all_logits(monkeypatch):
+def test_completion_token_scores_equal_those_of_all_logits(monkeypatch):
     """Blocks of 3, the last one short, two kept and one made again: values and gradients of the whole at once."""
     monkeypatch.setattr(logps, "_HEAD_ROWS", {"cpu": 3})
     monkeypatch.setattr(logps, "_KEPT_ELEMENTS", 6 * 11)
@@ -119,7 +135,7 @@ def test_completion_token_logps_equal_those_of_all_logits(monkeypatch):
         calls.append(len(states))
         return states @ weight.T
 
-    found = completion_token_logps(hidden, targets, head, 11)
+    found = completion_token_scores(hidden, targets, head, 11).logps
     expected = (hidden @ weight.T).log_softmax(-1)[torch.arange(8), targets]
     torch.testing.assert_close(found, expected)
     factors = torch.arange(1.0, 9.0, dtype=torch.float64)

@@ -56,6 +56,20 @@ def test_metrics_without_reference_have_no_rewards():
     assert metrics == pytest.approx({"loss": 2.0, "logps/chosen": -15.0, "logps/rejected": -67 / 3})
 
 
+def test_entropy_and_logits_are_means_over_tokens():
+    """Of answers with 1 and 3, 2 and 2, 4 and 1 tokens, from their sums."""
+    stats = replace(
+        STATS,
+        num_tokens=torch.tensor([1, 3, 2, 2, 4, 1]),
+        entropy=torch.tensor([7.0, 3.0, 1.0, 4.0, 2.5, 2.0]),
+        mean_logits=torch.tensor([2.5, 6.0, 2.0, 5.0, 6.0, 7.0]),
+    )
+    metrics = finish_metrics(metric_sums(stats, LOSS, BETA))
+    assert metrics["entropy"] == pytest.approx(19.5 / 13)
+    assert metrics["logits/chosen"] == pytest.approx(10.5 / 7)
+    assert metrics["logits/rejected"] == pytest.approx(18 / 6)
+
+
 def test_accuracy_is_zero_while_the_policy_is_the_reference():
     stats = make_stats([(-10.1, -20.3)], [(-10.1, -20.3)])
     metrics = finish_metrics(metric_sums(stats, torch.tensor([math.log(2)]), BETA))
@@ -99,7 +113,8 @@ def test_sums_do_not_lose_small_losses():
 @pytest.mark.parametrize("name", LOSSES)
 def test_nothing_waits_for_the_device(name):
     """On the meta device tensors have no values: whatever asked for one, as a host sync does, would fail."""
-    on_meta = AnswerStats(*(getattr(STATS, field.name).to("meta") for field in dataclasses.fields(STATS)))
+    stats = replace(STATS, entropy=torch.ones(6), mean_logits=torch.ones(6))
+    on_meta = AnswerStats(*(getattr(stats, field.name).to("meta") for field in dataclasses.fields(stats)))
     losses = LOSSES[name].fn(on_meta, **{parameter: 0.1 for parameter in LOSSES[name].parameters})
     assert metric_sums(on_meta, losses, BETA).device.type == "meta"
 
