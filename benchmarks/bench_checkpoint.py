@@ -50,7 +50,7 @@ def build(arguments: argparse.Namespace, layers: int) -> tuple[Any, torch.optim.
     heads = arguments.hidden // 64 or 1
     config = tiny_llama_config(VOCABULARY, hidden_size=arguments.hidden, num_layers=layers, num_heads=heads)
     model = LlamaForCausalLM(config)
-    shard(model, "float32", "cpu")
+    shard(model, "float32", torch.device("cpu"))
     gc.freeze()  # As a worker does.
     return model, AdamW(model.parameters(), lr=1e-5)
 

@@ -53,7 +53,7 @@ def rank_main(rank: int, world: int, arguments: argparse.Namespace, pairs: int, 
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     torch.manual_seed(0)
     model = LlamaForCausalLM(tiny_llama_config(512, hidden_size=256, num_layers=6, num_heads=4))
-    shard(model, "float32", "cpu")
+    shard(model, "float32", torch.device("cpu"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     objective = Objective(partial(sigmoid, beta=0.1, label_smoothing=0.0), False, 0.1)
     lengths = torch.randint(32, 128, (pairs, 3), generator=torch.Generator().manual_seed(0)).tolist()

@@ -65,9 +65,14 @@ class ModelConfig(Section):
         description="compute activations again in backward: less memory, more time; offload: what remains of them "
         "waits in the memory of the host",
     )
+    cpu_offload: bool = Field(
+        False,
+        description="FSDP's: the shards of weights, gradients and optimizer state stay in the host's memory, where the "
+        "update runs; for models that would not fit",
+    )
     compile: bool = Field(
         False,
-        description="compile what is between attention and matrix products (torch.compile): the first steps take longer",
+        description="compile what is between attention and matrix products (torch.compile); slow first steps",
     )
 
 
@@ -316,11 +321,12 @@ class Config(Section):
                 "DPO's learning rates nearly every update is smaller than half a bfloat16 step and rounds to nothing; "
                 "use optimizer.name: adamw_kahan, or model.weights_dtype: float32 (compute can stay in bfloat16)"
             )
-        if self.model.gradient_checkpointing == "offload" and not self.scaling.gpus_per_worker:
-            raise ValueError(
-                "model.gradient_checkpointing: offload does nothing without scaling.gpus_per_worker: 1, since the "
-                "activations are in the host's memory already; use gradient_checkpointing: true"
-            )
+        if not self.scaling.gpus_per_worker:
+            needless = "does nothing without scaling.gpus_per_worker: 1, since all is in the host's memory already; use"
+            if self.model.gradient_checkpointing == "offload":
+                raise ValueError(f"model.gradient_checkpointing: offload {needless} true")
+            if self.model.cpu_offload:
+                raise ValueError(f"model.cpu_offload: true {needless} false")
         if self.model.weights_dtype == "bfloat16" and self.model.compute_dtype == "float32":
             raise ValueError("model.weights_dtype: bfloat16 needs model.compute_dtype: bfloat16")
         if self.train.eval_every_steps and not (self.data.eval or self.data.eval_fraction):
@@ -374,6 +380,7 @@ MAY_CHANGE = (
     "reference.tokens_per_microbatch",
     "data.max_reject_fraction",
     "model.gradient_checkpointing",
+    "model.cpu_offload",
     "train.tokens_per_microbatch",
     "train.eval_every_steps",
     "train.checkpoint_every_steps",

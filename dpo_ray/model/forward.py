@@ -69,11 +69,16 @@ def empty_pass(model: nn.Module) -> torch.Tensor:
     return per_token.logps.sum() * 0.0
 
 
-def with_token_scores(model: PreTrainedModel) -> PreTrainedModel:
+def with_token_scores(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     """Gives a model a second way forward, `token_scores(tokens, lengths)`, that never holds the logits of all tokens.
 
     It reads packs where the model was loaded with packed attention.
+
+    Args:
+        model: Any causal language model.
+        device: Where it computes, wherever its weights are in between.
     """
+    model.runs_on = device
     model.packed = model.config._attn_implementation == PACKED
     model.saves_on_host = False
     model.token_scores = MethodType(_token_scores, model)
@@ -145,7 +150,7 @@ def _one_by_one(
     for prompt, *answers in lengths:
         stop = start + prompt
         for length in answers:
-            whole = torch.cat([tokens[start : start + prompt], tokens[stop : stop + length]]).to(model.device)
+            whole = torch.cat([tokens[start : start + prompt], tokens[stop : stop + length]]).to(model.runs_on)
             logits = model(input_ids=whole[None], use_cache=False).logits[0, prompt - 1 : -1]
             found.append(token_scores(logits, whole[prompt:]).logps)
             stop += length
@@ -168,7 +173,7 @@ def _token_scores(
     model: PreTrainedModel, tokens: torch.Tensor, lengths: Sequence[Sequence[int]]
 ) -> tuple[Scores, torch.Tensor]:
     """What the model says of each completion token of a pack, and the answer it belongs to: Shape (N,)."""
-    device = model.device
+    device = model.runs_on
     if model.packed and device.type == "cuda":
         missing = max(GPU_SHORTEST - len(tokens), -len(tokens) % GPU_BLOCK)
         # A prompt without answers: nothing is predicted from it, and nothing sees it.
@@ -176,8 +181,6 @@ def _token_scores(
     tokens = tokens.to(device)
     predicting, targets, answers = (places.to(device) for places in completion_positions(lengths))
     pack = Pack(lengths, device)
-    if model.training != torch.is_grad_enabled():
-        model.train(torch.is_grad_enabled())  # Checkpoints of activations are of no use without gradients.
     with save_on_cpu(pin_memory=device.type == "cuda") if model.saves_on_host else nullcontext():
         if model.packed:
             hidden = model.base_model(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from typing import cast
 
 import torch
@@ -12,7 +13,14 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface, PreTrainedModel
 
@@ -37,15 +45,17 @@ def sharded_policy(config: ModelConfig, device: torch.device) -> PreTrainedModel
     model = empty_model(config.path, config.attention).to(DTYPES[config.weights_dtype])
     if config.gradient_checkpointing:
         # Only reentrant checkpoints keep a block's input as a saved tensor, which can be kept elsewhere.
+        warnings.filterwarnings("ignore", "None of the inputs have requires_grad")  # In evaluation they have not.
         model.gradient_checkpointing_enable({"use_reentrant": config.gradient_checkpointing == "offload"})
-    shard(model, config.compute_dtype, device.type)
+    shard(model, config.compute_dtype, device, config.cpu_offload)
     model.saves_on_host = config.gradient_checkpointing == "offload"
     if config.compile:
         compile_blocks(model)
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    model.to_empty(device=device)
-    for name, buffer in model.named_buffers():
-        buffer.copy_(buffers[name])
+    buffers = dict(model.named_buffers())
+    model.to_empty(device="cpu" if config.cpu_offload else device)
+    for name, buffer in buffers.items():
+        owner, _, own_name = name.rpartition(".")
+        setattr(model.get_submodule(owner), own_name, buffer.to(device))
     whole = {}
     if dist.get_rank() == 0:
         whole = load_pretrained(config.path, config.weights_dtype, config.attention).state_dict()
@@ -59,26 +69,38 @@ def sharded_policy(config: ModelConfig, device: torch.device) -> PreTrainedModel
     return model.train()
 
 
-def shard(model: PreTrainedModel, compute_dtype: str, device_type: str) -> None:
+def shard(model: PreTrainedModel, compute_dtype: str, device: torch.device, cpu_offload: bool = False) -> None:
     """Shards each transformer block, then the rest, over all ranks.
 
     Gradients are summed over ranks, not averaged: the loss is divided by the global batch's number of pairs already.
+
+    Args:
+        model: A whole model.
+        compute_dtype: Of forward and backward passes.
+        device: Where they run.
+        cpu_offload: Whether the shards stay in the host's memory.
+
+    Collective: all ranks.
     """
-    mesh = init_device_mesh(device_type, (dist.get_world_size(),))
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=DTYPES[compute_dtype], reduce_dtype=torch.float32)
+    offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if cpu_offload else OffloadPolicy()
     is_block = fsdp2_prepare_auto_wrap_policy(
         FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap"), model
     )
     blocks = [module for module in model.modules() if is_block is not None and is_block(module)]
-    sharded = [cast(FSDPModule, fully_shard(module, mesh=mesh, mp_policy=policy)) for module in [*blocks, model]]
-    for module in sharded:
+    sharded: list[FSDPModule] = []
+    for module in [*blocks, model]:
+        fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload)
+        assert isinstance(module, FSDPModule)
+        sharded.append(module)
         # A plain sum on every backend; gloo has no scaled reduction.
         module.set_force_sum_reduction_for_comms(True)
         module.set_gradient_divide_factor(1.0)
     for block, following in itertools.pairwise(sharded[:-1]):
         # The next weights are on their way while this block computes; in backward FSDP does so by itself.
         block.set_modules_to_forward_prefetch([following])
-    register_fsdp_forward_method(with_token_scores(model), "token_scores")
+    register_fsdp_forward_method(with_token_scores(model, device), "token_scores")
     _assert_sharded(model)
 
 
@@ -88,7 +110,8 @@ def compile_blocks(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule) and module is not model:
             # Its forward and not its call: FSDP's hooks stay outside.
-            module.forward = torch.compile(module.forward, dynamic=True)  # type: ignore[method-assign]
+            block = cast(nn.Module, module)
+            block.forward = torch.compile(block.forward, dynamic=True)
 
 
 def _assert_sharded(model: nn.Module) -> None:

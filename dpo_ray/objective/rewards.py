@@ -66,7 +66,7 @@ def metric_sums(stats: AnswerStats, losses: torch.Tensor, beta: float) -> torch.
     if stats.entropy is not None and stats.mean_logits is not None:
         chosen, rejected = stats.pairwise(stats.num_tokens)
         columns |= {"num_chosen_tokens": chosen, "num_rejected_tokens": rejected}
-        columns |= {"num_completion_tokens": chosen + rejected, "entropy": sum(stats.pairwise(stats.entropy))}
+        columns |= {"num_completion_tokens": chosen + rejected, "entropy": torch.add(*stats.pairwise(stats.entropy))}
         columns["logits/chosen"], columns["logits/rejected"] = stats.pairwise(stats.mean_logits)
     nothing = torch.zeros_like(losses)
     return torch.stack([columns.get(name, nothing).double() for name in METRIC_SUMS]).sum(dim=1)

@@ -137,7 +137,11 @@ class WorkerGroup:
                 train_loop_config={
                     "assignment": Assignment(config, self._places, attempt, self._streams, self._monitor)
                 },
-                torch_config=TorchConfig(timeout_s=int(max(1800, full_patience_s() + 2 * limit_s))),
+                torch_config=TorchConfig(
+                    # Shards in the host's memory are summed there too.
+                    backend="cpu:gloo,cuda:nccl" if config.model.cpu_offload else None,
+                    timeout_s=int(max(1800, full_patience_s() + 2 * limit_s)),
+                ),
                 scaling_config=ray.train.ScalingConfig(
                     num_workers=attempt.world_size,
                     use_gpu=bool(scaling.gpus_per_worker),

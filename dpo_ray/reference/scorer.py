@@ -29,7 +29,7 @@ class Scorer:
         self.tokens_per_microbatch = tokens_per_microbatch
         self.device = device
         model = load_pretrained(path, dtype, attention).to(device).eval().requires_grad_(False)
-        self.model = with_token_scores(model)
+        self.model = with_token_scores(model, device)
         settle_layout(self.model)
 
     @torch.inference_mode()

@@ -49,6 +49,7 @@ class Budget:
             "configured": configured,
             "world_size": dist.get_world_size(),
             "gradient_checkpointing": config.model.gradient_checkpointing,
+            "cpu_offload": config.model.cpu_offload,
             "device": _device_name(context.device),
         }
         self.reduce_each = False
@@ -177,8 +178,9 @@ def _peak_bytes(model: nn.Module, num_tokens: int, device: torch.device, reduce_
 
 
 def _state_bytes(model: nn.Module) -> int:
-    parameters = (parameter for parameter in model.parameters() if parameter.requires_grad)
-    return sum(cast(Any, parameter).to_local().numel() * STATE_BYTES for parameter in parameters)
+    """What the optimizer will take of the device's memory."""
+    trained = (cast(Any, parameter).to_local() for parameter in model.parameters() if parameter.requires_grad)
+    return sum(local.numel() * STATE_BYTES for local in trained if local.is_cuda)
 
 
 def _memory_bytes(device: torch.device) -> int:

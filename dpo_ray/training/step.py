@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -85,7 +86,7 @@ def train_step(
 
     Collective: all ranks.
     """
-    local = _Local(next(model.parameters()).device, leaving)
+    local = _Local(cast(Any, model).runs_on, leaving)
     joint = _joint_losses(model, batch, objective) if objective.couples_pairs else None
     for index, microbatch in enumerate(batch.microbatches):
         set_gradient_sync(model, reduce_each or index == len(batch.microbatches) - 1)
@@ -112,7 +113,7 @@ def eval_step(model: nn.Module, batch: GlobalBatch, objective: Objective) -> Ste
 
     Collective: all ranks.
     """
-    local = _Local(next(model.parameters()).device)
+    local = _Local(cast(Any, model).runs_on)
     joint = _joint_losses(model, batch, objective) if objective.couples_pairs else None
     for index, microbatch in enumerate(batch.microbatches):
         if not microbatch.lengths:
@@ -201,7 +202,7 @@ def _joint_losses(
         losses = objective.loss(stats)
         (gradient,) = torch.autograd.grad(losses.sum(), stats.policy_logps)
     of_pair = dict(zip(batch.pair_ids, zip(losses.detach(), gradient.split(sizes), strict=True), strict=True))
-    device = next(model.parameters()).device
+    device = cast(Any, model).runs_on
     found = []
     for pair_ids in batch.microbatch_pair_ids:
         parts = [of_pair[pair_id] for pair_id in pair_ids] or [(torch.zeros(()), torch.zeros(0))]

@@ -78,10 +78,6 @@ def sharded(rank: int, world: int, model: str, folder: str) -> None:
         steps(*other, scored_pairs(model, dtype=options.get("compute_dtype", "float32")), rank, world, 2)
         saved(folder, name, *other, rank)
 
-    # Recomputed activations, kept on the host or not, and compiled blocks change nothing.
-    for options in ({"gradient_checkpointing": True}, {"gradient_checkpointing": "offload"}, {"compile": True}):
-        again = build(model, **options)
-        assert steps(*again, pairs, rank, world, 3) == pytest.approx(losses[:3], rel=1e-6), options
     # bfloat16 compute on float32 weights: near, not equal; the weights stay float32.
     mixed = build(model, compute_dtype="bfloat16")
     found = steps(*mixed, scored_pairs(model, dtype="bfloat16"), rank, world, 3)
@@ -89,6 +85,27 @@ def sharded(rank: int, world: int, model: str, folder: str) -> None:
     assert {parameter.dtype for parameter in mixed[0].parameters()} == {torch.float32}
     if rank == 0:
         Path(folder, f"losses-{world}.json").write_text(json.dumps(losses))
+
+
+def alike(rank: int, world: int, model: str, others: list[dict[str, Any]]) -> None:
+    pairs = scored_pairs(model)
+    expected = steps(*build(model), pairs, rank, world, 3)
+    for options in others:
+        assert steps(*build(model, **options), pairs, rank, world, 3) == pytest.approx(expected, rel=1e-6), options
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        pytest.param(
+            [{"gradient_checkpointing": True}, {"gradient_checkpointing": "offload"}, {"cpu_offload": True}],
+            id="where things are kept and what is computed again",
+        ),
+        pytest.param([{"compile": True}], id="what is compiled", marks=pytest.mark.slow),
+    ],
+)
+def test_no_number_depends_on(tmp_path: Path, tiny_model: Path, others: list[dict[str, Any]]) -> None:
+    run_ranks(alike, 2, tmp_path, str(tiny_model), others)
 
 
 def saved(folder: str, run: str, policy: Any, optimizer: Any, rank: int) -> None:

@@ -42,6 +42,11 @@ def with_values(**sections: dict[str, Any]) -> dict[str, Any]:
         ),
         (with_values(train={"global_batch_pairs": 2}, scaling={"workers": 3}), "fewer than scaling.workers"),
         (with_values(model={"weights_dtype": "bfloat16"}), "adamw_kahan"),
+        (
+            with_values(model={"gradient_checkpointing": "offload"}),
+            "offload does nothing without .*use true",
+        ),
+        (with_values(model={"cpu_offload": True}), "does nothing without scaling.gpus_per_worker: 1.*use false"),
         (with_values(train={"eval_every_steps": 5}), "nothing is held out"),
         (with_values(data={"eval": ["x"], "eval_fraction": 0.1}), "keep one of them"),
         (with_values(optimizer={"schedule": "constant", "warmup_steps": 3}), "constant_with_warmup"),
