@@ -39,12 +39,15 @@ def load_pretrained(uri: str, dtype: str, attention: str) -> PreTrainedModel:
     return without_dropout(model)
 
 
-def empty_model(uri: str, attention: str) -> PreTrainedModel:
-    """The model's structure with float32 parameters on the meta device and real buffers, dropout off."""
+def empty_model(uri: str, dtype: str, attention: str) -> PreTrainedModel:
+    """The model's structure with parameters on the meta device and real buffers, dropout off.
+
+    Buffers have the dtypes that they have in a loaded model: rotary frequencies stay in float32.
+    """
     config = model_config(uri)
     # Buffers such as rotary frequencies are computed, not stored: on the meta device they would be lost.
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
+        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype], attn_implementation=attention)
     model.tie_weights()
     return without_dropout(model)
 

@@ -29,7 +29,7 @@ def sharded_policy(config: ModelConfig, device: torch.device) -> PreTrainedModel
 
     Collective: all ranks.
     """
-    model = empty_model(config.path, config.attention).to(DTYPES[config.weights_dtype])
+    model = empty_model(config.path, config.weights_dtype, config.attention)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     shard(model, config.compute_dtype, device.type)
