@@ -6,8 +6,9 @@ of ranks (strong scaling) and a batch that grows with it (weak scaling). More ra
 Modelled: what communication leaves of a device's speed. The assumptions, all of which can be given as options:
 
 - a step computes 6 N T operations at a share `--utilisation` of a device's peak, T tokens a device;
-- per microbatch each device gathers the others' weights twice (forward, backward), 2 bytes a weight; per step it
-  scatters the gradient's sums once, 4 bytes a weight;
+- per microbatch each device gathers the others' weights twice (forward, backward), 2 bytes a weight; it scatters the
+  gradient's sums, 4 bytes a weight, once per step, or, where the gradient of the whole model takes more than 15 % of
+  `--memory-gb`, per microbatch, as training does;
 - a device sends and receives at `--near-gb-s` within a node and at `--far-gb-s` beyond it, and each collective takes
   `--latency-us` for every node that it reaches beyond the first, once per block of the model;
 - what fits beside computation is free: a microbatch takes the longer of the two.
@@ -32,6 +33,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from rich.console import Console
 from rich.table import Table
+
+from dpo_ray.training.budget import GRADIENT_SHARE
 
 DEVICES = (8, 16, 32, 64, 128, 256, 512, 1024)
 # Weights and blocks.
@@ -99,7 +102,8 @@ def modelled(weights: float, blocks: int, devices: int, tokens: int, arguments: 
     gather_s = 2 * (2 * weights * share / bandwidth + latency_s)
     scatter_s = 4 * weights * share / bandwidth + latency_s
     count = arguments.microbatches
-    step_s = (count - 1) * max(compute_s, gather_s) + max(compute_s, gather_s + scatter_s)
+    each = scatter_s if 4 * weights > GRADIENT_SHARE * arguments.memory_gb * 1e9 else 0.0
+    step_s = (count - 1) * max(compute_s, gather_s + each) + max(compute_s, gather_s + scatter_s)
     return count * compute_s / step_s
 
 
@@ -112,6 +116,7 @@ def main() -> None:
     parser.add_argument("--peak-tflops", type=float, default=989.0)
     parser.add_argument("--utilisation", type=float, default=0.5)
     parser.add_argument("--tokens-per-microbatch", type=int, nargs="*", default=[2048, 4096, 8192, 16_384])
+    parser.add_argument("--memory-gb", type=float, default=141.0)
     parser.add_argument("--microbatches", type=int, default=4)
     parser.add_argument("--devices-per-node", type=int, default=8)
     parser.add_argument("--near-gb-s", type=float, default=450.0)

@@ -11,7 +11,7 @@ Utilisation is 6 N floating-point operations per different token (8 N with the r
 rate of matrix products of the model's own shapes in the same process: in bfloat16 where the processor has instructions
 for it, else in float32. On a processor that has not, PyTorch's bfloat16 products are several times slower than float32;
 ours go through float32, TRL's do not: there the float32 case is the one that compares trainers. TRL's time leaves out
-collating the batch, and holds metrics that ours does not compute (entropy, token accuracy, mean logits).
+collating the batch, and holds a metric that ours does not compute (token accuracy).
 
     python benchmarks/bench_step.py MODEL PAIRS.jsonl.gz
 """

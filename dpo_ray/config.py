@@ -321,6 +321,11 @@ class Config(Section):
                 "DPO's learning rates nearly every update is smaller than half a bfloat16 step and rounds to nothing; "
                 "use optimizer.name: adamw_kahan, or model.weights_dtype: float32 (compute can stay in bfloat16)"
             )
+        if self.model.compile and self.model.gradient_checkpointing:
+            raise ValueError(
+                "model.compile: true does nothing with model.gradient_checkpointing, which runs blocks uncompiled; use "
+                "one of them"
+            )
         if not self.scaling.gpus_per_worker:
             needless = "does nothing without scaling.gpus_per_worker: 1, since all is in the host's memory already; use"
             if self.model.gradient_checkpointing == "offload":
@@ -379,8 +384,10 @@ MAY_CHANGE = (
     "reference.resources_per_replica",
     "reference.tokens_per_microbatch",
     "data.max_reject_fraction",
+    "model.attention",
     "model.gradient_checkpointing",
     "model.cpu_offload",
+    "model.compile",
     "train.tokens_per_microbatch",
     "train.eval_every_steps",
     "train.checkpoint_every_steps",

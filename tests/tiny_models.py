@@ -11,8 +11,9 @@ from dpo_ray.model.attention import PACKED
 from dpo_ray.model.forward import with_token_scores
 from dpo_ray.types import ScoredPair, TokenizedPair
 
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 61, "intermediate_size": 48}
-GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 61, "n_positions": 128}
+# Heads of 16: FlexAttention's kernels take no smaller ones.
+SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 61, "intermediate_size": 48}
+GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 61, "n_positions": 128}
 GROUPED = {**SIZES, "num_key_value_heads": 2}
 WINDOWED = {**GROUPED, "sliding_window": 7}
 TOKENS = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
@@ -20,7 +21,7 @@ TOKENS = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {**GROUPED, "tie_word_embeddings": True},
     "qwen2": GROUPED,
-    "qwen3": {**GROUPED, "head_dim": 8},
+    "qwen3": {**GROUPED, "head_dim": 24},
     "phi": GROUPED,
     "phi3": GROUPED,
     "gpt2": GPT2,
@@ -28,8 +29,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "olmo": GROUPED,
     "olmo2": GROUPED,
     "mistral": WINDOWED,
-    "gemma2": {**WINDOWED, "head_dim": 8, "attn_logit_softcapping": 0.5, "final_logit_softcapping": 0.1},
-    "gemma3_text": {**WINDOWED, "head_dim": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    "gemma2": {**WINDOWED, "head_dim": 16, "attn_logit_softcapping": 0.5, "final_logit_softcapping": 0.1},
+    "gemma3_text": {**WINDOWED, "head_dim": 16, "layer_types": ["sliding_attention", "full_attention"]},
     "granite": {**GROUPED, "logits_scaling": 3.0, "attention_multiplier": 0.7},
     "cohere": {**GROUPED, "logit_scale": 0.3},
 }

@@ -220,10 +220,11 @@ def _capped(softcap: float) -> Callable[..., torch.Tensor]:
 
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    # With dynamic shapes a few compilations serve all packs; one too many shall fail, and not run uncompiled, where
-    # FlexAttention would hold all scores of the pack.
+    # Sizes that are seen to change become dynamic, so that a few compilations serve all packs; one too many shall fail,
+    # and not run uncompiled, where FlexAttention would hold all scores of the pack. Not dynamic=True: a number such as
+    # the soft cap would become a tensor, which the kernel cannot take.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
-    return torch.compile(function, dynamic=True, fullgraph=True)
+    return torch.compile(function, fullgraph=True)
 
 
 AttentionInterface.register(PACKED, packed_attention)

@@ -31,7 +31,7 @@ def export(model: nn.Module, config: Config, step: int, rank: int, fence: Callab
     """
     state = gathered_state_dict(model)
     if rank == 0:
-        whole = empty_model(config.model.path, config.model.attention).to(DTYPES[config.model.weights_dtype])
+        whole = empty_model(config.model.path, config.model.weights_dtype, config.model.attention)
         whole.config.dtype = DTYPES[config.model.weights_dtype]
         with tempfile.TemporaryDirectory(prefix="dpo_ray-export-") as folder:
             whole.save_pretrained(folder, state_dict=state)

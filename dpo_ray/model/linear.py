@@ -17,7 +17,9 @@ from torch.autograd.function import once_differentiable
 
 def widens(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether products of this dtype are better computed in float32 on this device."""
-    return dtype == torch.bfloat16 and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if dtype != torch.bfloat16 or device.type != "cpu":
+        return False
+    return not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def widen_products(model: nn.Module) -> nn.Module:

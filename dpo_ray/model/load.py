@@ -44,13 +44,16 @@ def load_pretrained(uri: str, dtype: str, attention: str) -> PreTrainedModel:
     return _with_attention(without_dropout(model), attention)
 
 
-def empty_model(uri: str, attention: str) -> PreTrainedModel:
-    """The model's structure with float32 parameters on the meta device and real buffers, dropout off."""
+def empty_model(uri: str, dtype: str, attention: str) -> PreTrainedModel:
+    """The model's structure with parameters on the meta device and real buffers, dropout off.
+
+    Buffers have the dtypes that they have in a loaded model: rotary frequencies stay in float32.
+    """
     config = model_config(uri)
     # Buffers such as rotary frequencies are computed, not stored: on the meta device they would be lost.
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, attn_implementation=None if attention == PACKED else attention
+            config, dtype=DTYPES[dtype], attn_implementation=None if attention == PACKED else attention
         )
     model.tie_weights()
     return _with_attention(without_dropout(model), attention)
@@ -58,7 +61,9 @@ def empty_model(uri: str, attention: str) -> PreTrainedModel:
 
 def _with_attention(model: PreTrainedModel, attention: str) -> PreTrainedModel:
     if attention == PACKED:
-        if model._can_set_attn_implementation():
+        # Chunks of attention are in transformers' masks alone, which packs do not use.
+        chunked = "chunked_attention" in (getattr(model.config.get_text_config(), "layer_types", None) or [])
+        if model._can_set_attn_implementation() and not chunked:
             model.set_attn_implementation(PACKED)
         else:
             log.warning(

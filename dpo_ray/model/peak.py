@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import time
 
 import torch
 
 from dpo_ray.model.linear import widens
 
-# Dense bfloat16, in TFLOP/s, from the makers' data sheets, by a part of the device's name; the first match counts.
+# Dense bfloat16, in TFLOP/s, from the makers' data sheets, by words of the device's name; the first match counts.
 PEAK_TFLOPS = {
     "B200": 2250.0,
     "H200": 989.0,
     "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
     "H100": 989.0,
     "A100": 312.0,
     "L40S": 362.0,
@@ -31,7 +33,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
         for part, tflops in PEAK_TFLOPS.items():
-            if part in name:
+            if re.search(rf"\b{part}\b", name):
                 return tflops * 1e12
     return _measured(device, torch.float32 if widens(dtype, device) else dtype)
 

@@ -42,7 +42,7 @@ def sharded_policy(config: ModelConfig, device: torch.device) -> PreTrainedModel
 
     Collective: all ranks.
     """
-    model = empty_model(config.path, config.attention).to(DTYPES[config.weights_dtype])
+    model = empty_model(config.path, config.weights_dtype, config.attention)
     if config.gradient_checkpointing:
         # Only reentrant checkpoints keep a block's input as a saved tensor, which can be kept elsewhere.
         warnings.filterwarnings("ignore", "None of the inputs have requires_grad")  # In evaluation they have not.

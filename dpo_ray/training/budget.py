@@ -44,13 +44,15 @@ class Budget:
         """
         self._uri, self._context = storage.join(config.run_uri, "budget.json"), context
         configured = config.train.tokens_per_microbatch
+        names: list[str] = [""] * dist.get_world_size()
+        dist.all_gather_object(names, _device_name(context.device))
         # What a budget holds for.
         self._valid_for = {
             "configured": configured,
             "world_size": dist.get_world_size(),
             "gradient_checkpointing": config.model.gradient_checkpointing,
             "cpu_offload": config.model.cpu_offload,
-            "device": _device_name(context.device),
+            "devices": sorted(set(names)),
         }
         self.reduce_each = False
         stored = [storage.read_json(self._uri) if context.rank == 0 and storage.exists(self._uri) else None]
@@ -79,7 +81,15 @@ class Budget:
         if self._context.device.type == "cuda":
             # Until it is summed, a gradient is in float32.
             gradient_bytes = 4 * sum(parameter.numel() for parameter in model.parameters())
-            self.reduce_each = gradient_bytes > GRADIENT_SHARE * _memory_bytes(self._context.device)
+            large = torch.tensor(gradient_bytes > GRADIENT_SHARE * _memory_bytes(self._context.device))
+            large = large.to(self._context.device, torch.int32)
+            dist.all_reduce(large, op=dist.ReduceOp.MAX)
+            self.reduce_each = bool(large)
+            if self.reduce_each and next(model.parameters()).dtype == torch.bfloat16 and self._context.rank == 0:
+                log.warning(
+                    "gradients are summed over workers after each microbatch, to save memory, and added up in "
+                    "bfloat16, the dtype of the weights; model.weights_dtype: float32 adds them up in float32"
+                )
         if self._measure:
             self.tokens, device = TRIED_TOKENS[-1], self._context.device
             with self.watched():
@@ -117,8 +127,9 @@ class Budget:
             if batch is not None and all(len(each.lengths) <= 1 for each in batch.microbatches):
                 longest = max(len(each.tokens) for each in batch.microbatches)
                 raise ConfigError(
-                    f"step {batch.step}: out of memory with a single pair of up to {longest} tokens in a microbatch; "
-                    "set model.gradient_checkpointing: true, lower data.max_length, or raise scaling.workers"
+                    f"step {batch.step}: out of memory in the update, or with a single pair of up to {longest} "
+                    "tokens in a microbatch; set model.gradient_checkpointing: true, lower data.max_length, or raise "
+                    "scaling.workers"
                 ) from None
             log.warning("%s", error)
             before, self.tokens = self.tokens, int(self.tokens * SHRINK)

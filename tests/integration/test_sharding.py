@@ -19,6 +19,7 @@ from dpo_ray.model.shard import gathered_state_dict, sharded_policy
 from dpo_ray.objective.losses import LOSSES, AnswerStats
 from dpo_ray.pairs import pack
 from dpo_ray.reference.scorer import Scorer
+from dpo_ray.training import step as step_module
 from dpo_ray.training.checkpoint import Checkpointer, tensors_of
 from dpo_ray.training.optimizer import build_optimizer
 from dpo_ray.training.step import Objective, train_step
@@ -75,6 +76,10 @@ def sharded(rank: int, world: int, model: str, folder: str) -> None:
     losses += steps(policy, optimizer, pairs, rank, world, 2)
     for name, options in OTHER_OPTIMIZERS.items():
         other = build(model, name=name, **options)
+        whole = load_pretrained(model, options.get("weights_dtype", "float32"), "sdpa")
+        # Rotary frequencies rounded to bfloat16 would be another model.
+        for key, buffer in whole.named_buffers():
+            torch.testing.assert_close(other[0].get_buffer(key), buffer, rtol=0, atol=0)
         steps(*other, scored_pairs(model, dtype=options.get("compute_dtype", "float32")), rank, world, 2)
         saved(folder, name, *other, rank)
 
@@ -220,14 +225,18 @@ def test_losses_that_couple_pairs_see_the_global_batch(tmp_path: Path, tiny_mode
 
 def summed_each(rank: int, world: int, model: str) -> None:
     pairs = scored_pairs(model, 24)
-    found = []
+    found, sums = [], list[bool]()
+    set_sync = step_module.set_gradient_sync
+    step_module.set_gradient_sync = lambda policy, sync: (sums.append(sync), set_sync(policy, sync))
     for reduce_each in (False, True):
         policy, optimizer = build(model)
         for step in range(1, 5):
             row = pack.rank_batches(pairs, step, 0, world, pack.Costs())[rank]
             batch = pack.global_batch(row, 300, pack.Costs())
             assert len(batch.microbatches) >= 3
+            sums.clear()
             result = train_step(policy, optimizer, batch, Objective(sigmoid, False, 0.1), 1.0, reduce_each=reduce_each)
+            assert sums == [reduce_each] * (len(batch.microbatches) - 1) + [True]
             assert result.grad_norm is not None
             found += [float(result.sums[0]), float(result.grad_norm)]
     once, each = found[:8], found[8:]

@@ -46,6 +46,7 @@ def with_values(**sections: dict[str, Any]) -> dict[str, Any]:
             with_values(model={"gradient_checkpointing": "offload"}),
             "offload does nothing without .*use true",
         ),
+        (with_values(model={"compile": True, "gradient_checkpointing": True}), "use one of them"),
         (with_values(model={"cpu_offload": True}), "does nothing without scaling.gpus_per_worker: 1.*use false"),
         (with_values(train={"eval_every_steps": 5}), "nothing is held out"),
         (with_values(data={"eval": ["x"], "eval_fraction": 0.1}), "keep one of them"),
