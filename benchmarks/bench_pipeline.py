@@ -125,7 +125,7 @@ def stream_all(store_uri: str, num_pairs: int, ranks: int = 2, batch: int = 64) 
     import ray
 
     from dpo_ray.orchestration.stream import close_streams, stream
-    from dpo_ray.pairs.pack import Costs
+    from dpo_ray.pairs.pack import ID_BYTES, Costs
     from dpo_ray.pairs.plan import plan_of
     from dpo_ray.pairs.store import open_store
     from dpo_ray.training.feed import Feed
@@ -140,10 +140,11 @@ def stream_all(store_uri: str, num_pairs: int, ranks: int = 2, batch: int = 64) 
 
     @ray.remote(num_cpus=0)
     def count(part: ray.data.DataIterator) -> int:
-        return sum(len(table["own_ids"][0]) for table in part.iter_batches(batch_size=1, batch_format="pyarrow"))
+        tables = part.iter_batches(batch_size=1, batch_format="pyarrow")
+        return sum(len(table["pair_ids"][0].as_py()) // ID_BYTES for table in tables)
 
-    found = sum(ray.get([count.remote(part) for part in streams]))
-    assert found == num_pairs, f"{found} pairs came of {num_pairs}"
+    found = ray.get([count.remote(part) for part in streams])
+    assert found == [num_pairs] * ranks, f"{found} pairs came of {num_pairs}"
     close_streams(streams)
 
 

@@ -6,6 +6,7 @@ Which pairs form the batch is decided before (in `plan`); here only who computes
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,16 +19,19 @@ from dpo_ray.types import GlobalBatch, Microbatch, ScoredPair, TokenizedPair
 if TYPE_CHECKING:
     import torch
 
-IDS = pa.list_(pa.binary(16))
+ID_BYTES = 16
+# What all ranks of a batch are told is packed into bytes: with many ranks it makes up most of what is sent.
 RANK_BATCH_SCHEMA = pa.schema(
     [
         ("step", pa.int64()),
         ("epoch", pa.int32()),
         ("rank", pa.int32()),
-        ("pair_ids", IDS),
-        ("own_ids", IDS),
-        # Of all ranks: how many microbatches there are is the same for all.
-        ("lengths", pa.list_(pa.list_(pa.list_(pa.int32())))),
+        ("num_ranks", pa.int32()),
+        # Of the whole batch in plan order: ids; as int32, parts of each pair (1 + its answers), tokens of each part.
+        ("pair_ids", pa.binary()),
+        ("num_parts", pa.binary()),
+        ("part_tokens", pa.binary()),
+        # Of the rank's own pairs.
         ("tokens", pa.list_(pa.int32())),
         ("ref_logps", pa.list_(pa.float32())),
     ]
@@ -130,20 +134,23 @@ def rank_batches(
         costs: To balance the ranks by.
     """
     lengths = [list(map(len, scored.pair.parts)) for scored in pairs]
-    shares = spread([costs.of(each) for each in lengths], num_ranks)
+    whole = {
+        "step": step,
+        "epoch": epoch,
+        "num_ranks": num_ranks,
+        "pair_ids": b"".join(scored.pair.pair_id for scored in pairs),
+        "num_parts": np.array(list(map(len, lengths)), np.int32).tobytes(),
+        "part_tokens": np.array(list(itertools.chain(*lengths)), np.int32).tobytes(),
+    }
     rows = []
-    for rank, share in enumerate(shares):
+    for rank, share in enumerate(spread([costs.of(each) for each in lengths], num_ranks)):
         own = [pairs[index] for index in share]
         parts = [part for scored in own for part in scored.pair.parts]
         scores = [scored.ref_logps for scored in own if scored.ref_logps is not None]
         rows.append(
             {
-                "step": step,
-                "epoch": epoch,
+                **whole,
                 "rank": rank,
-                "pair_ids": [scored.pair.pair_id for scored in pairs],
-                "own_ids": [scored.pair.pair_id for scored in own],
-                "lengths": [[lengths[index] for index in each] for each in shares],
                 "tokens": np.concatenate(parts) if parts else np.zeros(0, np.int32),
                 "ref_logps": np.concatenate(scores) if len(scores) == len(own) and scores else None,
             }
@@ -167,23 +174,37 @@ def row_of(table: pa.Table) -> dict[str, Any]:
 
 
 def global_batch(row: dict[str, Any], tokens_per_microbatch: int, costs: Costs) -> GlobalBatch:
-    """One rank's part of a global batch, from a row of `RANK_BATCH_SCHEMA`, in microbatches within a budget."""
-    pairs, token, score = [], 0, 0
+    """One rank's part of a global batch, from a row of `RANK_BATCH_SCHEMA`, in microbatches within a budget.
+
+    Args:
+        row: The rank's.
+        tokens_per_microbatch: The budget.
+        costs: Those that the row was made with: who has which pairs follows from them.
+    """
+    ids = row["pair_ids"]
+    pair_ids = [ids[start : start + ID_BYTES] for start in range(0, len(ids), ID_BYTES)]
+    part_tokens = iter(np.frombuffer(row["part_tokens"], np.int32).tolist())
+    lengths = [list(itertools.islice(part_tokens, num)) for num in np.frombuffer(row["num_parts"], np.int32).tolist()]
+    shares = spread([costs.of(each) for each in lengths], row["num_ranks"])
+    own, token, score = shares[row["rank"]], 0, 0
     tokens = np.asarray(row["tokens"], dtype=np.int32)
+    assert len(tokens) == sum(sum(lengths[index]) for index in own), "the row was made with other costs"
     scores = None if row["ref_logps"] is None else np.asarray(row["ref_logps"], dtype=np.float32)
-    for pair_id, lengths in zip(row["own_ids"], row["lengths"][row["rank"]], strict=True):
-        bounds = token + np.cumsum(lengths)
+    pairs = []
+    for index in own:
+        bounds = token + np.cumsum(lengths[index])
         prompt, *answers = np.split(tokens[token : bounds[-1]], bounds[:-1] - token)
         ref_logps = None if scores is None else scores[score : score + len(answers)]
-        pairs.append(ScoredPair(TokenizedPair(pair_id, prompt, tuple(answers)), ref_logps))
+        pairs.append(ScoredPair(TokenizedPair(pair_ids[index], prompt, tuple(answers)), ref_logps))
         token, score = int(bounds[-1]), score + len(answers)
-    grouped = microbatches(row["lengths"], row["rank"], tokens_per_microbatch, costs)
+    of_ranks = [[lengths[index] for index in share] for share in shares]
+    grouped = microbatches(of_ranks, row["rank"], tokens_per_microbatch, costs)
     groups = [[pairs[index] for index in group] for group in grouped]
     return GlobalBatch(
         step=row["step"],
         epoch=row["epoch"],
-        num_pairs=len(row["pair_ids"]),
-        pair_ids=list(row["pair_ids"]),
+        num_pairs=len(pair_ids),
+        pair_ids=pair_ids,
         microbatches=[microbatch(group) for group in groups],
         microbatch_pair_ids=[[scored.pair.pair_id for scored in group] for group in groups],
     )

@@ -98,6 +98,14 @@ def test_rows_survive_arrow(world_size: int, ref: bool) -> None:
                 assert micro.ref_logps is None
 
 
+def test_a_row_is_unpacked_with_the_costs_that_it_was_made_with() -> None:
+    """Who has which pairs follows from the costs: with others a rank would cut its tokens in wrong places."""
+    pairs = [scored(0, 20, 1, 1), scored(1, 1, 20, 1), scored(2, 9, 9, 6)]
+    row = pack.rank_batches(pairs, 1, 0, 2, pack.Costs())[0]
+    with pytest.raises(AssertionError, match="other costs"):
+        pack.global_batch(row, 100, pack.Costs(completion=10.0))
+
+
 @pytest.mark.shared
 @pytest.mark.parametrize("batch", [64, 128, 256])
 def test_ranks_have_even_work_on_real_lengths(smollm2: Path, hh_rlhf: Path, batch: int) -> None:
