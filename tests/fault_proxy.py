@@ -83,6 +83,7 @@ class FaultProxy:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="fault-proxy", daemon=True)
         self._server: asyncio.Server | None = None
+        self._held = socket.socket()
         self._clients: set[asyncio.Task[None]] = set()
 
     @property
@@ -126,6 +127,7 @@ class FaultProxy:
 
     async def _listen(self) -> None:
         if self._server is None:
+            self._held.close()
             self._server = await asyncio.start_server(
                 self._serve, self.host, self.port, limit=_HEAD_BYTES, reuse_address=True
             )
@@ -135,6 +137,10 @@ class FaultProxy:
         if self._server is not None:
             self._server.close()
             self._server = None
+            # Bound, and not listening: nobody else takes the port meanwhile, and answers in our place.
+            self._held = socket.socket()
+            self._held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self._held.bind((self.host, self.port))
         clients = list(self._clients)
         for client in clients:
             client.cancel()
