@@ -98,6 +98,7 @@ class FaultProxy:
 
     def __exit__(self, *details: object) -> None:
         self.refuse()
+        self._held.close()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
