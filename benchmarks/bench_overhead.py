@@ -34,7 +34,7 @@ def config_of(folder: str, name: str, arguments: argparse.Namespace) -> dict[str
         "storage_path": f"{folder}/storage",
         "model": {"path": f"{folder}/model", "compute_dtype": "float32"},
         "data": {"train": [f"{folder}/pairs.jsonl"]},
-        "optimizer": {"learning_rate": 1e-5},
+        "optimizer": {"learning_rate": 1e-5, "schedule": "constant"},
         "train": {
             "global_batch_pairs": arguments.batch,
             "tokens_per_microbatch": 4096,
@@ -131,7 +131,7 @@ def main() -> None:
     """Measures, prints a table, writes JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--batch", type=int, default=16, help="pairs of an optimizer step")
+    parser.add_argument("--batch", type=int, default=20, help="pairs of an optimizer step")
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--repeats", type=int, default=3)
