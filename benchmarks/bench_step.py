@@ -218,7 +218,8 @@ def compare(arguments: argparse.Namespace, case: dict[str, Any]) -> dict[str, An
         print(f"{case} {side} {turn + 1}: {runs[side][-1]['pairs_per_s']:.3f} pairs/s", file=sys.stderr)
     rate = {side: statistics.median(run["pairs_per_s"] for run in found) for side, found in runs.items()}
     mine = runs["ours"][0]
-    tokens_per_pair = sum(mine["tokens"]) / (arguments.batch * len(mine["tokens"]))
+    timed = mine["tokens"][arguments.warmup :]
+    tokens_per_pair = sum(timed) / (arguments.batch * len(timed))
     flops = (8 if case["reference"] == "online" else 6) * mine["parameters"] * tokens_per_pair
     matmul = statistics.median(run["matmul_gflops"] for found in runs.values() for run in found) * 1e9
     peak = {side: max(run["peak_gib"] for run in found) for side, found in runs.items()}
