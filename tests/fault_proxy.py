@@ -83,7 +83,7 @@ class FaultProxy:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="fault-proxy", daemon=True)
         self._server: asyncio.Server | None = None
-        self._held = socket.socket()
+        self._held: socket.socket | None = None
         self._clients: set[asyncio.Task[None]] = set()
 
     @property
@@ -98,7 +98,8 @@ class FaultProxy:
 
     def __exit__(self, *details: object) -> None:
         self.refuse()
-        self._held.close()
+        if self._held is not None:
+            self._held.close()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -128,7 +129,8 @@ class FaultProxy:
 
     async def _listen(self) -> None:
         if self._server is None:
-            self._held.close()
+            if self._held is not None:
+                self._held.close()
             self._server = await asyncio.start_server(
                 self._serve, self.host, self.port, limit=_HEAD_BYTES, reuse_address=True
             )
