@@ -71,20 +71,41 @@ def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def reference(config: ConfigPath, overrides: Overrides = None) -> None:
+def reference(
+    config: ConfigPath,
+    status: Annotated[bool, typer.Option("--status", help="Only shows how much has scores.")] = False,
+    gc: Annotated[bool, typer.Option("--gc", help="Removes scores that no run under storage_path uses.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="With --gc: does not ask.")] = False,
+    overrides: Overrides = None,
+) -> None:
     """Scores all pairs with the reference ahead of training; what is scored already is kept.
 
     Example: dpo-ray reference jobs/dpo-smollm2-135m-1n0g-fsdp2.yaml
     """
-    from dpo_ray.display import ProgressBar
-    from dpo_ray.orchestration.trainer import fill_reference
+    from dpo_ray.display import ProgressBar, reference_table, unused_table
+    from dpo_ray.orchestration import reference_job
 
     parsed = configuration.load_config(config, overrides)
+    if status and gc or yes and not gc:
+        raise ConfigError("dpo-ray reference: give --status, or --gc (with --yes or without), or neither")
+    if gc:
+        found = reference_job.unused_scores(parsed)
+        if not found:
+            console.print("every score is of some run: nothing to remove")
+            return
+        console.print(unused_table(found))
+        if yes or typer.confirm("Remove them?"):
+            reference_job.remove_scores(found)
+            console.print("removed")
+        return
     if not parsed.needs_reference:
         raise ConfigError(f"objective.loss: {parsed.objective.loss} uses no reference: there is nothing to score")
+    if status:
+        console.print(reference_table(reference_job.reference_status(parsed)))
+        return
     with ProgressBar(console) as watcher:
-        scored, uri = fill_reference(parsed, watcher)
-    console.print(f"reference store  {uri}\n{scored} pairs scored now")
+        filled, uri = reference_job.fill_reference(parsed, watcher)
+    console.print(f"reference store  {uri}\n{filled.scored_pairs} pairs scored now, {filled.hit_pairs} before")
 
 
 @app.command()

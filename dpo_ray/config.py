@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
@@ -38,6 +39,14 @@ def _absolute(uri: str) -> str:
 
 
 Uri = Annotated[str, AfterValidator(_absolute)]
+
+
+def _checked_range(key: str, value: Any) -> Any:
+    """A number or a range, else one message in place of pydantic's for each of the two."""
+    number = isinstance(value, int) and not isinstance(value, bool) and value != 0
+    if number or isinstance(value, Section) or isinstance(value, dict) and set(value) == {"min", "max"}:
+        return value
+    raise ValueError(f"{key} is {value!r}: write a number of 1 or more, or {{min: 2, max: 8}}")
 
 
 class Section(BaseModel):
@@ -123,18 +132,69 @@ class DataConfig(Section):
         return self
 
 
+class ReplicaRange(Section):
+    """How many replicas of the reference there may be."""
+
+    min: PositiveInt = Field(description="kept while there is work")
+    max: PositiveInt = Field(description="more are not asked for")
+
+
 class ReferenceConfig(Section):
     """The reference model, an inference-only service beside the trainer."""
 
     path: Uri | None = Field(None, description="transformers directory of the reference; model.path when null")
     dtype: Dtype | None = Field(None, description="dtype of the scoring; model.compute_dtype when null")
-    replicas: PositiveInt = Field(1, description="reference actors while chunks remain to be scored")
-    cpus_per_replica: PositiveFloat = Field(1.0, description="CPUs of one reference actor")
-    gpus_per_replica: float = Field(0.0, ge=0.0, description="GPUs of one reference actor")
-    resources_per_replica: dict[str, float] = Field({}, description="custom Ray resources, e.g. {reference: 1}")
-    tokens_per_microbatch: PositiveInt = Field(
-        8192, description="tokens that a reference actor scores in one forward pass"
+    place: Literal["actors", "store_only"] = Field(
+        "actors",
+        description="actors: what has no scores is scored beside training; store_only: refuse to start where scores "
+        "are missing",
     )
+    replicas: PositiveInt | ReplicaRange = Field(
+        1,
+        description="copies of the reference while chunks remain to be scored; {min: 1, max: 8} follows the trainer's "
+        "need",
+    )
+    devices_per_replica: PositiveInt = Field(
+        1, description="actors over which the weights of one replica are sharded, for a model larger than one device"
+    )
+    cpus_per_replica: PositiveFloat = Field(1.0, description="CPUs of one replica")
+    gpus_per_replica: float = Field(0.0, ge=0.0, description="GPUs of one replica, as many as its devices, or 0")
+    resources_per_replica: dict[str, float] = Field({}, description="custom Ray resources, e.g. {reference: 1}")
+    label_selector: dict[str, str] = Field(
+        {}, description="labels of the nodes that replicas may be on, e.g. {ray.io/market-type: spot}"
+    )
+    tokens_per_microbatch: PositiveInt = Field(8192, description="tokens that a device scores in one forward pass")
+
+    @field_validator("replicas", mode="before")
+    @classmethod
+    def _number_or_range(cls, value: Any) -> Any:
+        return _checked_range("reference.replicas", value)
+
+    @model_validator(mode="after")
+    def _devices_agree(self) -> ReferenceConfig:
+        if self.least_replicas > self.most_replicas:
+            raise ValueError(f"reference.replicas: min is {self.least_replicas}, more than max ({self.most_replicas})")
+        if self.devices_per_replica > 1 and self.gpus_per_replica not in (0, self.devices_per_replica):
+            raise ValueError(
+                f"reference.gpus_per_replica is {self.gpus_per_replica:g}, but reference.devices_per_replica "
+                f"{self.devices_per_replica}: a replica on GPUs needs one for each of its devices; set both alike"
+            )
+        if self.devices_per_replica == 1 and self.gpus_per_replica > 1:
+            raise ValueError(
+                f"reference.gpus_per_replica is {self.gpus_per_replica:g}: one device uses one GPU; set "
+                f"reference.devices_per_replica: {math.ceil(self.gpus_per_replica)} too, to shard the model over them"
+            )
+        return self
+
+    @property
+    def least_replicas(self) -> int:
+        """Replicas kept while there is work."""
+        return self.replicas.min if isinstance(self.replicas, ReplicaRange) else self.replicas
+
+    @property
+    def most_replicas(self) -> int:
+        """Replicas that there may be."""
+        return self.replicas.max if isinstance(self.replicas, ReplicaRange) else self.replicas
 
 
 class ObjectiveConfig(Section):
@@ -236,11 +296,7 @@ class ScalingConfig(Section):
     @field_validator("workers", mode="before")
     @classmethod
     def _number_or_range(cls, value: Any) -> Any:
-        if isinstance(value, int | WorkerRange) and not isinstance(value, bool) and value != 0:
-            return value
-        if isinstance(value, dict) and set(value) == {"min", "max"}:
-            return value
-        raise ValueError(f"scaling.workers is {value!r}: write a number of 1 or more, or {{min: 2, max: 8}}")
+        return _checked_range("scaling.workers", value)
 
     @model_validator(mode="after")
     def _range_in_order(self) -> ScalingConfig:
@@ -267,6 +323,9 @@ class RecoveryConfig(Section):
     max_hangs: int = Field(3, ge=-1, description="worker groups that stood still")
     max_storage_failures: int = Field(20, ge=-1, description="outages longer than the storage was waited for")
     max_ray_failures: int = Field(5, ge=-1, description="groups that Ray could not start, or whose controller died")
+    max_reference_failures: int = Field(
+        20, ge=-1, description="replicas of the reference lost since the last chunk scored, or over the same chunk"
+    )
     hang_timeout_s: PositiveFloat = Field(
         900.0, description="a group stands still when no step, evaluation or load ends in this time on some worker"
     )
@@ -378,10 +437,13 @@ MAY_CHANGE = (
     "recovery",
     "checks",
     "tracking",
+    "reference.place",
     "reference.replicas",
+    "reference.devices_per_replica",
     "reference.cpus_per_replica",
     "reference.gpus_per_replica",
     "reference.resources_per_replica",
+    "reference.label_selector",
     "reference.tokens_per_microbatch",
     "data.max_reject_fraction",
     "model.attention",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -13,11 +14,15 @@ from dpo_ray.orchestration.watch import SourcePreview, Watcher
 from dpo_ray.pairs.plan import Plan
 from dpo_ray.pairs.store import COUNTS, PairStore
 
-if TYPE_CHECKING:
-    from dpo_ray.orchestration.trainer import Result  # Not every command needs Ray.
+if TYPE_CHECKING:  # Not every command needs Ray.
+    from dpo_ray.orchestration.reference_job import Status
+    from dpo_ray.orchestration.trainer import Result
+    from dpo_ray.reference.usage import Unused
 
 LINES_PER_PHASE = 20
 SHOWN_CHARS = 600
+# Shares of the steps' time: above, more replicas would help; below, fewer might do.
+WAITED_MUCH, WAITED_LITTLE = 0.05, 0.005
 CLOSING_ROWS = (
     "loss",
     "rewards/chosen",
@@ -174,6 +179,45 @@ def closing_table(result: Result) -> Table:
     for name in CLOSING_ROWS:
         if name in result.metrics:
             table.add_row(name, _number(result.metrics[name]), _number(result.eval_metrics.get(f"eval_{name}")))
+    if result.reference:
+        table.caption = reference_caption(result.reference)
+        table.caption_justify = "left"
+    return table
+
+
+def reference_caption(filled: Mapping[str, float]) -> str:
+    """What the reference has done beside training, and what another pool would change."""
+    scored, waited = int(filled["scored_pairs"]), filled["waited_share"]
+    hits = int(filled["hit_pairs"] + filled["elsewhere_pairs"])
+    text = f"reference: {scored:,} pairs scored, {hits:,} found in the store"
+    if rate := filled["pairs_per_s"]:
+        text += f"; {rate:.3g} pairs/s a replica, up to {int(filled['most_replicas'])} at a time"
+    text += f"; training waited {waited:.1%} of its time for it"
+    if scored and waited > WAITED_MUCH:
+        text += ": raise reference.replicas, or score ahead with `dpo-ray reference`"
+    elif scored and filled["most_replicas"] > 1 and waited < WAITED_LITTLE:
+        text += ": fewer replicas might do"
+    return text
+
+
+def reference_table(status: Status) -> Table:
+    """How much of a run's pairs has scores."""
+    table = Table(title=Text(status.store_uri), title_justify="left", show_header=False)
+    table.add_row("pairs with scores", f"{status.scored_pairs:,} of {status.pairs:,}")
+    table.add_row("chunks with scores", f"{status.scored_chunks:,} of {status.chunks:,}")
+    table.add_row("refused by a reader, to be scored again", f"{status.refused_chunks:,}")
+    table.add_row("scoring now", Text("\n".join(status.fillers) or "nobody"))
+    return table
+
+
+def unused_table(found: Sequence[Unused]) -> Table:
+    """What no run uses, by reference store."""
+    table = Table(title="scores that no run uses", title_justify="left")
+    table.add_column("reference store", overflow="fold")
+    table.add_column("chunks to remove", justify="right")
+    table.add_column("chunks that stay", justify="right")
+    for each in found:
+        table.add_row(Text(each.store_uri), f"{len(each.keys):,}", f"{each.kept:,}")
     return table
 
 

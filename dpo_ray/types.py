@@ -115,6 +115,7 @@ class GlobalBatch:
         pair_ids: Ids of the whole global batch in plan order.
         microbatches: This rank's part; every rank has the same number.
         microbatch_pair_ids: Per microbatch, the ids of its pairs.
+        reference_wait_s: Seconds that making it has waited for scores.
     """
 
     step: int
@@ -123,6 +124,7 @@ class GlobalBatch:
     pair_ids: list[bytes]
     microbatches: list[Microbatch]
     microbatch_pair_ids: list[list[bytes]]
+    reference_wait_s: float = 0.0
 
 
 @dataclass(slots=True)

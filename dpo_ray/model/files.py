@@ -5,11 +5,14 @@ Tasks that only tokenize import this and not the models, which take seconds to i
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from dpo_ray import storage
@@ -36,9 +39,13 @@ def localize(uri: str, weights: bool = True) -> str:
     content = hashlib.sha256(repr(_identities(uri, files)).encode()).hexdigest()[:24]
     cache = os.environ.get("DPO_RAY_CACHE") or os.path.join(tempfile.gettempdir(), f"dpo_ray-{os.getuid()}")
     folder = os.path.join(cache, "models", content)
-    for name in files:
-        if not os.path.exists(os.path.join(folder, name)):
-            storage.download(storage.join(uri, name), os.path.join(folder, name))
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, ".lock"), "w") as lock:
+        # Of the processes of a node one fetches, the others wait.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for name in files:
+            if not os.path.exists(os.path.join(folder, name)):
+                storage.download(storage.join(uri, name), os.path.join(folder, name))
     return folder
 
 
@@ -72,6 +79,28 @@ def weights_digest(uri: str, cache_uri: str) -> str:
     digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
     storage.write_json(known, {"uri": uri, "digest": digest})
     return digest
+
+
+def weights_as_named(uri: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether a model's files hold tensors of these names and shapes, each once: then they can be read slice by slice.
+
+    Args:
+        uri: transformers directory.
+        shapes: By name.
+
+    Raises:
+        ConfigError: A file is damaged.
+    """
+    folder, found = Path(localize(uri)), list[tuple[str, tuple[int, ...]]]()
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                found += [(name, tuple(file.get_slice(name).get_shape())) for name in file.keys()]  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(f"{uri}: {path.name} is damaged: {first_line(error)}") from None
+    by_name = dict(found)
+    # Of a tensor without a dimension there is no slice.
+    return len(by_name) == len(found) and all(shape and by_name.get(name) == shape for name, shape in shapes.items())
 
 
 def vocabulary_size(uri: str) -> int:
@@ -152,6 +181,6 @@ def _identities(uri: str, files: list[str]) -> list[tuple[str, str]]:
     return [(name, storage.identity(storage.join(uri, name))) for name in files]
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an error says, without the pages that follow."""
     return (str(error) or type(error).__name__).splitlines()[0]

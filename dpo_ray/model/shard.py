@@ -8,9 +8,11 @@ from typing import cast
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from torch import nn
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
@@ -25,15 +27,15 @@ from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface, PreTrainedModel
 
 from dpo_ray.config import ModelConfig
+from dpo_ray.errors import ConfigError
 from dpo_ray.model.attention import PACKED, packed_attention
+from dpo_ray.model.files import first_line, localize, weights_as_named
 from dpo_ray.model.forward import settle_layout, with_token_scores
 from dpo_ray.model.load import DTYPES, empty_model, load_pretrained
 
 
 def sharded_policy(config: ModelConfig, device: torch.device) -> PreTrainedModel:
     """The policy at its start, every parameter a DTensor sharded over all ranks.
-
-    Rank 0 reads the weights; the others begin on the meta device and never hold a whole model.
 
     Args:
         config: Where the weights are, and their dtypes: those of the sharded (trained) weights and of forward and
@@ -51,22 +53,77 @@ def sharded_policy(config: ModelConfig, device: torch.device) -> PreTrainedModel
     model.saves_on_host = config.gradient_checkpointing == "offload"
     if config.compile:
         compile_blocks(model)
+    _read_weights(model, config.path, device, torch.device("cpu") if config.cpu_offload else device)
+    settle_layout(model)
+    release_gathered(model)
+    _assert_sharded(model)
+    return model.train()
+
+
+def sharded_reference(uri: str, dtype: str, attention: str, device: torch.device) -> PreTrainedModel:
+    """A model for inference alone, every parameter a DTensor sharded over all ranks.
+
+    Args:
+        uri: transformers directory.
+        dtype: Of weights and computation.
+        attention: "packed", or transformers' attention implementation.
+        device: This rank's device.
+
+    Collective: all ranks.
+    """
+    model = empty_model(uri, dtype, attention)
+    shard(model, dtype, device)
+    _read_weights(model, uri, device, device)
+    settle_layout(model)
+    release_gathered(model)
+    return model.eval().requires_grad_(False)
+
+
+def release_gathered(model: nn.Module) -> None:
+    """Frees the weights that the root keeps gathered after a forward pass, for a backward pass that does not come."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def _read_weights(model: PreTrainedModel, uri: str, device: torch.device, kept_on: torch.device) -> None:
+    """Gives a sharded model on the meta device its weights: each rank reads its own slices.
+
+    Where a model's files name the weights otherwise than the model does, rank 0 has transformers read and rename them,
+    and the others get theirs from it.
+
+    Args:
+        model: Parameters on the meta device, real buffers.
+        uri: transformers directory.
+        device: Where it computes.
+        kept_on: Where the shards stay.
+
+    Raises:
+        ConfigError: The files cannot be read.
+
+    Collective: all ranks.
+    """
     buffers = dict(model.named_buffers())
-    model.to_empty(device="cpu" if config.cpu_offload else device)
+    model.to_empty(device=kept_on)
     for name, buffer in buffers.items():
         owner, _, own_name = name.rpartition(".")
         setattr(model.get_submodule(owner), own_name, buffer.to(device))
+    tensors: dict[str, torch.Tensor] = dict(model.named_parameters())
+    persistent = model.state_dict().keys() & buffers.keys()
+    tensors |= {name: buffer for name, buffer in model.named_buffers() if name in persistent}
+    if weights_as_named(uri, {name: tuple(tensor.shape) for name, tensor in tensors.items()}):
+        try:
+            with torch.no_grad():
+                dcp.load(tensors, storage_reader=HuggingFaceStorageReader(localize(uri)))
+        except CheckpointException as error:
+            (cause, *_) = error.failures.values()
+            raise ConfigError(f"{uri}: cannot read the model's weights: {first_line(cause[0])}") from None
+        return
     whole = {}
     if dist.get_rank() == 0:
-        whole = load_pretrained(config.path, config.weights_dtype, config.attention).state_dict()
+        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        whole = load_pretrained(uri, dtype, "eager").state_dict()
     set_model_state_dict(model, whole, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
-    settle_layout(model)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            # The root keeps its gathered weights after a forward pass, for a backward pass that does not come here.
-            module.reshard()
-    _assert_sharded(model)
-    return model.train()
 
 
 def shard(model: PreTrainedModel, compute_dtype: str, device: torch.device, cpu_offload: bool = False) -> None:

@@ -67,7 +67,13 @@ class WorkerGroup:
     """Runs one attempt."""
 
     def __init__(
-        self, config: Config, places: Places, attempt: Attempt, node_ids: Sequence[str], watcher: Watcher
+        self,
+        config: Config,
+        places: Places,
+        attempt: Attempt,
+        node_ids: Sequence[str],
+        watcher: Watcher,
+        tell: Callable[[dict[str, Any]], None],
     ) -> None:
         """Starts nothing yet.
 
@@ -77,9 +83,10 @@ class WorkerGroup:
             attempt: Its record.
             node_ids: Where workers may be put.
             watcher: Told of lines and trouble.
+            tell: Told of lines too.
         """
         self._config, self._places, self._attempt = config, places, attempt
-        self._node_ids, self._watcher = node_ids, watcher
+        self._node_ids, self._watcher, self._tell = node_ids, watcher, tell
         self._error: BaseException | None = None
         self._streams: list[ray.data.DataIterator] = []
         self._orders = Orders()
@@ -170,6 +177,7 @@ class WorkerGroup:
         with contextlib.suppress(RayError, GetTimeoutError):
             self._report = ray.get(self._monitor.look.remote(self._orders), timeout=10)
             for line in self._report.lines:
+                self._tell(line)
                 self._watcher.line(line)
 
     def _all_ended(self) -> bool:

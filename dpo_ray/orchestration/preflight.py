@@ -126,7 +126,7 @@ def _message(error: BaseException) -> str:
     """What an error says, without what Ray wraps around it."""
     cause = getattr(error, "cause", None)
     inner = cause if isinstance(cause, BaseException) else error
-    return str(inner) if isinstance(inner, DpoRayError) else f"{type(inner).__name__}: {first_line(inner)}"  # type: ignore[arg-type]
+    return str(inner) if isinstance(inner, DpoRayError) else f"{type(inner).__name__}: {first_line(inner)}"
 
 
 def _merged(rows: Iterable[Row]) -> list[Row]:

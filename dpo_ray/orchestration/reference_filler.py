@@ -1,26 +1,42 @@
-"""The reference filler: scores chunks in the plan's order into the reference store, beside the trainer.
+"""The reference filler: has chunks scored in the plan's order into the reference store, beside the trainer.
 
-It is a Ray Data job of its own with a pool of reference actors; nothing but the store connects it to the trainer, so
-that a restart of the trainer leaves it alone, and it ends, releasing its devices, when all chunks are scored.
+A thread of the driver, with a pool of replicas. Nothing but the store connects it to the trainer: a restart of the
+trainer leaves it alone, and its devices are given back as soon as all chunks have scores.
 """
 
 from __future__ import annotations
 
-import pickle
+import logging
 import threading
+import time
+from collections import Counter, deque
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
-
-import ray
 
 from dpo_ray import storage
 from dpo_ray.config import Config
 from dpo_ray.errors import ReferenceFillError
 from dpo_ray.model.files import weights_digest
-from dpo_ray.orchestration.worker import final_error
+from dpo_ray.orchestration.replicas import Lost, Replicas, Scored
+from dpo_ray.orchestration.resources import as_text, resources_per_device
 from dpo_ray.pairs.plan import Plan
-from dpo_ray.pairs.store import Chunk, PairStore, read_chunk
+from dpo_ray.pairs.store import Chunk, PairStore
+from dpo_ray.reference.claims import Claims
+from dpo_ray.reference.demand import Demand
 from dpo_ray.reference.store import ReferenceStore, error_place, store_fingerprint
+
+log = logging.getLogger(__name__)
+
+LOOK_S = 0.5
+# How often chunks that others score, or that a reader has refused, are looked at.
+ELSEWHERE_LOOK_S, REFUSED_LOOK_S = 1.0, 5.0
+REPORT_S = 10.0
+TELL_S, STOP_S = 30.0, 60.0
+# A replica that is lost at once, again and again, shall not use up the limit within a second.
+LOST_PAUSE_S = 2.0
+# Of a rate that is measured step by step, or chunk by chunk, the newest counts this much.
+NEWEST = 0.2
 
 
 def open_reference_store(config: Config) -> ReferenceStore:
@@ -50,47 +66,48 @@ def _until(order: Sequence[Chunk], num_pairs: int) -> list[Chunk]:
     return taken
 
 
-class _ScoreChunks:
-    """One reference actor."""
+@dataclass(slots=True)
+class Filled:
+    """What a filler has done, as `<run>/reference.json` has it.
 
-    def __init__(self) -> None:
-        # Not loaded here: of an actor that fails at its start Ray says more than what went wrong.
-        self._scorer: Any = None
+    Attributes:
+        hit_pairs: Pairs that had scores at the start.
+        scored_pairs: Pairs scored by this filler.
+        elsewhere_pairs: Pairs that another run scored meanwhile.
+        left_pairs: Pairs still to be scored.
+        pairs_per_s: What one replica scores.
+        replicas: How many there are.
+        started_replicas: How many were started.
+        most_replicas: The most there were.
+        replica_s: Seconds that replicas had room, over all of them.
+        lost_replicas: How many were lost.
+    """
 
-    def __call__(
-        self, batch: dict[str, Any], config: Config, pairs_uri: str, reference: ReferenceStore
-    ) -> dict[str, Any]:
-        self._scorer = self._scorer or _load_scorer(config)
-        counts = []
-        for chunk in map(pickle.loads, batch["item"]):
-            pairs = read_chunk(pairs_uri, chunk)
-            reference.put(chunk, [pair.pair_id for pair in pairs], self._scorer.score(pairs))
-            counts.append(len(pairs))
-        return {"num_pairs": counts}
-
-
-def _load_scorer(config: Config) -> Any:
-    import torch  # Only the actor needs the model's libraries.
-
-    from dpo_ray.reference.scorer import Scorer
-
-    options = config.reference
-    device = torch.device("cuda" if options.gpus_per_replica else "cpu")
-    if device.type == "cpu":
-        torch.set_num_threads(max(1, int(options.cpus_per_replica)))
-    attention = config.model.attention
-    return Scorer(config.reference_path, config.reference_dtype, attention, options.tokens_per_microbatch, device)
-
-
-def _message(error: BaseException) -> str:
-    """What an error says, without what Ray says around it."""
-    return str(final_error(error) or (str(error).strip() or type(error).__name__).splitlines()[-1])
+    hit_pairs: int = 0
+    scored_pairs: int = 0
+    elsewhere_pairs: int = 0
+    left_pairs: int = 0
+    pairs_per_s: float | None = None
+    replicas: int = 0
+    started_replicas: int = 0
+    most_replicas: int = 0
+    replica_s: float = 0.0
+    lost_replicas: int = 0
 
 
 class ReferenceFiller:
     """Fills the reference store in a thread of the driver."""
 
-    def __init__(self, config: Config, pairs: PairStore, chunks: Sequence[Chunk], reference: ReferenceStore) -> None:
+    def __init__(
+        self,
+        config: Config,
+        pairs: PairStore,
+        chunks: Sequence[Chunk],
+        reference: ReferenceStore,
+        family: str,
+        generation: int = 0,
+        position: int = 0,
+    ) -> None:
         """Looks what is missing.
 
         Args:
@@ -98,32 +115,79 @@ class ReferenceFiller:
             pairs: The pair store.
             chunks: What to score, in the order of need.
             reference: Where scores go.
+            family: See `Claims`.
+            generation: See `Claims`.
+            position: Global batches trained on so far.
         """
-        self._config, self._pairs_uri, self._reference = config, pairs.uri, reference
+        self._position = position
+        self._config, self._reference = config, reference
+        self._name = family, generation
+        self._chunks = {chunk.key: chunk for chunk in chunks}
         self.missing = reference.missing(chunks)
-        self.scored_pairs = 0
         self.error: BaseException | None = None
-        self._thread = threading.Thread(target=self._fill, name="reference-filler", daemon=True)
+        total = sum(chunk.num_pairs for chunk in chunks)
+        self.filled = Filled(left_pairs=sum(chunk.num_pairs for chunk in self.missing))
+        self.filled.hit_pairs = total - self.filled.left_pairs
+        self._todo, self._elsewhere = deque(self.missing), list[Chunk]()
+        self._claims: Claims | None = None
+        self._pool = Replicas(config, pairs.uri, reference)
+        self._demand = Demand(config.reference.least_replicas, config.reference.most_replicas)
+        self._tries: Counter[str] = Counter()
+        self._losses = 0
+        # The order of need, up to the first chunk without scores.
+        self._order, self._without = deque(chunks), {chunk.key for chunk in self.missing}
+        self._ready_pairs = self._trained_pairs = 0
+        self._trained_per_s: float | None = None
+        self._workers_short = self._workers_wait = False
+        self._looked = {"elsewhere": 0.0, "refused": 0.0, "report": 0.0, "lost": 0.0}
+        self._told = False
+        self._stopped, self._complete = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run, name="reference-filler", daemon=True)
 
     def start(self) -> None:
         """Begins; without missing chunks no actor or device is asked for."""
         storage.remove(error_place(self._config.run_uri))
-        if self.missing:
-            self._thread.start()
+        self._thread.start()
 
     def working(self) -> bool:
-        """Whether reference actors have, or need, room."""
-        return self._thread.is_alive()
+        """Whether replicas have, or need, room."""
+        return self._thread.is_alive() and not self._complete.is_set()
+
+    def trained(self, line: dict[str, Any]) -> None:
+        """Takes note of a training step, by its line of metrics."""
+        if "perf/step_s" not in line:
+            return
+        num_pairs = line["perf/pairs_per_s"] * line["perf/step_s"]
+        self._trained_pairs = (line["step"] - self._position) * self._config.train.global_batch_pairs
+        # A step that waited says nothing of how fast the trainer could be but for the rest of its time.
+        rate = num_pairs / max(1e-3, line["perf/step_s"] - line["perf/data_wait_s"])
+        self._trained_per_s = _smoothed(self._trained_per_s, rate)
+
+    def workers_wait(self, short: bool | None) -> None:
+        """Policy workers wait for room: replicas beyond the least give way.
+
+        Args:
+            short: Whether there is too little room; False: only nobody else shall take it; None: the wait is over.
+        """
+        self._workers_wait, self._workers_short = short is not None, bool(short)
 
     def join(self) -> None:
-        """Waits for the end.
+        """Waits until all chunks have scores, and ends.
 
         Raises:
             ReferenceFillError: Not all chunks could be scored.
         """
-        if self._thread.ident is not None:
-            self._thread.join()
+        while self._thread.is_alive() and not self._complete.wait(LOOK_S):
+            pass
+        self.stop()
         self.check()
+
+    def stop(self) -> None:
+        """Ends, whatever is still to be scored."""
+        self._stopped.set()
+        if self._thread.ident is not None:
+            # An outage of the storage must not keep a finished driver.
+            self._thread.join(timeout=STOP_S)
 
     def check(self) -> None:
         """Raises when the filler has stopped with an error.
@@ -132,29 +196,170 @@ class ReferenceFiller:
             ReferenceFillError: Not all chunks will be scored.
         """
         if self.error is not None:
-            raise ReferenceFillError(f"the reference stopped: {_message(self.error)}") from self.error
+            raise ReferenceFillError(f"the reference stopped: {self.error}") from self.error
 
-    def _fill(self) -> None:
-        options = self._config.reference
+    def _run(self) -> None:
         try:
-            # One chunk a block, and no more blocks in flight than actors: chunks are then scored in order of need.
-            chunks = [pickle.dumps(chunk) for chunk in self.missing]
-            job = ray.data.from_items(chunks, override_num_blocks=len(chunks)).map_batches(
-                _ScoreChunks,
-                fn_args=(self._config, self._pairs_uri, self._reference),
-                batch_size=1,
-                compute=ray.data.ActorPoolStrategy(
-                    size=min(options.replicas, len(self.missing)), max_tasks_in_flight_per_actor=2
-                ),
-                num_cpus=options.cpus_per_replica,
-                num_gpus=options.gpus_per_replica,
-                resources=options.resources_per_replica,
-            )
-            job.context.execution_options.preserve_order = True
-            job.context.target_max_block_size = 1
-            for row in job.iter_rows():
-                self.scored_pairs += row["num_pairs"]
+            while not self._stopped.is_set():
+                self._take_refused()
+                if self._without:
+                    self._work()
+                else:
+                    self._rest()
+                self._report()
         except BaseException as error:
             self.error = error
             # The waiting stream sees only storage.
-            storage.write_json(error_place(self._config.run_uri), {"error": _message(error)})
+            storage.write_json(error_place(self._config.run_uri), {"error": str(error) or type(error).__name__})
+        finally:
+            self._pool.close()
+            if self._claims is not None:
+                self._claims.close()
+            self._report(last=True)
+
+    def _work(self) -> None:
+        if self._claims is None:
+            self._claims = Claims(self._reference.uri, *self._name)
+        self._claims.beat()
+        self._look_elsewhere()
+        if self._due("lost", LOST_PAUSE_S) or not self._losses:
+            self._pool.resize(min(self._wanted(), len(self._without) - len(self._elsewhere)))
+        self._hand_out()
+        began = time.monotonic()
+        for event in self._pool.look(LOOK_S):
+            if isinstance(event, Scored):
+                self._scored(event)
+            else:
+                self._lost(event)
+        self.filled.replica_s += self._pool.at_work() * (time.monotonic() - began)
+        self.filled.replicas, self.filled.started_replicas = self._pool.at_work(), self._pool.started
+        self.filled.most_replicas = max(self.filled.most_replicas, self.filled.replicas)
+        if self._pool.waiting_s() > TELL_S and not self._told and not self._pool.at_work():
+            options, self._told = self._config.reference, True
+            log.warning(
+                "the reference waits for room for %d x %s%s",
+                options.devices_per_replica,
+                as_text(resources_per_device(self._config)),
+                f" on nodes labelled {options.label_selector}" if options.label_selector else "",
+            )
+
+    def _rest(self) -> None:
+        """Nothing to do: no actor, no device, no claim."""
+        if not self._complete.is_set():
+            self._pool.close()
+            if self._claims is not None:
+                self._claims.close()
+                self._claims = None
+            self.filled.replicas = 0
+            self._looked["report"] = 0.0
+            self._complete.set()
+        self._stopped.wait(LOOK_S)
+
+    def _wanted(self) -> int:
+        if self._workers_short:
+            return self._demand.least
+        ahead = self._ready_pairs - self._trained_pairs
+        wanted = self._demand.replicas(len(self._pool), ahead, self._trained_per_s, self.filled.pairs_per_s)
+        # What waits for room beyond the least might take that of workers that are just being started again.
+        return max(self._demand.least, min(wanted, self._pool.at_work())) if self._workers_wait else wanted
+
+    def _hand_out(self) -> None:
+        assert self._claims is not None
+        while self._todo and self._pool.idle():
+            chunk = self._todo.popleft()
+            if self._reference.has(chunk):
+                self._elsewhere_scored(chunk)
+            elif not self._claims.take(chunk.key):
+                self._elsewhere.append(chunk)
+            elif self._reference.has(chunk):
+                # Between the look and the claim its owner has committed it and given it back.
+                self._claims.release(chunk.key)
+                self._elsewhere_scored(chunk)
+            else:
+                self._pool.score(chunk)
+
+    def _look_elsewhere(self) -> None:
+        """Chunks that others score: done, or still theirs, or nobody's any more."""
+        assert self._claims is not None
+        if not self._elsewhere or not self._due("elsewhere", ELSEWHERE_LOOK_S):
+            return
+        for chunk in list(self._elsewhere):
+            if self._reference.has(chunk):
+                self._elsewhere.remove(chunk)
+                self._elsewhere_scored(chunk)
+            elif self._claims.take(chunk.key):
+                self._elsewhere.remove(chunk)
+                self._todo.appendleft(chunk)
+
+    def _take_refused(self) -> None:
+        """Has chunks scored again whose scores a reader could not use."""
+        if not self._due("refused", REFUSED_LOOK_S):
+            return
+        for key, place in self._reference.refused().items():
+            chunk = self._chunks.get(key)
+            if chunk is None or key in self._without:
+                continue
+            if self._config.reference.place == "store_only":
+                raise ReferenceFillError(
+                    f"{storage.read_json(place)['reason']}, and reference.place is store_only: score it again with "
+                    "`dpo-ray reference`, or set reference.place: actors"
+                )
+            log.warning("%s: it is scored again", storage.read_json(place)["reason"])
+            self._without.add(key)
+            self._todo.appendleft(chunk)
+            self.filled.left_pairs += chunk.num_pairs
+            self._complete.clear()
+
+    def _scored(self, event: Scored) -> None:
+        assert self._claims is not None
+        self._claims.release(event.chunk.key)
+        self._losses = 0
+        self.filled.scored_pairs += event.chunk.num_pairs
+        rate = event.chunk.num_pairs / max(1e-3, event.seconds)
+        self.filled.pairs_per_s = _smoothed(self.filled.pairs_per_s, rate)
+        self._has_scores(event.chunk)
+
+    def _elsewhere_scored(self, chunk: Chunk) -> None:
+        self.filled.elsewhere_pairs += chunk.num_pairs
+        self._has_scores(chunk)
+
+    def _has_scores(self, chunk: Chunk) -> None:
+        self._without.discard(chunk.key)
+        self.filled.left_pairs -= chunk.num_pairs
+        while self._order and self._order[0].key not in self._without:
+            self._ready_pairs += self._order.popleft().num_pairs
+
+    def _lost(self, event: Lost) -> None:
+        if event.final is not None:
+            raise event.final
+        self._losses += 1
+        self.filled.lost_replicas += 1
+        self._looked["lost"] = time.monotonic()
+        what = ""
+        if event.chunk is not None:
+            self._todo.appendleft(event.chunk)
+            self._tries[event.chunk.key] += 1
+            what = f" over {event.chunk.name}"
+        limit = self._config.recovery.max_reference_failures
+        times = max(self._losses, self._tries[event.chunk.key] if event.chunk is not None else 0)
+        if -1 < limit < times:
+            raise ReferenceFillError(
+                f"a replica was lost{what}: {event.reason}; {times} times now, recovery.max_reference_failures is "
+                f"{limit}; see to the cause and give the same command again: what is scored is kept"
+            )
+        log.warning("a replica of the reference was lost%s: %s; another takes its place", what, event.reason)
+
+    def _due(self, what: str, every_s: float) -> bool:
+        now = time.monotonic()
+        if now - self._looked[what] < every_s:
+            return False
+        self._looked[what] = now
+        return True
+
+    def _report(self, last: bool = False) -> None:
+        if self._due("report", 0.0 if last else REPORT_S):
+            storage.write_json(storage.join(self._config.run_uri, "reference.json"), asdict(self.filled))
+
+
+def _smoothed(before: float | None, value: float) -> float:
+    return value if before is None else (1 - NEWEST) * before + NEWEST * value

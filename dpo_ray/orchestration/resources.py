@@ -98,9 +98,16 @@ def demands(config: Config, workers: bool = True, references: bool = True) -> li
         )
         asked.append(("loading pairs", 1, {"CPU": LOAD_CPUS}))
     if references and config.needs_reference:
-        each = {"CPU": reference.cpus_per_replica, "GPU": reference.gpus_per_replica, **reference.resources_per_replica}
-        asked.append(("reference.replicas", reference.replicas, each))
+        devices = reference.least_replicas * reference.devices_per_replica
+        asked.append(("reference.replicas", devices, resources_per_device(config)))
     return [(key, count, {name: amount for name, amount in each.items() if amount}) for key, count, each in asked]
+
+
+def resources_per_device(config: Config) -> Resources:
+    """What each device of a replica of the reference asks for."""
+    options = config.reference
+    whole = {"CPU": options.cpus_per_replica, "GPU": options.gpus_per_replica, **options.resources_per_replica}
+    return {name: amount / options.devices_per_replica for name, amount in whole.items() if amount}
 
 
 def room(config: Config, references: bool, own: Iterable[str] = ()) -> tuple[int, list[str]]:

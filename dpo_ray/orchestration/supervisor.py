@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable
+from typing import Any, Protocol
 
 from ray.autoscaler.sdk import request_resources
 
@@ -42,12 +43,25 @@ _LIMITS = {
 }
 
 
+class References(Protocol):
+    """What a supervisor knows of those who score beside training."""
+
+    def working(self) -> bool:
+        """Whether replicas have, or need, room."""
+
+    def trained(self, line: dict[str, Any]) -> None:
+        """A line of metrics arrived."""
+
+    def workers_wait(self, short: bool | None) -> None:
+        """Workers wait for room, of which there is too little or not; None: no more."""
+
+
 def supervise(
     config: Config,
     places: Places,
     lease: RunLease,
     watcher: Watcher,
-    references: Callable[[], bool],
+    references: References | None,
     finished: Callable[[], bool],
 ) -> None:
     """Trains until the run is finished.
@@ -57,7 +71,7 @@ def supervise(
         places: Its stores.
         lease: What makes this the run's only driver.
         watcher: Told what happens.
-        references: Whether reference actors still need room.
+        references: Who scores beside training; None where nobody does.
         finished: Whether the run has nothing left to do.
 
     Raises:
@@ -75,7 +89,8 @@ def supervise(
             num_workers, node_ids = _wait_for_room(config, references, lease, watcher)
             attempt = attempts.begin(config.run_uri, lease.generation, num_workers, reason)
             manifest.collect_orphans(config.run_uri, attempt.attempt)
-            end = WorkerGroup(config, places, attempt, node_ids, watcher).run(_Look(config, attempt, lease, references))
+            group = WorkerGroup(config, places, attempt, node_ids, watcher, _tell(references))
+            end = group.run(_Look(config, attempt, lease, references))
             if end.kind == "done" and finished():
                 return
             reason = end.reason
@@ -85,6 +100,16 @@ def supervise(
             watcher.warning(f"{end.reason}; starting again from the newest checkpoint")
     finally:
         request_resources(num_cpus=0)
+
+
+def _tell(references: References | None) -> Callable[[dict[str, Any]], None]:
+    def tell(line: dict[str, Any]) -> None:
+        if references is not None:
+            # Its workers have found their room.
+            references.workers_wait(None)
+            references.trained(line)
+
+    return tell
 
 
 class Failures:
@@ -123,15 +148,17 @@ class Failures:
 
 
 def _wait_for_room(
-    config: Config, references: Callable[[], bool], lease: RunLease, watcher: Watcher
+    config: Config, references: References | None, lease: RunLease, watcher: Watcher
 ) -> tuple[int, list[str]]:
     """How many workers to start, and on which nodes; waits while there are too few."""
     scaling = config.scaling
     began, told = time.monotonic(), False
     while True:
         lease.check()
-        num_workers, node_ids = room(config, references())
+        num_workers, node_ids = room(config, references is not None and references.working())
         waited_s = time.monotonic() - began
+        if references is not None:
+            references.workers_wait(num_workers < scaling.min_workers and waited_s > SETTLE_S)
         if num_workers >= scaling.max_workers or num_workers >= scaling.min_workers and waited_s > SETTLE_S:
             return num_workers, node_ids
         if waited_s > TELL_S and not told:
@@ -147,7 +174,7 @@ def _wait_for_room(
 class _Look:
     """What the driver looks for while a group trains."""
 
-    def __init__(self, config: Config, attempt: Attempt, lease: RunLease, references: Callable[[], bool]) -> None:
+    def __init__(self, config: Config, attempt: Attempt, lease: RunLease, references: References | None) -> None:
         self._config, self._attempt, self._lease, self._references = config, attempt, lease, references
         self._drain_looked = self._grow_looked = time.monotonic()
         self._roomy_since: float | None = None
@@ -165,7 +192,7 @@ class _Look:
         size, most = self._attempt.world_size, self._config.scaling.max_workers
         if size < most and len(own) == size and now - self._grow_looked > GROW_LOOK_S:
             self._grow_looked = now
-            fits, _ = room(self._config, self._references(), own)
+            fits, _ = room(self._config, self._references is not None and self._references.working(), own)
             if fits <= size:
                 self._roomy_since = None
             elif self._roomy_since is None:

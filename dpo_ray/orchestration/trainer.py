@@ -32,8 +32,11 @@ from dpo_ray.orchestration.worker import final_error
 from dpo_ray.pairs.pack import Costs
 from dpo_ray.pairs.plan import Plan
 from dpo_ray.pairs.store import PairStore
+from dpo_ray.reference.usage import note_use
 from dpo_ray.training import manifest
 from dpo_ray.training.trackers import check_trackers
+
+_STEP_SECONDS = ("step_s", "reference_wait_s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,8 @@ class Result:
         steps: Optimizer steps done.
         metrics: The last line of a training step.
         eval_metrics: The last evaluation, empty without one.
+        reference: What the last driver's filler has done (see `Filled`), and `waited_share`: the share of the steps'
+            seconds in which training waited for scores. Empty where the objective needs none.
     """
 
     run_uri: str
@@ -53,6 +58,7 @@ class Result:
     steps: int
     metrics: dict[str, float]
     eval_metrics: dict[str, float]
+    reference: dict[str, float]
 
 
 def start_ray(config: Config) -> None:
@@ -83,7 +89,8 @@ def start_ray(config: Config) -> None:
 
 def _cpus_wanted(config: Config) -> float:
     scaling, reference = config.scaling, config.reference
-    references = reference.replicas * reference.cpus_per_replica if config.needs_reference else 0
+    needed = config.needs_reference and reference.place == "actors"
+    references = reference.most_replicas * reference.cpus_per_replica if needed else 0
     return scaling.max_workers * scaling.cpus_per_worker + references + LOAD_CPUS * LOADS_IN_FLIGHT + 1
 
 
@@ -143,7 +150,15 @@ def _train(config: Config, watcher: Watcher, found: Survey, lease: RunLease) -> 
         reference = open_reference_store(config) if config.needs_reference else None
         watcher.planned(plan, position)
         if reference is not None:
-            filler = ReferenceFiller(config, pairs, chunks_in_order_of_need(config, plan, pairs, position), reference)
+            order = chunks_in_order_of_need(config, plan, pairs, position)
+            note_use(reference, config.run_uri, pairs.uri)
+            family = storage.fingerprint(config.run_uri)
+            filler = ReferenceFiller(config, pairs, order, reference, family, lease.generation, position)
+            if filler.missing and config.reference.place == "store_only":
+                raise ConfigError(
+                    f"reference.place is store_only, but {len(filler.missing)} of {len(order)} chunks have no scores "
+                    f"in {reference.uri}: run `dpo-ray reference` first, or set reference.place: actors"
+                )
             ensure_resources(config, references=bool(filler.missing))
             filler.start()
         supervise(
@@ -151,7 +166,7 @@ def _train(config: Config, watcher: Watcher, found: Survey, lease: RunLease) -> 
             Places(pairs.uri, reference.uri if reference else None, Costs(*relative_costs(config.model.path))),
             lease,
             watcher,
-            references=lambda: filler is not None and filler.working(),
+            references=filler,
             finished=lambda: finished_run(config) is not None,
         )
     except Exception as error:
@@ -159,8 +174,9 @@ def _train(config: Config, watcher: Watcher, found: Survey, lease: RunLease) -> 
             filler.check()  # A filler that has stopped is why the stream has.
         with final_errors():
             raise error from None
-    if filler is not None:
-        filler.join()
+    finally:
+        if filler is not None:
+            filler.stop()
     result = finished_run(config)
     assert result is not None
     return result
@@ -193,7 +209,12 @@ def finished_run(config: Config) -> Result | None:
     lines = storage.read_json_lines(storage.join(config.run_uri, "metrics.jsonl"))
     steps = [line for line in lines if "loss" in line] or [{}]
     evaluations = [line for line in lines if "eval_loss" in line] or [{}]
-    return Result(config.run_uri, export_uri, step, steps[-1], evaluations[-1])
+    filled = storage.join(config.run_uri, "reference.json")
+    reference: dict[str, float] = {}
+    if config.needs_reference and storage.exists(filled):
+        total_s, waited_s = (sum(line.get(f"perf/{name}", 0.0) for line in steps) for name in _STEP_SECONDS)
+        reference = {**storage.read_json(filled), "waited_share": waited_s / max(1e-9, total_s)}
+    return Result(config.run_uri, export_uri, step, steps[-1], evaluations[-1], reference)
 
 
 def _write_config(config: Config, plan: Plan, pairs: PairStore) -> None:
@@ -215,28 +236,3 @@ def _refuse_changed_config(config: Config) -> None:
             + "\n  ".join(changed)
             + "\nChange them back, or choose another name"
         )
-
-
-def fill_reference(config: Config, watcher: Watcher | None = None) -> tuple[int, str]:
-    """Scores all pairs that have no scores yet, training or not.
-
-    Args:
-        config: The run.
-        watcher: Told what happens; None for silence.
-
-    Returns:
-        Pairs scored now, and the reference store.
-    """
-    with warnings_to((watcher or Watcher()).warning):
-        check_reachable(config)
-        found = survey(config, watcher)
-        start_ray(config)
-        ensure_resources(config, workers=False)
-        with final_errors():
-            pairs = prepare(config, watcher, found)
-        reference = open_reference_store(config)
-        chunks = chunks_in_order_of_need(config, make_plan(config, pairs), pairs, 0)
-        filler = ReferenceFiller(config, pairs, chunks, reference)
-        filler.start()
-        filler.join()
-        return filler.scored_pairs, reference.uri

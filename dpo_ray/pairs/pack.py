@@ -34,6 +34,8 @@ RANK_BATCH_SCHEMA = pa.schema(
         # Of the rank's own pairs.
         ("tokens", pa.list_(pa.int32())),
         ("ref_logps", pa.list_(pa.float32())),
+        # What making the batch has waited for scores.
+        ("reference_wait_s", pa.float64()),
     ]
 )
 
@@ -122,7 +124,7 @@ def microbatch(pairs: Sequence[ScoredPair]) -> Microbatch:
 
 
 def rank_batches(
-    pairs: Sequence[ScoredPair], step: int, epoch: int, num_ranks: int, costs: Costs
+    pairs: Sequence[ScoredPair], step: int, epoch: int, num_ranks: int, costs: Costs, reference_wait_s: float = 0.0
 ) -> list[dict[str, Any]]:
     """A global batch as one row of `RANK_BATCH_SCHEMA` per rank.
 
@@ -132,12 +134,14 @@ def rank_batches(
         epoch: Counted from 0.
         num_ranks: World size.
         costs: To balance the ranks by.
+        reference_wait_s: What making the batch has waited for scores.
     """
     lengths = [list(map(len, scored.pair.parts)) for scored in pairs]
     whole = {
         "step": step,
         "epoch": epoch,
         "num_ranks": num_ranks,
+        "reference_wait_s": reference_wait_s,
         "pair_ids": b"".join(scored.pair.pair_id for scored in pairs),
         "num_parts": np.array(list(map(len, lengths)), np.int32).tobytes(),
         "part_tokens": np.array(list(itertools.chain(*lengths)), np.int32).tobytes(),
@@ -207,6 +211,7 @@ def global_batch(row: dict[str, Any], tokens_per_microbatch: int, costs: Costs) 
         pair_ids=pair_ids,
         microbatches=[microbatch(group) for group in groups],
         microbatch_pair_ids=[[scored.pair.pair_id for scored in group] for group in groups],
+        reference_wait_s=row["reference_wait_s"],
     )
 
 

@@ -1,6 +1,7 @@
 """The reference store: one file of scores per chunk, written atomically, ids checked at every read.
 
-The store is all that stands between the trainer and the reference: either may die, restart or be elsewhere.
+The store is all that stands between the trainer and the reference: either may die, restart or be elsewhere. A file
+that is not what it should be is refused, which its reader writes down; whoever scores looks there, and makes it anew.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ class ReferenceStore:
         table = pa.table({"pair_id": list(pair_ids), "ref_logps": list(ref_logps)}, schema=_SCHEMA)
         sink = io.BytesIO()
         pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
-        storage.write_bytes(self._place(chunk), sink.getvalue())
+        storage.write_bytes(self.place(chunk.key), sink.getvalue())
+        if storage.exists(self._refusal(chunk.key)):
+            storage.remove(self._refusal(chunk.key))
 
     def get(self, chunk: Chunk, pair_ids: Sequence[bytes]) -> list[np.ndarray]:
         """The scores of a chunk's pairs, in the order of `pair_ids`.
@@ -56,44 +59,72 @@ class ReferenceStore:
             FileNotFoundError: The chunk has not been scored yet.
             ReferenceMismatchError: The scores are of other pairs, or the file is damaged.
         """
-        place = self._place(chunk)
+        place = self.place(chunk.key)
         data = storage.read_bytes(place)
         try:
             table = pq.read_table(io.BytesIO(data), schema=_SCHEMA, page_checksum_verification=True)
         except (OSError, pa.ArrowException) as error:
-            raise ReferenceMismatchError(f"{place}: damaged ({error}); remove it, it will be scored again") from None
+            raise ReferenceMismatchError(f"{place}: damaged ({error})") from None
         if table["pair_id"].to_pylist() != list(pair_ids):
-            raise ReferenceMismatchError(f"{place}: holds scores of other pairs; remove it, it will be scored again")
+            raise ReferenceMismatchError(f"{place}: holds scores of other pairs")
         scores = table["ref_logps"].combine_chunks()
         values = scores.flatten().to_numpy()
         return np.split(values, np.cumsum(scores.value_lengths().to_numpy())[:-1])
 
     def wait(
         self, chunk: Chunk, pair_ids: Sequence[bytes], check: Callable[[], None], poll_s: float = 0.2
-    ) -> list[np.ndarray]:
-        """Like `get`, but waits for a chunk that is still to be scored.
+    ) -> tuple[list[np.ndarray], float]:
+        """Like `get`, but waits for a chunk that is still to be scored, or has to be scored again.
 
         Args:
             chunk: The chunk.
             pair_ids: Ids of its pairs.
             check: Called while waiting; raises when nobody will score the chunk any more.
-            poll_s: First pause between looks; it doubles up to 5 seconds.
+            poll_s: First pause between looks; it grows up to 5 seconds.
+
+        Returns:
+            The scores, and the seconds waited.
         """
+        refused, began = False, time.monotonic()
         while True:
+            waited_s = time.monotonic() - began
             try:
-                return self.get(chunk, pair_ids)
+                return self.get(chunk, pair_ids), waited_s
             except FileNotFoundError:
-                check()
-                time.sleep(poll_s)
-                poll_s = min(5.0, poll_s * 1.5)
+                pass
+            except ReferenceMismatchError as error:
+                if not refused:
+                    storage.write_json(self._refusal(chunk.key), {"reason": str(error)})
+                refused = True
+            check()
+            time.sleep(poll_s)
+            poll_s = min(5.0, poll_s * 1.5)
 
     def missing(self, chunks: Sequence[Chunk]) -> list[Chunk]:
-        """Those of `chunks` that have no scores yet, in the given order."""
-        there = set(storage.list_names(self.uri))
-        return [chunk for chunk in chunks if f"{chunk.key}.parquet" not in there]
+        """Those of `chunks` that have no scores, or refused ones, in the given order."""
+        there = self.scored() - self.refused().keys()
+        return [chunk for chunk in chunks if chunk.key not in there]
 
-    def _place(self, chunk: Chunk) -> str:
-        return storage.join(self.uri, f"{chunk.key}.parquet")
+    def scored(self) -> set[str]:
+        """Keys of the chunks that have scores."""
+        return {name.removesuffix(".parquet") for name in storage.list_names(self.uri) if name.endswith(".parquet")}
+
+    def refused(self) -> dict[str, str]:
+        """Keys of the chunks whose scores a reader has refused, with the place where it says why."""
+        folder = storage.join(self.uri, "refused")
+        names = storage.list_names(folder)
+        return {name.removesuffix(".json"): storage.join(folder, name) for name in names if name.endswith(".json")}
+
+    def has(self, chunk: Chunk) -> bool:
+        """Whether a chunk has scores that nobody has refused."""
+        return storage.exists(self.place(chunk.key)) and not storage.exists(self._refusal(chunk.key))
+
+    def place(self, key: str) -> str:
+        """Where the scores of a chunk are."""
+        return storage.join(self.uri, f"{key}.parquet")
+
+    def _refusal(self, key: str) -> str:
+        return storage.join(self.uri, "refused", f"{key}.json")
 
 
 def error_place(run_uri: str) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from dpo_ray.pairs import pack
 from dpo_ray.pairs.plan import Plan, Window, pair_order
@@ -37,14 +39,15 @@ class Feed:
         A batch is ready as soon as the chunks that it needs are scored, not when the window's are.
         """
         waiting: list[ScoredPair] = []
-        size, step = self.plan.global_batch_pairs, window.first_step
+        size, step, waited_s = self.plan.global_batch_pairs, window.first_step, 0.0
         for segment in window.segments:
-            waiting += self._load(segment.chunk, window.epoch)[segment.start : segment.stop]
+            pairs, chunk_waited_s = self._load(segment.chunk, window.epoch)
+            waiting, waited_s = waiting + pairs[segment.start : segment.stop], waited_s + chunk_waited_s
             while len(waiting) >= size:
-                yield pack.rank_batches(waiting[:size], step, window.epoch, world_size, self.costs)
-                waiting, step = waiting[size:], step + 1
+                yield pack.rank_batches(waiting[:size], step, window.epoch, world_size, self.costs, waited_s)
+                waiting, step, waited_s = waiting[size:], step + 1, 0.0
         if waiting:
-            yield pack.rank_batches(waiting, step, window.epoch, world_size, self.costs)
+            yield pack.rank_batches(waiting, step, window.epoch, world_size, self.costs, waited_s)
 
     def rank_batches(
         self, position: int, rank: int, world_size: int, tokens_per_microbatch: int
@@ -62,9 +65,12 @@ class Feed:
             found |= sources_of(self.pairs_uri, segment.chunk)
         return found
 
-    def _load(self, chunk: Chunk, epoch: int) -> list[ScoredPair]:
-        """A chunk's pairs in the epoch's order, joined with their scores."""
+    def _load(self, chunk: Chunk, epoch: int) -> tuple[list[ScoredPair], float]:
+        """A chunk's pairs in the epoch's order, joined with their scores, and the seconds that it waited for those."""
         pairs = read_chunk(self.pairs_uri, chunk)
-        ids = [pair.pair_id for pair in pairs]
-        scores = [None] * len(pairs) if self.reference is None else self.reference.wait(chunk, ids, self.check)
-        return [ScoredPair(pairs[index], scores[index]) for index in pair_order(self.plan.seed, epoch, ids)]
+        ids, waited_s = [pair.pair_id for pair in pairs], 0.0
+        scores: Sequence[np.ndarray | None] = [None] * len(pairs)
+        if self.reference is not None:
+            scores, waited_s = self.reference.wait(chunk, ids, self.check)
+        order = pair_order(self.plan.seed, epoch, ids)
+        return [ScoredPair(pairs[index], scores[index]) for index in order], waited_s

@@ -105,6 +105,7 @@ class Stopwatch:
         return {
             "perf/step_s": step_s,
             "perf/data_wait_s": self._got - self._asked,
+            "perf/reference_wait_s": min(batch.reference_wait_s, self._got - self._asked),
             "perf/pairs_per_s": batch.num_pairs / step_s,
             "perf/tokens_per_s": num_tokens / step_s,
             "perf/mfu": 6 * self._parameters * num_tokens / (step_s * self._peak_flops),

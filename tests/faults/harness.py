@@ -195,6 +195,15 @@ class Place:
     def export(self, name: str) -> bytes:
         return storage.read_bytes(storage.join(self.uri(name), "export", "model.safetensors"))
 
+    def forget_scores(self) -> None:
+        """The next run has to score all pairs itself."""
+        for scores in storage.list_names(storage.join(self.storage_path, "store", "reference")):
+            storage.remove(storage.join(self.storage_path, "store", "reference", scores))
+
+    def filled(self, name: str) -> dict[str, Any]:
+        """What the last driver's reference filler has done."""
+        return dict(storage.read_json(storage.join(self.uri(name), "reference.json")))
+
     def assert_exact(self, name: str) -> None:
         """The ledger holds each pair of the plan once."""
         verdict = verify(self.uri(name))

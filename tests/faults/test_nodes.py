@@ -35,19 +35,19 @@ class Machines:
     def address(self) -> str:
         return str(self.cluster.address)
 
-    def add(self) -> Any:
+    def add(self, **resources: float) -> Any:
         with pytest.MonkeyPatch.context() as environment:
             for name, value in self._environment.items():
                 environment.setenv(name, value)
-            return self.cluster.add_node(num_cpus=1)
+            return self.cluster.add_node(num_cpus=1, resources=resources)
 
-    def with_worker(self) -> Any:
-        """A node, not the head, that has a policy worker: Ray may have given the head one."""
+    def with_worker(self, kind: str = "RayTrainWorker") -> Any:
+        """A node, not the head, that has a policy worker, or another actor: Ray may have given the head one."""
         for node in self.nodes:
             raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
-            if any("RayTrainWorker" in " ".join(child.cmdline()) for child in raylet.children(recursive=True)):
+            if any(kind in " ".join(child.cmdline()) for child in raylet.children(recursive=True)):
                 return node
-        raise AssertionError("no node has a worker")
+        raise AssertionError(f"no node has a {kind}")
 
     def power_off(self, node: Any) -> None:
         """No process of the node sees it coming."""
@@ -153,6 +153,23 @@ def test_drain_too_short(place: Place, twin: str, drivers: Any, machines: Any) -
     driver.finish()
     place.assert_same_but_for_rounding("short", twin)
     assert [attempt["position"] for attempt in place.attempts("short")] == [0, 5]
+
+
+def test_the_node_of_the_reference_dies(place: Place, twin: str, drivers: Any, machines: Any) -> None:
+    """With the replica on it, in the middle of a chunk; another node of its kind takes its place."""
+    place.forget_scores()
+    cluster = machines(2)
+    cluster.nodes += [cluster.add(reference=1), cluster.add(reference=1)]
+    config = place.config("spot", reference={"resources_per_replica": {"reference": 1}})
+    slow = [{"point": "score", "do": "slow"}] * 2
+    driver = place.start(config, *slow, RAY_ADDRESS=cluster.address)
+    drivers.append(driver)
+    driver.wait_for_step(1)
+    cluster.power_off(cluster.with_worker("ReferenceReplica"))
+    driver.finish()
+    place.assert_like_twin("spot", twin)
+    filled = place.filled("spot")
+    assert (filled["lost_replicas"], filled["scored_pairs"], filled["hit_pairs"]) == (1, 200, 0)
 
 
 def test_the_head_dies(place: Place, twin: str, drivers: Any, machines: Any) -> None:

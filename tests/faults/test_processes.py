@@ -172,12 +172,28 @@ def test_around_the_end_of_an_epoch(place: Place, twin: str, drivers: Any) -> No
 def test_reference_actors_die(place: Place, twin: str, drivers: Any) -> None:
     """Fault 18: killed in the middle of a chunk, twice and all of them; scored again to the same numbers."""
     config = place.config("reference", reference={"tokens_per_microbatch": 4096, "replicas": 2})
-    for scores in storage.list_names(storage.join(place.storage_path, "store", "reference")):
-        storage.remove(storage.join(place.storage_path, "store", "reference", scores))
+    place.forget_scores()
     driver = place.start(config, *[{"point": "score", "do": "kill"}] * 4)
     drivers.append(driver)
     driver.finish()
     place.assert_like_twin("reference", twin)
+    filled = place.filled("reference")
+    assert (filled["lost_replicas"], filled["scored_pairs"], filled["hit_pairs"]) == (4, 200, 0)
+
+
+@pytest.mark.slow
+def test_the_reference_outlives_a_worker(place: Place, twin: str, drivers: Any) -> None:
+    """A worker dies while pairs are still being scored: the replica that scores them goes on."""
+    place.forget_scores()
+    # The worker is killed while the second chunk, of which step 3 needs nothing, is scored.
+    slow = [{"point": "score", "do": "slow"}] * 2
+    driver = place.start(place.config("outlived"), *slow, {"point": "step", "rank": 0, "step": 3, "do": "kill"})
+    drivers.append(driver)
+    driver.finish()
+    place.assert_like_twin("outlived", twin)
+    assert len(place.attempts("outlived")) == 2
+    filled = place.filled("outlived")
+    assert (filled["started_replicas"], filled["lost_replicas"], filled["scored_pairs"]) == (1, 0, 200)
 
 
 def test_a_failure_that_comes_again(place: Place, drivers: Any) -> None:

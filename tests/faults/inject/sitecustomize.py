@@ -133,14 +133,14 @@ def in_checkpoint(module: ModuleType) -> None:
     in_manifest(module)
 
 
-def in_filler(module: ModuleType) -> None:
-    call = module._ScoreChunks.__call__
+def in_replicas(module: ModuleType) -> None:
+    score = module.ReferenceReplica.score
 
-    def planted(self: Any, *arguments: Any, **named: Any) -> Any:
+    def planted(self: Any, chunk: Any) -> Any:
         happen("score")
-        return call(self, *arguments, **named)
+        return score(self, chunk)
 
-    module._ScoreChunks.__call__ = planted
+    module.ReferenceReplica.score = planted
 
 
 def in_rows(module: ModuleType) -> None:
@@ -168,7 +168,7 @@ PATCHES: dict[str, Callable[[ModuleType], None]] = {
     "dpo_ray.training.loop": in_loop,
     "dpo_ray.training.step": in_step,
     "dpo_ray.training.checkpoint": in_checkpoint,
-    "dpo_ray.orchestration.reference_filler": in_filler,
+    "dpo_ray.orchestration.replicas": in_replicas,
     "dpo_ray.orchestration.rows": in_rows,
     "ray.train.torch.config": in_torch_config,
 }

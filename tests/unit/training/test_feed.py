@@ -112,3 +112,30 @@ def test_scores_of_other_pairs_are_refused(tmp_path: Path, chunks: tuple[store.C
     path.write_bytes(data)
     with pytest.raises(ReferenceMismatchError):
         reference.get(chunks[0], ids)
+
+
+def test_refused_scores_are_asked_for_again(tmp_path: Path, chunks: tuple[store.Chunk, ...]) -> None:
+    """A reader that cannot use a file says so in the store, waits, and takes the new one."""
+    reference = ReferenceStore(str(tmp_path / "reference"))
+    for chunk in chunks:
+        score(reference, tmp_path, chunk)
+    path = tmp_path / "reference" / f"{chunks[1].key}.parquet"
+    path.write_bytes(path.read_bytes()[:-9])
+    ids = [pair.pair_id for pair in store.read_chunk(str(tmp_path), chunks[1])]
+    looks = 0
+
+    def check() -> None:
+        nonlocal looks
+        looks += 1
+        assert reference.missing(chunks) == [chunks[1]]
+        assert list(reference.refused()) == [chunks[1].key]
+        assert not reference.has(chunks[1])
+        if looks == 2:
+            score(reference, tmp_path, chunks[1])
+
+    scores, waited_s = reference.wait(chunks[1], ids, check, poll_s=0.01)
+    assert [each.tolist() for each in scores] == [score_of(i) for i in ids]
+    assert looks == 2
+    assert waited_s >= 0.02
+    assert reference.refused() == {}
+    assert reference.missing(chunks) == []

@@ -1,0 +1,117 @@
+"""`dpo-ray reference`: scores ahead of training, what there is of them, and what nobody uses any more."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from dataclasses import dataclass
+
+from dpo_ray import storage
+from dpo_ray.config import Config
+from dpo_ray.errors import ConfigError
+from dpo_ray.orchestration.prepare import check_reachable, prepare, survey
+from dpo_ray.orchestration.reference_filler import (
+    LOOK_S,
+    Filled,
+    ReferenceFiller,
+    chunks_in_order_of_need,
+    open_reference_store,
+)
+from dpo_ray.orchestration.resources import ensure_resources
+from dpo_ray.orchestration.stream import make_plan
+from dpo_ray.orchestration.trainer import final_errors, start_ray
+from dpo_ray.orchestration.watch import Watcher, warnings_to
+from dpo_ray.reference.claims import living_fillers
+from dpo_ray.reference.usage import Unused, note_use, remove_unused, unused
+
+
+def fill_reference(config: Config, watcher: Watcher | None = None) -> tuple[Filled, str]:
+    """Scores all pairs that have no scores yet, training or not.
+
+    Args:
+        config: The run.
+        watcher: Told what happens; None for silence.
+
+    Returns:
+        What was done, and the reference store.
+
+    Raises:
+        ConfigError: The cluster has no room for a replica.
+        ReferenceFillError: Not all chunks could be scored.
+    """
+    watcher = watcher or Watcher()
+    with warnings_to(watcher.warning):
+        check_reachable(config)
+        found = survey(config, watcher)
+        start_ray(config)
+        with final_errors():
+            pairs = prepare(config, watcher, found)
+        reference = open_reference_store(config)
+        note_use(reference, config.run_uri, pairs.uri)
+        order = list(dict.fromkeys([*chunks_in_order_of_need(config, make_plan(config, pairs), pairs, 0), *pairs.eval]))
+        filler = ReferenceFiller(config, pairs, order, reference, f"fill-{uuid.uuid4().hex[:12]}")
+        if filler.missing:
+            ensure_resources(config, workers=False)
+        filler.start()
+        total = sum(chunk.num_pairs for chunk in filler.missing)
+        while filler.working():
+            time.sleep(LOOK_S)
+            watcher.progress("scoring (pairs)", total - filler.filled.left_pairs, max(1, total))
+        filler.join()
+        return filler.filled, reference.uri
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """How much of a run's pairs has scores.
+
+    Attributes:
+        store_uri: The reference store.
+        chunks: Of the run's pair store, train and held out.
+        scored_chunks: Those with scores.
+        pairs: Pairs in them all.
+        scored_pairs: Those with scores.
+        refused_chunks: Chunks whose scores a reader could not use, which wait to be scored again.
+        fillers: Who scores for this store now.
+    """
+
+    store_uri: str
+    chunks: int
+    scored_chunks: int
+    pairs: int
+    scored_pairs: int
+    refused_chunks: int
+    fillers: tuple[str, ...]
+
+
+def reference_status(config: Config) -> Status:
+    """Looks, and changes nothing; needs no Ray.
+
+    Raises:
+        ConfigError: The pairs are not prepared.
+    """
+    check_reachable(config)
+    pairs = survey(config).made
+    if pairs is None:
+        raise ConfigError(f"{config.name}: the pairs are not prepared: run `dpo-ray prepare` or `dpo-ray reference`")
+    reference = open_reference_store(config)
+    chunks = [*pairs.train, *pairs.eval]
+    missing = reference.missing(chunks)
+    total, left = (sum(chunk.num_pairs for chunk in each) for each in (chunks, missing))
+    refused = len(reference.refused().keys() & {chunk.key for chunk in chunks})
+    fillers = tuple(living_fillers(reference.uri))
+    return Status(reference.uri, len(chunks), len(chunks) - len(missing), total, total - left, refused, fillers)
+
+
+def unused_scores(config: Config) -> list[Unused]:
+    """What no run under `storage_path` uses, by store."""
+    folder = storage.join(config.store_uri, "reference")
+    stores = [storage.join(folder, name) for name in storage.list_names(folder)]
+    found = [unused(uri, alive=lambda run_uri: bool(storage.list_names(run_uri))) for uri in stores]
+    return [each for each in found if each.keys or each.whole]
+
+
+def remove_scores(found: list[Unused]) -> None:
+    """Removes what `unused_scores` has found."""
+    for each in found:
+        remove_unused(each)

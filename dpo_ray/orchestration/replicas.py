@@ -1,0 +1,308 @@
+"""Replicas of the reference: actors that score chunks, come and go, and may die at any time.
+
+A replica is one actor, or several that hold one sharded model together. It knows nothing of training: a chunk goes in,
+a file of scores appears in the store.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import ray
+from ray.exceptions import RayActorError, RayError
+from ray.util import remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from dpo_ray.config import Config
+from dpo_ray.errors import FinalError, StorageError
+from dpo_ray.orchestration.monitor import START_S, Place
+from dpo_ray.orchestration.nodes import kill, on_nodes
+from dpo_ray.orchestration.resources import resources_per_device
+from dpo_ray.orchestration.worker import final_error
+from dpo_ray.pairs.store import Chunk, read_chunk
+from dpo_ray.reference.store import ReferenceStore
+
+# How often a replica that computes is asked whether it moves.
+ASK_S = 5.0
+
+Stage = Literal["waiting for room", "loading", "idle", "scoring"]
+
+
+class ReferenceReplica:
+    """One device of a replica."""
+
+    def __init__(self, config: Config, pairs_uri: str, reference: ReferenceStore, rank: int) -> None:
+        """Loads nothing yet: of an actor that fails at its start Ray says more than what went wrong."""
+        self._config, self._pairs_uri, self._reference, self._rank = config, pairs_uri, reference, rank
+        self._moved_at = time.monotonic()
+        self._scorer: Any = None
+
+    def here(self) -> tuple[Place, str]:
+        """Where this process runs, and an address on which others can meet it."""
+        with socket.socket() as free:
+            free.bind(("", 0))
+            port = free.getsockname()[1]
+        return Place.here(), f"tcp://{ray.util.get_node_ip_address()}:{port}"
+
+    def load(self, rendezvous: str) -> None:
+        """Loads the model, or this device's part of it."""
+        import torch  # Only the actor needs the model's libraries.
+        import torch.distributed as dist
+
+        from dpo_ray.reference.scorer import Scorer
+
+        options, devices = self._config.reference, self._config.reference.devices_per_replica
+        device = torch.device("cuda" if options.gpus_per_replica else "cpu")
+        if device.type == "cpu":
+            torch.set_num_threads(max(1, int(options.cpus_per_replica / devices)))
+        if devices > 1:
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, init_method=rendezvous, rank=self._rank, world_size=devices)
+        self._scorer = Scorer(
+            self._config.reference_path,
+            self._config.reference_dtype,
+            self._config.model.attention,
+            options.tokens_per_microbatch,
+            device,
+            sharded=devices > 1,
+        )
+
+    def score(self, chunk: Chunk) -> int:
+        """Scores a chunk and commits it; the first device of a replica writes.
+
+        Returns:
+            Pairs scored.
+        """
+        self._moved()
+        pairs = read_chunk(self._pairs_uri, chunk)
+        scores = self._scorer.score(pairs, self._moved)
+        if self._rank == 0:
+            self._reference.put(chunk, [pair.pair_id for pair in pairs], scores)
+        return len(pairs)
+
+    @ray.method(concurrency_group="asked")
+    def still_s(self) -> float:
+        """For how long the model has not moved."""
+        return time.monotonic() - self._moved_at
+
+    def _moved(self) -> None:
+        self._moved_at = time.monotonic()
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """A replica has committed a chunk.
+
+    Attributes:
+        chunk: Which.
+        seconds: How long it took.
+    """
+
+    chunk: Chunk
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """A replica is gone.
+
+    Attributes:
+        chunk: What it was scoring, if anything.
+        reason: In a line.
+        final: The error that would come again, or None.
+    """
+
+    chunk: Chunk | None
+    reason: str
+    final: FinalError | None
+
+
+@dataclass(slots=True, eq=False)
+class _Replica:
+    actors: list[Any]
+    group: PlacementGroup | None
+    pending: list[Any]
+    answers: dict[Any, Any] = field(default_factory=dict)
+    stage: Stage = "waiting for room"
+    places: dict[int, Place] = field(default_factory=dict)
+    chunk: Chunk | None = None
+    since: float = field(default_factory=time.monotonic)
+    asked: dict[Any, float] = field(default_factory=dict)
+    asked_at: float = 0.0
+
+
+class Replicas:
+    """The pool; used from one thread.
+
+    Attributes:
+        started: How many replicas were started so far.
+    """
+
+    def __init__(self, config: Config, pairs_uri: str, reference: ReferenceStore) -> None:
+        """Starts nothing yet.
+
+        Args:
+            config: The run.
+            pairs_uri: The pair store.
+            reference: Where scores go.
+        """
+        self._config, self._pairs_uri, self._reference = config, pairs_uri, reference
+        self._replicas: list[_Replica] = []
+        self.started = 0
+
+    def __len__(self) -> int:
+        return len(self._replicas)
+
+    def waiting_s(self) -> float:
+        """For how long the replica that waits longest has waited for room."""
+        waiting = [replica.since for replica in self._replicas if replica.stage == "waiting for room"]
+        return time.monotonic() - min(waiting) if waiting else 0.0
+
+    def at_work(self) -> int:
+        """Replicas that have room."""
+        return sum(replica.stage != "waiting for room" for replica in self._replicas)
+
+    def resize(self, wanted: int) -> None:
+        """Starts replicas, or lets some go: those without room first, then idle ones; none that scores."""
+        for _ in range(wanted - len(self._replicas)):
+            self._replicas.append(self._start())
+            self.started += 1
+        for stage in ("waiting for room", "idle"):
+            for replica in [each for each in self._replicas if each.stage == stage]:
+                if len(self._replicas) > wanted:
+                    self._end(replica)
+
+    def idle(self) -> int:
+        """Replicas that have nothing to do."""
+        return sum(replica.stage == "idle" for replica in self._replicas)
+
+    def score(self, chunk: Chunk) -> None:
+        """Gives a chunk to an idle replica."""
+        replica = next(each for each in self._replicas if each.stage == "idle")
+        replica.chunk = chunk
+        self._go_on(replica, "scoring", [actor.score.remote(chunk) for actor in replica.actors])
+
+    def look(self, timeout_s: float) -> list[Scored | Lost]:
+        """What has happened; waits for something to happen."""
+        of_ref = {
+            ref: each for each in self._replicas for ref in [*each.pending, *each.asked] if ref not in each.answers
+        }
+        if not of_ref:
+            time.sleep(timeout_s)
+            return []
+        ready, _ = ray.wait(list(of_ref), num_returns=1, timeout=timeout_s)
+        ready, _ = ray.wait(list(of_ref), num_returns=len(of_ref), timeout=0) if ready else ([], [])
+        events: list[Scored | Lost] = []
+        for replica in {id(of_ref[ref]): of_ref[ref] for ref in ready}.values():
+            events += self._advance(replica, set(ready))
+        for replica in list(self._replicas):
+            if reason := self._standstill(replica):
+                events.append(self._lost(replica, reason, None))
+        return events
+
+    def close(self) -> None:
+        """Lets all replicas go, whatever they do."""
+        for replica in list(self._replicas):
+            self._end(replica)
+
+    def _start(self) -> _Replica:
+        options = self._config.reference
+        devices, each = options.devices_per_replica, resources_per_device(self._config)
+        custom = {name: amount for name, amount in each.items() if name not in ("CPU", "GPU")}
+        group, strategy = None, "DEFAULT"
+        labels: dict[str, Any] = {"label_selector": options.label_selector} if options.label_selector else {}
+        if devices > 1:
+            # All or none of them, near each other where there is room.
+            selectors = [options.label_selector] * devices if options.label_selector else None
+            group = placement_group([each] * devices, strategy="PACK", bundle_label_selector=selectors)
+            strategy, labels = PlacementGroupSchedulingStrategy(group), {}
+        actor = ray.remote(concurrency_groups={"asked": 1}, max_restarts=0, max_task_retries=0)(ReferenceReplica)
+        place = actor.options(
+            num_cpus=each.get("CPU", 0.0),
+            num_gpus=each.get("GPU", 0.0),
+            resources=custom,
+            scheduling_strategy=strategy,
+            **labels,
+        )
+        actors = [place.remote(self._config, self._pairs_uri, self._reference, rank) for rank in range(devices)]
+        return _Replica(actors, group, [one.here.remote() for one in actors])
+
+    def _advance(self, replica: _Replica, ready: set[Any]) -> list[Scored | Lost]:
+        """Takes what a replica has answered."""
+        try:
+            for ref in [ref for ref in replica.asked if ref in ready]:
+                del replica.asked[ref]
+                still_s = ray.get(ref)
+                if still_s > self._limit_s(replica):
+                    return [self._lost(replica, f"stood still for {still_s:.0f} s ({replica.stage})", None)]
+            replica.answers |= {ref: ray.get(ref) for ref in replica.pending if ref in ready}
+        except Exception as error:
+            final = final_error(error)
+            # Storage that does not answer now may answer later.
+            return [self._lost(replica, _reason(error), None if isinstance(final, StorageError) else final)]
+        if not replica.pending or len(replica.answers) < len(replica.pending):
+            return []
+        answers = [replica.answers[ref] for ref in replica.pending]
+        match replica.stage:
+            case "waiting for room":
+                replica.places = {rank: place for rank, (place, _) in enumerate(answers)}
+                (_, rendezvous), *_ = answers
+                self._go_on(replica, "loading", [actor.load.remote(rendezvous) for actor in replica.actors])
+            case "loading":
+                self._go_on(replica, "idle", [])
+            case "scoring":
+                assert replica.chunk is not None
+                scored = Scored(replica.chunk, time.monotonic() - replica.since)
+                replica.chunk = None
+                self._go_on(replica, "idle", [])
+                return [scored]
+        return []
+
+    def _go_on(self, replica: _Replica, stage: Stage, pending: Sequence[Any]) -> None:
+        replica.stage, replica.pending, replica.answers = stage, list(pending), {}
+        replica.since = replica.asked_at = time.monotonic()
+        replica.asked.clear()
+
+    def _standstill(self, replica: _Replica) -> str | None:
+        """Asks a replica that computes whether it moves, and says so when it does not answer."""
+        if replica.stage not in ("loading", "scoring"):
+            return None
+        now = time.monotonic()
+        if replica.asked:
+            silent_s = now - min(replica.asked.values())
+            return f"gave no answer for {silent_s:.0f} s" if silent_s > self._limit_s(replica) else None
+        if now - replica.asked_at > ASK_S:
+            replica.asked_at = now
+            replica.asked = {actor.still_s.remote(): now for actor in replica.actors}
+        return None
+
+    def _limit_s(self, replica: _Replica) -> float:
+        return self._config.recovery.hang_timeout_s + START_S * (replica.stage == "loading")
+
+    def _lost(self, replica: _Replica, reason: str, final: FinalError | None) -> Lost:
+        lost = Lost(replica.chunk, reason, final)
+        self._end(replica)
+        return lost
+
+    def _end(self, replica: _Replica) -> None:
+        self._replicas.remove(replica)
+        for actor in replica.actors:
+            with contextlib.suppress(RayError):
+                ray.kill(actor)
+        if replica.stage in ("loading", "scoring"):
+            # A process that stands still does not hear Ray.
+            on_nodes(kill, replica.places)
+        if replica.group is not None:
+            remove_placement_group(replica.group)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, RayActorError):
+        return "its process died"
+    return str(final_error(error) or (str(error).strip() or type(error).__name__).splitlines()[-1])

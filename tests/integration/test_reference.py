@@ -1,0 +1,338 @@
+"""The reference as a service: whoever scores, however often it fails, the numbers are those of the plain model."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import resource
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+from helpers import dpo_ray_command, run_ranks, steps_of, tiny_config, write_pairs
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from dpo_ray import storage, train
+from dpo_ray.config import Config, to_yaml
+from dpo_ray.demo_data import byte_tokenizer, tiny_llama_config
+from dpo_ray.errors import ConfigError
+from dpo_ray.orchestration import replicas
+from dpo_ray.orchestration.prepare import prepare
+from dpo_ray.orchestration.reference_filler import Filled, open_reference_store
+from dpo_ray.orchestration.reference_job import fill_reference
+from dpo_ray.orchestration.watch import Watcher
+from dpo_ray.pairs.store import PairStore, read_chunk
+from dpo_ray.reference.scorer import Scorer
+from dpo_ray.types import TokenizedPair
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+NUM_PAIRS = 150
+CPU = torch.device("cpu")
+
+
+class Listener(Watcher):
+    """Keeps warnings."""
+
+    def __init__(self) -> None:
+        self.warnings = list[str]()
+
+    def warning(self, text: str) -> None:
+        self.warnings.append(text)
+
+
+@pytest.fixture
+def pairs_file(tmp_path: Path) -> str:
+    return write_pairs(tmp_path / "pairs.jsonl", NUM_PAIRS)
+
+
+def config_of(tmp_path: Path, name: str, model: Path, pairs_file: str, **sections: dict[str, Any]) -> Config:
+    """Chunks of few pairs: three for each of several replicas."""
+    data = {"train": [pairs_file], "eval_fraction": 0.1, "chunk_pairs": 16}
+    return tiny_config(str(tmp_path / "storage"), name, model, pairs_file, **{"data": data, **sections})
+
+
+def stored_scores(config: Config, pairs: PairStore) -> dict[bytes, list[float]]:
+    reference, found = open_reference_store(config), dict[bytes, list[float]]()
+    for chunk in (*pairs.train, *pairs.eval):
+        ids = [pair.pair_id for pair in read_chunk(pairs.uri, chunk)]
+        found |= {pair: scores.tolist() for pair, scores in zip(ids, reference.get(chunk, ids), strict=True)}
+    return found
+
+
+def plain_scores(model: Path, pairs: PairStore) -> dict[bytes, list[float]]:
+    """One answer at a time through the model's own forward."""
+    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    found: dict[bytes, list[float]] = {}
+    for pair in (pair for chunk in (*pairs.train, *pairs.eval) for pair in read_chunk(pairs.uri, chunk)):
+        found[pair.pair_id] = []
+        for answer in pair.answers:
+            whole = torch.tensor([*pair.prompt, *answer])
+            with torch.no_grad():
+                logps = plain(whole[None]).logits[0, len(pair.prompt) - 1 : -1].log_softmax(-1)
+            found[pair.pair_id].append(float(logps.gather(1, whole[len(pair.prompt) :, None]).sum()))
+    return found
+
+
+def assert_close(found: dict[bytes, list[float]], expected: dict[bytes, list[float]]) -> None:
+    assert found.keys() == expected.keys()
+    for pair, scores in found.items():
+        assert scores == pytest.approx(expected[pair], rel=1e-5)
+
+
+@contextlib.contextmanager
+def planted(path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> Iterator[None]:
+    """Each replica that begins a chunk does this to itself, as often as files are left in a folder."""
+    score = replicas.ReferenceReplica.score
+
+    def scored(self: replicas.ReferenceReplica, chunk: Any) -> int:
+        for token in path.iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                token.unlink()
+                os.kill(os.getpid(), getattr(signal, what))
+        return score(self, chunk)
+
+    # Pickled by value, so that the actors have it too.
+    scored.__module__ = "__main__"
+    changed = type("Planted", (replicas.ReferenceReplica,), {"score": scored, "__module__": "__main__"})
+    monkeypatch.setattr(replicas, "ReferenceReplica", changed)
+    yield
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"replicas": {"min": 1, "max": 3}, "tokens_per_microbatch": 500}, {"devices_per_replica": 2}],
+    ids=["one", "three", "sharded"],
+)
+def test_any_pool_gives_the_same_scores(
+    local_ray: None, tmp_path: Path, tiny_model: Path, pairs_file: str, options: dict[str, Any]
+) -> None:
+    config = config_of(tmp_path, "run", tiny_model, pairs_file, reference=options)
+    filled, _ = fill_reference(config)
+    assert (filled.scored_pairs, filled.left_pairs, filled.lost_replicas) == (NUM_PAIRS, 0, 0)
+    assert filled.started_replicas == (3 if "replicas" in options else 1)
+    pairs = prepare(config)
+    assert_close(stored_scores(config, pairs), plain_scores(tiny_model, pairs))
+    again, _ = fill_reference(config)
+    assert (again.hit_pairs, again.scored_pairs, again.started_replicas) == (NUM_PAIRS, 0, 0)
+    assert storage.list_names(open_reference_store(config).uri + "/claims") == []
+
+
+def test_two_runs_score_each_pair_once(local_ray: None, tmp_path: Path, tiny_model: Path, pairs_file: str) -> None:
+    """Both begin with an empty store; what one scores the other waits for."""
+    prepare(config_of(tmp_path, "first", tiny_model, pairs_file))
+    done: dict[str, Filled] = {}
+
+    def fill(name: str, seed: int) -> None:
+        config = config_of(tmp_path, name, tiny_model, pairs_file).model_copy(update={"seed": seed})
+        done[name], _ = fill_reference(config)
+
+    threads = [threading.Thread(target=fill, args=(f"run{seed}", seed)) for seed in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(filled.scored_pairs for filled in done.values()) == NUM_PAIRS
+    for filled in done.values():
+        assert filled.hit_pairs + filled.scored_pairs + filled.elsewhere_pairs == NUM_PAIRS
+
+
+def test_a_sweep_scores_once(local_ray: None, tmp_path: Path, tiny_model: Path, pairs_file: str) -> None:
+    """Four betas, two epochs each, another batch and world size: one fill in all, and ln 2 at each first step."""
+    scored = 0
+    for index, beta in enumerate((0.05, 0.1, 0.3, 0.5)):
+        config = config_of(
+            tmp_path,
+            f"beta-{beta}",
+            tiny_model,
+            pairs_file,
+            objective={"beta": beta},
+            train={"max_steps": None, "epochs": 2, "global_batch_pairs": 24 + index, "eval_every_steps": 10},
+            scaling={"workers": 1 + index % 2},
+        )
+        result = train(config)
+        scored += int(result.reference["scored_pairs"])
+        assert result.reference["started_replicas"] == (1 if index == 0 else 0)
+        assert steps_of(Path(result.run_uri))[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+    assert scored == NUM_PAIRS
+
+
+def test_refused_files_are_scored_again(local_ray: None, tmp_path: Path, tiny_model: Path, pairs_file: str) -> None:
+    """A flipped byte, another chunk's scores, a cut file: the run says so, and ends as if nothing had been."""
+    twin = train(config_of(tmp_path, "twin", tiny_model, pairs_file))
+    config = config_of(tmp_path, "run", tiny_model, pairs_file)
+    folder = Path(open_reference_store(config).uri)
+    first, second, third, fourth, *_ = sorted(folder.glob("*.parquet"))
+    flipped = bytearray(first.read_bytes())
+    flipped[40] ^= 255
+    first.write_bytes(flipped)
+    second.write_bytes(fourth.read_bytes())
+    third.write_bytes(third.read_bytes()[:-20])
+    listener = Listener()
+    result = train(config, listener)
+    said = "\n".join(listener.warnings)
+    for path, reason in ((first, "damaged"), (second, "holds scores of other pairs"), (third, "damaged")):
+        assert re.search(rf"{path.name}: {reason}.*: it is scored again", said)
+    assert not list((folder / "refused").iterdir())
+    losses = [[line["loss"] for line in steps_of(Path(each.run_uri))] for each in (result, twin)]
+    assert losses[0] == losses[1]
+
+
+def test_store_only(local_ray: None, tmp_path: Path, tiny_model: Path, pairs_file: str) -> None:
+    config = config_of(tmp_path, "run", tiny_model, pairs_file, reference={"place": "store_only"})
+    with pytest.raises(ConfigError, match=r"reference.place is store_only, but (\d+) of \1 chunks have no scores"):
+        train(config)
+    fill_reference(config_of(tmp_path, "run", tiny_model, pairs_file))
+    before = {actor["ActorID"] for actor in ray._private.state.actors().values()}
+    result = train(config)
+    assert result.reference["scored_pairs"] == result.reference["started_replicas"] == 0
+    after = [actor for actor in ray._private.state.actors().values() if actor["ActorID"] not in before]
+    assert after
+    assert not [actor for actor in after if "ReferenceReplica" in actor["ActorClassName"]]
+    # Nobody scores a damaged file again here.
+    damaged = next(Path(open_reference_store(config).uri).glob("*.parquet"))
+    damaged.write_bytes(b"")
+    with pytest.raises(Exception, match=r"damaged.*and reference.place is store_only"):
+        train(config.model_copy(update={"name": "other"}))
+
+
+@pytest.mark.parametrize(("what", "times"), [("SIGKILL", 3), ("SIGSTOP", 1)])
+def test_replicas_die_and_stand_still(
+    local_ray: None,
+    tmp_path: Path,
+    tiny_model: Path,
+    pairs_file: str,
+    monkeypatch: pytest.MonkeyPatch,
+    what: str,
+    times: int,
+) -> None:
+    """In the middle of a chunk; every chunk is committed once, by the replica that takes its place."""
+    tokens = tmp_path / "tokens"
+    tokens.mkdir()
+    for index in range(times):
+        (tokens / str(index)).touch()
+    options = {"replicas": 2}
+    config = config_of(tmp_path, "run", tiny_model, pairs_file, reference=options, recovery={"hang_timeout_s": 8.0})
+    prepare(config)
+    listener = Listener()
+    monkeypatch.setattr(replicas, "ASK_S", 1.0)
+    with planted(tokens, monkeypatch, what):
+        filled, _ = fill_reference(config, listener)
+    assert (filled.scored_pairs, filled.lost_replicas) == (NUM_PAIRS, times)
+    reason = "its process died" if what == "SIGKILL" else "gave no answer for"
+    assert sum(reason in warning for warning in listener.warnings) == times
+    pairs = prepare(config)
+    assert_close(stored_scores(config, pairs), plain_scores(tiny_model, pairs))
+
+
+def test_too_many_lost_replicas(
+    local_ray: None, tmp_path: Path, tiny_model: Path, pairs_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = tmp_path / "tokens"
+    tokens.mkdir()
+    for index in range(9):
+        (tokens / str(index)).touch()
+    config = config_of(tmp_path, "run", tiny_model, pairs_file, recovery={"max_reference_failures": 1})
+    prepare(config)
+    with planted(tokens, monkeypatch, "SIGKILL"), pytest.raises(Exception, match="max_reference_failures is 1"):
+        fill_reference(config)
+
+
+def test_status_and_gc(local_ray: None, tmp_path: Path, tiny_model: Path, pairs_file: str) -> None:
+    kept, gone = (config_of(tmp_path, name, tiny_model, pairs_file) for name in ("kept", "gone"))
+    gone = gone.model_copy(update={"data": gone.data.model_copy(update={"max_length": 40})})
+    files = {}
+    for config in (kept, gone):
+        files[config.name] = tmp_path / f"{config.name}.yaml"
+        files[config.name].write_text(to_yaml(config))
+    done = dpo_ray_command("reference", str(files["kept"]), "--status")
+    assert done.returncode == 2
+    assert "the pairs are not prepared" in done.stderr
+    fill_reference(kept)
+    filled, _ = fill_reference(gone)
+    done = dpo_ray_command("reference", str(files["kept"]), "--status")
+    assert done.returncode == 0, done.stderr
+    assert f"{NUM_PAIRS} of {NUM_PAIRS}" in done.stdout
+    done = dpo_ray_command("reference", str(files["kept"]), "--gc", "--yes")
+    assert "nothing to remove" in done.stdout, done.stdout + done.stderr
+    storage.remove(gone.run_uri)
+    folder = Path(open_reference_store(kept).uri)
+    before = len(list(folder.glob("*.parquet")))
+    done = dpo_ray_command("reference", str(files["kept"]), "--gc", "--yes")
+    assert "removed" in done.stdout, done.stdout + done.stderr
+    assert 0 < len(list(folder.glob("*.parquet"))) < before
+    assert fill_reference(kept)[0].hit_pairs == NUM_PAIRS
+    assert fill_reference(gone)[0].scored_pairs == filled.scored_pairs
+    done = dpo_ray_command("reference", str(files["kept"]), "--yes")
+    assert done.returncode == 2
+    assert "give --status, or --gc" in done.stderr
+
+
+def _within_memory(
+    rank: int,
+    world_size: int,
+    folder: str,
+    pairs: list[TokenizedPair],
+    expected: list[np.ndarray],
+    model_bytes: int,
+) -> None:
+    # What may come on top of what this process has: three quarters of a model.
+    status = Path("/proc/self/status").read_text().splitlines()
+    (used_kib,) = (int(line.split()[1]) for line in status if line.startswith("VmData"))
+    limit = used_kib * 1024 + model_bytes * 3 // 4
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    scores = Scorer(folder, "float32", "packed", 500, CPU, sharded=True).score(pairs)
+    for ours, theirs in zip(scores, expected, strict=True):
+        assert ours.tolist() == pytest.approx(theirs.tolist(), rel=1e-5)
+    # A whole one does not fit.
+    with pytest.raises((RuntimeError, MemoryError), match="(?i)memory"):
+        torch.zeros(model_bytes // 4)
+
+
+def test_a_model_larger_than_a_worker(local_ray: None, tmp_path: Path, pairs_file: str) -> None:
+    """Two ranks whose memory is limited to three quarters of the model hold it together."""
+    tokenizer, folder = byte_tokenizer(), tmp_path / "large"
+    config = tiny_llama_config(len(tokenizer), hidden_size=256, num_layers=64, num_heads=4)
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    model_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    made = prepare(config_of(tmp_path, "run", folder, pairs_file))
+    pairs = read_chunk(made.uri, made.train[0])[:8]
+    expected = Scorer(str(folder), "float32", "packed", 500, CPU).score(pairs)
+    run_ranks(_within_memory, 2, tmp_path, str(folder), pairs, expected, model_bytes)
+
+
+def test_training_meets_scores_as_they_come(
+    local_ray: None, tmp_path: Path, tiny_model: Path, pairs_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time that training waited for scores is in its metrics; with a full store it is none."""
+    score = replicas.ReferenceReplica.score
+
+    def slow(self: replicas.ReferenceReplica, chunk: Any) -> int:
+        time.sleep(1.0)
+        return score(self, chunk)
+
+    slow.__module__ = "__main__"
+    changed = type("Slow", (replicas.ReferenceReplica,), {"score": slow, "__module__": "__main__"})
+    with monkeypatch.context() as patch:
+        patch.setattr(replicas, "ReferenceReplica", changed)
+        behind = train(config_of(tmp_path, "behind", tiny_model, pairs_file))
+    ahead = train(config_of(tmp_path, "ahead", tiny_model, pairs_file))
+    waited = {
+        name: sum(line["perf/reference_wait_s"] for line in steps_of(Path(result.run_uri)))
+        for name, result in (("behind", behind), ("ahead", ahead))
+    }
+    # Ten chunks, a second each, one after the other.
+    assert waited["behind"] > 1.0
+    assert waited["ahead"] == 0.0
+    assert behind.reference["waited_share"] > 0.05
+    losses = [[line["loss"] for line in steps_of(Path(each.run_uri))] for each in (behind, ahead)]
+    assert losses[0] == losses[1]
