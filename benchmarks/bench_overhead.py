@@ -1,10 +1,13 @@
 """What the way through Ray costs: `dpo-ray train` against the same steps in a plain loop.
 
-One policy worker, one core for it on both sides; everything else of Ray's runs on the other cores. The pairs are
-prepared and scored beforehand. The plain loop reads the same batches from memory. The sides take turns.
+One policy worker, one core for it on all sides; everything else of Ray's runs on the other cores. The pairs are
+prepared and, but for the last measure, scored beforehand. The plain loop reads the same batches from memory. The sides
+take turns.
 
 - overhead: seconds per step by both sides' own clocks, from the end of one step to the end of the next.
 - data wait: the share of those seconds in which the train loop waited for its next batch.
+- scoring beside: seconds per step while one replica of the reference scores what the next steps need on another core,
+  against the same steps with a full store.
 
     python benchmarks/bench_overhead.py
 """
@@ -15,6 +18,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -26,7 +30,7 @@ from typing import Any
 
 # Both sides compute the same numbers in the same order.
 TOLERANCE = 1e-6
-TARGETS = {"overhead": "at most 3 %", "data_wait": "below 1 %"}
+TARGETS = {"overhead": "at most 3 %", "data_wait": "below 1 %", "beside": "at most 5 %"}
 
 
 def config_of(folder: str, name: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -64,26 +68,43 @@ def make_inputs(folder: str, arguments: argparse.Namespace) -> None:
 def through_ray(raw: dict[str, Any]) -> list[dict[str, float]]:
     """The whole run; the worker's process is kept on the first core, all others on the rest."""
     from dpo_ray import Config, train
+    from dpo_ray.orchestration.watch import Watcher
 
-    config, done = Config.model_validate(raw), threading.Event()
-    threading.Thread(target=_keep_apart, args=(done,), daemon=True).start()
-    train(config)
+    config, done, scoring = Config.model_validate(raw), threading.Event(), threading.Event()
+    found = []
+
+    class Reader(Watcher):
+        def line(self, line: dict[str, Any]) -> None:
+            if "perf/step_s" in line:
+                found.append({**line, "beside": float(scoring.is_set())})
+
+    threading.Thread(target=_keep_apart, args=(done, scoring), daemon=True).start()
+    train(config, Reader())
     done.set()
-    return [json.loads(line) for line in Path(config.run_uri, "metrics.jsonl").read_text().splitlines()]
+    return found
 
 
-def _keep_apart(done: threading.Event) -> None:
+def beside(raw: dict[str, Any]) -> list[dict[str, float]]:
+    """The whole run, from an empty reference store."""
+    shutil.rmtree(Path(raw["storage_path"], "store", "reference"))
+    return through_ray(raw)
+
+
+def _keep_apart(done: threading.Event, scoring: threading.Event) -> None:
     import psutil
 
     every = os.cpu_count() or 1
     while not done.wait(0.5):
+        names = []
         for process in psutil.Process().children(recursive=True):
             try:
-                worker = "RayTrainWorker" in " ".join(process.cmdline())
+                names.append(" ".join(process.cmdline()))
+                worker = "RayTrainWorker" in names[-1]
                 for thread in process.threads():
                     os.sched_setaffinity(thread.id, {0} if worker else set(range(1, every)))
             except (psutil.Error, OSError):
                 continue
+        (scoring.set if any("ReferenceReplica" in name for name in names) else scoring.clear)()
         for thread in psutil.Process().threads():
             os.sched_setaffinity(thread.id, set(range(1, every)))
 
@@ -143,13 +164,13 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.one:
         side, raw = arguments.one
-        print(json.dumps({"ray": through_ray, "plain": plainly}[side](json.loads(raw))))
+        print(json.dumps({"ray": through_ray, "plain": plainly, "beside": beside}[side](json.loads(raw))))
         return
 
     from rich.console import Console
     from rich.table import Table
 
-    runs: dict[str, list[list[dict[str, float]]]] = {"ray": [], "plain": []}
+    runs: dict[str, list[list[dict[str, float]]]] = {"ray": [], "plain": [], "beside": []}
     with tempfile.TemporaryDirectory() as folder:
         make_inputs(folder, arguments)
         in_process("ray", config_of(folder, "first", arguments))  # Prepares and scores.
@@ -167,8 +188,24 @@ def main() -> None:
     ]
     # Over all turns: processes differ by more than what is looked for.
     overhead = statistics.fmean(step_s["ray"]) / statistics.fmean(step_s["plain"]) - 1
-    gap = max(abs(a["loss"] - b["loss"]) for a, b in zip(runs["ray"][0], runs["plain"][0], strict=True))
-    results = {"overhead": overhead, "data_wait": statistics.median(waits), "step_s": step_s, "waits": waits}
+    pairs = zip(runs["ray"] * 2, runs["plain"] + runs["beside"], strict=True)
+    gap = max(abs(a["loss"] - b["loss"]) for one, other in pairs for a, b in zip(one, other, strict=True))
+    scored_beside = [
+        (with_it["perf/step_s"], without["perf/step_s"])
+        for one, other in zip(timed["beside"], timed["ray"], strict=True)
+        for with_it, without in zip(one, other, strict=True)
+        if with_it["beside"]
+    ]
+    both = [sum(seconds) for seconds in zip(*scored_beside, strict=True)]
+    slower = both[0] / both[1] - 1 if both else float("nan")
+    results = {
+        "overhead": overhead,
+        "data_wait": statistics.median(waits),
+        "step_s": step_s,
+        "waits": waits,
+        "slower_while_scoring": slower,
+        "steps_while_scoring": len(scored_beside),
+    }
     table = Table(title=f"{arguments.repeats} turns of {arguments.steps} steps, one core for the worker")
     for column in ("", "measured", "target"):
         table.add_column(column)
@@ -176,6 +213,7 @@ def main() -> None:
     table.add_row("seconds per step, through Ray", f"{statistics.median(step_s['ray']):.3f}", "")
     table.add_row("overhead", f"{overhead:.1%}", TARGETS["overhead"])
     table.add_row("waiting for data", f"{results['data_wait']:.2%}", TARGETS["data_wait"])
+    table.add_row(f"slower while scoring beside ({len(scored_beside)} steps)", f"{slower:.1%}", TARGETS["beside"])
     table.add_row("largest difference of a loss", f"{gap:.1e}", "")
     Console().print(table)
     hardware = {"cpu": platform.processor(), "cores": os.cpu_count()}

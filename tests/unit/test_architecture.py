@@ -28,6 +28,7 @@ ORDER = [
     "pairs.plan",
     "pairs.pack",
     "model.files",
+    "model.malloc",
     "model.linear",
     "model.peak",
     "model.attention",
