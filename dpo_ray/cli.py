@@ -95,7 +95,7 @@ def reference(
             return
         console.print(unused_table(found))
         if yes or typer.confirm("Remove them?"):
-            reference_job.remove_scores(found)
+            reference_job.remove_scores(parsed, found)
             console.print("removed")
         return
     if not parsed.needs_reference:
@@ -105,7 +105,7 @@ def reference(
         return
     with ProgressBar(console) as watcher:
         filled, uri = reference_job.fill_reference(parsed, watcher)
-    console.print(f"reference store  {uri}\n{filled.scored_pairs} pairs scored now, {filled.hit_pairs} before")
+    console.print(f"reference store  {uri}\n{filled.scored_pairs} pairs scored now")
 
 
 @app.command()

@@ -160,9 +160,6 @@ class ReferenceConfig(Section):
     cpus_per_replica: PositiveFloat = Field(1.0, description="CPUs of one replica")
     gpus_per_replica: float = Field(0.0, ge=0.0, description="GPUs of one replica, as many as its devices, or 0")
     resources_per_replica: dict[str, float] = Field({}, description="custom Ray resources, e.g. {reference: 1}")
-    label_selector: dict[str, str] = Field(
-        {}, description="labels of the nodes that replicas may be on, e.g. {ray.io/market-type: spot}"
-    )
     tokens_per_microbatch: PositiveInt = Field(8192, description="tokens that a device scores in one forward pass")
 
     @field_validator("replicas", mode="before")
@@ -443,7 +440,6 @@ MAY_CHANGE = (
     "reference.cpus_per_replica",
     "reference.gpus_per_replica",
     "reference.resources_per_replica",
-    "reference.label_selector",
     "reference.tokens_per_microbatch",
     "data.max_reject_fraction",
     "model.attention",

@@ -339,6 +339,14 @@ def remove(uri: str) -> None:
 
 
 @asked_again()
+def remove_file(uri: str) -> None:
+    """Removes one object, by one request; nothing happens when it is not there."""
+    fs, path = filesystem(uri)
+    with contextlib.suppress(FileNotFoundError):
+        call(fs, "rm_file", path)
+
+
+@asked_again()
 def list_names(uri: str) -> list[str]:
     """Names right below a prefix, sorted; empty when nothing is there."""
     fs, path = filesystem(uri)

@@ -10,7 +10,9 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
@@ -18,6 +20,8 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from dpo_ray import storage
 from dpo_ray.errors import ConfigError
 
+# Files of a model fetched at the same time.
+DOWNLOADS = 8
 _TOKENIZER_FILES = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template", "spiece")
 
 
@@ -39,14 +43,18 @@ def localize(uri: str, weights: bool = True) -> str:
     content = hashlib.sha256(repr(_identities(uri, files)).encode()).hexdigest()[:24]
     cache = os.environ.get("DPO_RAY_CACHE") or os.path.join(tempfile.gettempdir(), f"dpo_ray-{os.getuid()}")
     folder = os.path.join(cache, "models", content)
-    os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, ".lock"), "w") as lock:
-        # Of the processes of a node one fetches, the others wait.
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        for name in files:
-            if not os.path.exists(os.path.join(folder, name)):
-                storage.download(storage.join(uri, name), os.path.join(folder, name))
+    if _missing(folder, files):
+        os.makedirs(folder, exist_ok=True)
+        with open(os.path.join(folder, ".lock"), "w") as lock, ThreadPoolExecutor(DOWNLOADS) as pool:
+            # Of the processes of a node one fetches, the others wait.
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            wanted = _missing(folder, files)
+            list(pool.map(lambda name: storage.download(storage.join(uri, name), os.path.join(folder, name)), wanted))
     return folder
+
+
+def _missing(folder: str, files: list[str]) -> list[str]:
+    return [name for name in files if not os.path.exists(os.path.join(folder, name))]
 
 
 def load_tokenizer(uri: str) -> PreTrainedTokenizerBase:
@@ -81,24 +89,33 @@ def weights_digest(uri: str, cache_uri: str) -> str:
     return digest
 
 
-def weights_as_named(uri: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+def weights_as_named(uri: str, shapes: Mapping[str, tuple[int, ...]], aliases: Mapping[str, str]) -> bool:
     """Whether a model's files hold tensors of these names and shapes, each once: then they can be read slice by slice.
 
     Args:
         uri: transformers directory.
         shapes: By name.
+        aliases: Further names of them, where weights are tied, each with the name in `shapes`.
 
     Raises:
-        ConfigError: A file is damaged.
+        ConfigError: A file is damaged, or holds something else under a further name.
     """
-    folder, found = Path(localize(uri)), list[tuple[str, tuple[int, ...]]]()
+    folder, found, tied = Path(localize(uri)), list[tuple[str, tuple[int, ...]]](), dict[str, Any]()
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt") as file:
-                found += [(name, tuple(file.get_slice(name).get_shape())) for name in file.keys()]  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
+                names = list(file.keys())
+                found += [(name, tuple(file.get_slice(name).get_shape())) for name in names]
+                tied |= {name: file.get_tensor(name) for name in names if name in {*aliases, *aliases.values()}}
+        except SafetensorError as error:
             raise ConfigError(f"{uri}: {path.name} is damaged: {first_line(error)}") from None
     by_name = dict(found)
+    for alias, name in aliases.items():
+        if alias in tied and name in tied and not tied[alias].equal(tied[name]):
+            raise ConfigError(
+                f"{uri}: config.json ties {alias} to {name}, but the files hold different values for them; set "
+                "tie_word_embeddings: false in it"
+            )
     # Of a tensor without a dimension there is no slice.
     return len(by_name) == len(found) and all(shape and by_name.get(name) == shape for name, shape in shapes.items())
 

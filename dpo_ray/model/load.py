@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from dpo_ray.errors import ConfigError
 from dpo_ray.model.attention import PACKED
 from dpo_ray.model.files import first_line, localize, model_config
-from dpo_ray.model.malloc import return_large_blocks
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +30,6 @@ def load_pretrained(uri: str, dtype: str, attention: str) -> PreTrainedModel:
     Raises:
         ConfigError: The folder holds no causal language model in safetensors.
     """
-    return_large_blocks()
     folder = localize(uri)
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -51,7 +49,6 @@ def empty_model(uri: str, dtype: str, attention: str) -> PreTrainedModel:
 
     Buffers have the dtypes that they have in a loaded model: rotary frequencies stay in float32.
     """
-    return_large_blocks()
     config = model_config(uri)
     # Buffers such as rotary frequencies are computed, not stored: on the meta device they would be lost.
     with init_empty_weights(include_buffers=False):

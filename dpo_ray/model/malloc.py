@@ -1,19 +1,31 @@
-"""glibc's malloc, told to give back what large tensors leave behind."""
+"""glibc's malloc on CPUs, told what to do with memory that tensors leave behind. Another libc is left as it is."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 
-_M_MMAP_THRESHOLD = -3
-_LARGE_BYTES = 4 << 20
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
-def return_large_blocks() -> None:
-    """From now on blocks of 4 MiB and more go back to the system as soon as they are freed.
+def keep_freed_memory() -> None:
+    """From now on freed blocks of up to 32 MiB stay with the process, to be used again: for training.
 
-    By itself glibc raises that limit up to 32 MiB as it goes, and keeps what is smaller, activations mostly, for later
-    requests that it then does not fit: a tenth of the memory of a training process. Nothing happens with another libc.
+    Every step asks for what the one before has given back; by itself glibc hands much of it to the system each time,
+    and getting a page anew takes far longer than writing to it.
     """
+    _set(_M_TRIM_THRESHOLD, 2**31 - 1)
+    _set(_M_MMAP_THRESHOLD, 32 << 20)  # The largest that glibc takes.
+
+
+def return_freed_memory() -> None:
+    """From now on freed blocks of 128 KiB and more go to the system at once: for a model that only just fits.
+
+    By itself glibc keeps blocks of gathered weights in pieces that later ones do not fit: up to the size of the model.
+    """
+    _set(_M_MMAP_THRESHOLD, 128 << 10)  # Where glibc begins.
+
+
+def _set(option: int, value: int) -> None:
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
+        ctypes.CDLL(None).mallopt(option, value)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
+from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
@@ -32,6 +33,7 @@ from dpo_ray.model.attention import PACKED, packed_attention
 from dpo_ray.model.files import first_line, localize, weights_as_named
 from dpo_ray.model.forward import settle_layout, with_token_scores
 from dpo_ray.model.load import DTYPES, empty_model, load_pretrained
+from dpo_ray.model.malloc import keep_freed_memory, return_freed_memory
 
 
 def sharded_policy(config: ModelConfig, device: torch.device) -> PreTrainedModel:
@@ -57,6 +59,7 @@ def sharded_policy(config: ModelConfig, device: torch.device) -> PreTrainedModel
     settle_layout(model)
     release_gathered(model)
     _assert_sharded(model)
+    keep_freed_memory()
     return model.train()
 
 
@@ -71,6 +74,7 @@ def sharded_reference(uri: str, dtype: str, attention: str, device: torch.device
 
     Collective: all ranks.
     """
+    return_freed_memory()
     model = empty_model(uri, dtype, attention)
     shard(model, dtype, device)
     _read_weights(model, uri, device, device)
@@ -111,13 +115,22 @@ def _read_weights(model: PreTrainedModel, uri: str, device: torch.device, kept_o
     tensors: dict[str, torch.Tensor] = dict(model.named_parameters())
     persistent = model.state_dict().keys() & buffers.keys()
     tensors |= {name: buffer for name, buffer in model.named_buffers() if name in persistent}
-    if weights_as_named(uri, {name: tuple(tensor.shape) for name, tensor in tensors.items()}):
+    name_of = {id(tensor): name for name, tensor in tensors.items()}
+    everything = model.named_parameters(remove_duplicate=False)
+    aliases = {name: name_of[id(tensor)] for name, tensor in everything if name_of[id(tensor)] != name}
+    as_named = weights_as_named(uri, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, aliases)
+    # Of a folder on each node's own disk one may differ: all go the same way.
+    agreed = torch.tensor(int(as_named), device=device)
+    dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
+    if agreed:
         try:
             with torch.no_grad():
                 dcp.load(tensors, storage_reader=HuggingFaceStorageReader(localize(uri)))
         except CheckpointException as error:
-            (cause, *_) = error.failures.values()
-            raise ConfigError(f"{uri}: cannot read the model's weights: {first_line(cause[0])}") from None
+            for cause, _ in error.failures.values():
+                if isinstance(cause, SafetensorError):
+                    raise ConfigError(f"{uri}: cannot read the model's weights: {first_line(cause)}") from None
+            raise
         return
     whole = {}
     if dist.get_rank() == 0:
@@ -151,9 +164,10 @@ def shard(model: PreTrainedModel, compute_dtype: str, device: torch.device, cpu_
         fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload)
         assert isinstance(module, FSDPModule)
         sharded.append(module)
-        # A plain sum on every backend; gloo has no scaled reduction.
-        module.set_force_sum_reduction_for_comms(True)
-        module.set_gradient_divide_factor(1.0)
+        if mesh.size() > 1:
+            # A plain sum on every backend; gloo has no scaled reduction. One rank would divide by 1, at a cost.
+            module.set_force_sum_reduction_for_comms(True)
+            module.set_gradient_divide_factor(1.0)
     for block, following in itertools.pairwise(sharded[:-1]):
         # The next weights are on their way while this block computes; in backward FSDP does so by itself.
         block.set_modules_to_forward_prefetch([following])

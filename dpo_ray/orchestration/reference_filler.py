@@ -6,6 +6,7 @@ trainer leaves it alone, and its devices are given back as soon as all chunks ha
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -16,10 +17,10 @@ from typing import Any
 
 from dpo_ray import storage
 from dpo_ray.config import Config
-from dpo_ray.errors import ReferenceFillError
+from dpo_ray.errors import ReferenceFillError, StorageError
 from dpo_ray.model.files import weights_digest
 from dpo_ray.orchestration.replicas import Lost, Replicas, Scored
-from dpo_ray.orchestration.resources import as_text, resources_per_device
+from dpo_ray.orchestration.resources import as_text, ensure_resources, resources_per_device
 from dpo_ray.pairs.plan import Plan
 from dpo_ray.pairs.store import Chunk, PairStore
 from dpo_ray.reference.claims import Claims
@@ -116,10 +117,13 @@ class ReferenceFiller:
             chunks: What to score, in the order of need.
             reference: Where scores go.
             family: See `Claims`.
-            generation: See `Claims`.
+            generation: Of the run's lease, and see `Claims`; 0 where nobody trains.
             position: Global batches trained on so far.
         """
-        self._position = position
+        self._position, self._generation = position, generation
+        name = "reference.json" if generation else "reference_ahead.json"
+        self._report_uri = storage.join(config.run_uri, name)
+        self._train_keys = {chunk.key for chunk in pairs.train}
         self._config, self._reference = config, reference
         self._name = family, generation
         self._chunks = {chunk.key: chunk for chunk in chunks}
@@ -133,7 +137,9 @@ class ReferenceFiller:
         self._pool = Replicas(config, pairs.uri, reference)
         self._demand = Demand(config.reference.least_replicas, config.reference.most_replicas)
         self._tries: Counter[str] = Counter()
-        self._losses = 0
+        self._losses, self._raised = 0, ""
+        # Refused by a reader, and not scored again yet.
+        self._again: set[str] = set()
         # The order of need, up to the first chunk without scores.
         self._order, self._without = deque(chunks), {chunk.key for chunk in self.missing}
         self._ready_pairs = self._trained_pairs = 0
@@ -141,12 +147,12 @@ class ReferenceFiller:
         self._workers_short = self._workers_wait = False
         self._looked = {"elsewhere": 0.0, "refused": 0.0, "report": 0.0, "lost": 0.0}
         self._told = False
+        self._reported: dict[str, Any] = {}
         self._stopped, self._complete = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="reference-filler", daemon=True)
 
     def start(self) -> None:
         """Begins; without missing chunks no actor or device is asked for."""
-        storage.remove(error_place(self._config.run_uri))
         self._thread.start()
 
     def working(self) -> bool:
@@ -171,22 +177,11 @@ class ReferenceFiller:
         """
         self._workers_wait, self._workers_short = short is not None, bool(short)
 
-    def join(self) -> None:
-        """Waits until all chunks have scores, and ends.
-
-        Raises:
-            ReferenceFillError: Not all chunks could be scored.
-        """
-        while self._thread.is_alive() and not self._complete.wait(LOOK_S):
-            pass
-        self.stop()
-        self.check()
-
     def stop(self) -> None:
         """Ends, whatever is still to be scored."""
         self._stopped.set()
         if self._thread.ident is not None:
-            # An outage of the storage must not keep a finished driver.
+            # Nothing must keep a finished driver.
             self._thread.join(timeout=STOP_S)
 
     def check(self) -> None:
@@ -201,46 +196,55 @@ class ReferenceFiller:
     def _run(self) -> None:
         try:
             while not self._stopped.is_set():
-                self._take_refused()
-                if self._without:
-                    self._work()
-                else:
-                    self._rest()
-                self._report()
+                try:
+                    self._go_on()
+                except StorageError as error:
+                    # An outage that outlasts all patience: what is scored is kept, and the rest can wait.
+                    log.warning("the reference waits for the storage: %s", error)
+                    self._stopped.wait(LOST_PAUSE_S)
         except BaseException as error:
             self.error = error
-            # The waiting stream sees only storage.
-            storage.write_json(error_place(self._config.run_uri), {"error": str(error) or type(error).__name__})
         finally:
             self._pool.close()
-            if self._claims is not None:
-                self._claims.close()
-            self._report(last=True)
+            with contextlib.suppress(StorageError), storage.patience(STOP_S / 2):
+                if self.error is not None and self._generation:
+                    # The waiting stream sees only storage.
+                    place = error_place(self._config.run_uri, self._generation)
+                    storage.write_json(place, {"error": str(self.error) or type(self.error).__name__})
+                if self._claims is not None:
+                    self._claims.close()
+                self._report(last=True)
+
+    def _go_on(self) -> None:
+        self._take_refused()
+        began = time.monotonic()
+        if self._without:
+            self._work()
+        else:
+            self._rest()
+        self.filled.replica_s += self.filled.replicas * (time.monotonic() - began)
+        self._report()
 
     def _work(self) -> None:
         if self._claims is None:
             self._claims = Claims(self._reference.uri, *self._name)
-        self._claims.beat()
         self._look_elsewhere()
-        if self._due("lost", LOST_PAUSE_S) or not self._losses:
+        if time.monotonic() - self._looked["lost"] > LOST_PAUSE_S:
             self._pool.resize(min(self._wanted(), len(self._without) - len(self._elsewhere)))
         self._hand_out()
-        began = time.monotonic()
         for event in self._pool.look(LOOK_S):
             if isinstance(event, Scored):
                 self._scored(event)
             else:
                 self._lost(event)
-        self.filled.replica_s += self._pool.at_work() * (time.monotonic() - began)
         self.filled.replicas, self.filled.started_replicas = self._pool.at_work(), self._pool.started
         self.filled.most_replicas = max(self.filled.most_replicas, self.filled.replicas)
         if self._pool.waiting_s() > TELL_S and not self._told and not self._pool.at_work():
             options, self._told = self._config.reference, True
             log.warning(
-                "the reference waits for room for %d x %s%s",
+                "the reference waits for room for %d x %s",
                 options.devices_per_replica,
                 as_text(resources_per_device(self._config)),
-                f" on nodes labelled {options.label_selector}" if options.label_selector else "",
             )
 
     def _rest(self) -> None:
@@ -266,14 +270,15 @@ class ReferenceFiller:
     def _hand_out(self) -> None:
         assert self._claims is not None
         while self._todo and self._pool.idle():
-            chunk = self._todo.popleft()
-            if self._reference.has(chunk):
-                self._elsewhere_scored(chunk)
-            elif not self._claims.take(chunk.key):
+            chunk = self._todo[0]
+            ours = self._claims.take(chunk.key)
+            # Perhaps by another, who has committed it and given it back.
+            scored = ours and self._is_scored(chunk)
+            # From here on nothing can fail: a chunk is always in one place.
+            self._todo.popleft()
+            if not ours:
                 self._elsewhere.append(chunk)
-            elif self._reference.has(chunk):
-                # Between the look and the claim its owner has committed it and given it back.
-                self._claims.release(chunk.key)
+            elif scored:
                 self._elsewhere_scored(chunk)
             else:
                 self._pool.score(chunk)
@@ -284,36 +289,45 @@ class ReferenceFiller:
         if not self._elsewhere or not self._due("elsewhere", ELSEWHERE_LOOK_S):
             return
         for chunk in list(self._elsewhere):
-            if self._reference.has(chunk):
+            if self._is_scored(chunk):
                 self._elsewhere.remove(chunk)
                 self._elsewhere_scored(chunk)
-            elif self._claims.take(chunk.key):
+            elif self._pool.idle() and self._claims.take(chunk.key):
                 self._elsewhere.remove(chunk)
                 self._todo.appendleft(chunk)
+
+    def _is_scored(self, chunk: Chunk) -> bool:
+        place = self._reference.place(chunk.key)
+        return self._reference.has(chunk) if chunk.key in self._again else storage.exists(place)
 
     def _take_refused(self) -> None:
         """Has chunks scored again whose scores a reader could not use."""
         if not self._due("refused", REFUSED_LOOK_S):
             return
-        for key, place in self._reference.refused().items():
+        for key in self._reference.refused():
             chunk = self._chunks.get(key)
             if chunk is None or key in self._without:
                 continue
+            reason = self._reference.refusal(key)
+            if reason is None:
+                continue
             if self._config.reference.place == "store_only":
                 raise ReferenceFillError(
-                    f"{storage.read_json(place)['reason']}, and reference.place is store_only: score it again with "
-                    "`dpo-ray reference`, or set reference.place: actors"
+                    f"{reason}, and reference.place is store_only: score it again with `dpo-ray reference`, or set "
+                    "reference.place: actors"
                 )
-            log.warning("%s: it is scored again", storage.read_json(place)["reason"])
+            # Workers may have taken all the room since.
+            ensure_resources(self._config, workers=bool(self._generation))
+            log.warning("%s: it is scored again", reason)
             self._without.add(key)
+            self._again.add(key)
             self._todo.appendleft(chunk)
+            self.filled.hit_pairs -= chunk.num_pairs
             self.filled.left_pairs += chunk.num_pairs
             self._complete.clear()
 
     def _scored(self, event: Scored) -> None:
-        assert self._claims is not None
-        self._claims.release(event.chunk.key)
-        self._losses = 0
+        self._losses, self._raised = 0, ""
         self.filled.scored_pairs += event.chunk.num_pairs
         rate = event.chunk.num_pairs / max(1e-3, event.seconds)
         self.filled.pairs_per_s = _smoothed(self.filled.pairs_per_s, rate)
@@ -324,19 +338,26 @@ class ReferenceFiller:
         self._has_scores(chunk)
 
     def _has_scores(self, chunk: Chunk) -> None:
+        self._give_back(chunk)
         self._without.discard(chunk.key)
+        self._again.discard(chunk.key)
         self.filled.left_pairs -= chunk.num_pairs
         while self._order and self._order[0].key not in self._without:
-            self._ready_pairs += self._order.popleft().num_pairs
+            ready = self._order.popleft()
+            self._ready_pairs += ready.num_pairs * (ready.key in self._train_keys)
 
     def _lost(self, event: Lost) -> None:
         if event.final is not None:
             raise event.final
-        self._losses += 1
+        if event.raised and event.reason == self._raised:
+            raise ReferenceFillError(f"two replicas one after the other raised: {event.reason}{_advice(event.reason)}")
+        self._raised = event.reason if event.raised else ""
+        # With a node, all that were on it are lost.
+        self._losses += self._due("lost", LOST_PAUSE_S)
         self.filled.lost_replicas += 1
-        self._looked["lost"] = time.monotonic()
         what = ""
         if event.chunk is not None:
+            self._give_back(event.chunk)
             self._todo.appendleft(event.chunk)
             self._tries[event.chunk.key] += 1
             what = f" over {event.chunk.name}"
@@ -349,6 +370,12 @@ class ReferenceFiller:
             )
         log.warning("a replica of the reference was lost%s: %s; another takes its place", what, event.reason)
 
+    def _give_back(self, chunk: Chunk) -> None:
+        assert self._claims is not None
+        # What cannot be given back now is at the end.
+        with contextlib.suppress(StorageError):
+            self._claims.release(chunk.key)
+
     def _due(self, what: str, every_s: float) -> bool:
         now = time.monotonic()
         if now - self._looked[what] < every_s:
@@ -357,8 +384,13 @@ class ReferenceFiller:
         return True
 
     def _report(self, last: bool = False) -> None:
-        if self._due("report", 0.0 if last else REPORT_S):
-            storage.write_json(storage.join(self._config.run_uri, "reference.json"), asdict(self.filled))
+        if self._due("report", 0.0 if last else REPORT_S) and (last or asdict(self.filled) != self._reported):
+            self._reported = asdict(self.filled)
+            storage.write_json(self._report_uri, self._reported)
+
+
+def _advice(reason: str) -> str:
+    return "; lower reference.tokens_per_microbatch" if "out of memory" in reason else ""
 
 
 def _smoothed(before: float | None, value: float) -> float:

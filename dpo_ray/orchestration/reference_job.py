@@ -40,6 +40,8 @@ def fill_reference(config: Config, watcher: Watcher | None = None) -> tuple[Fill
         ReferenceFillError: Not all chunks could be scored.
     """
     watcher = watcher or Watcher()
+    # Here all that is missing is scored, whatever training may do.
+    config = config.model_copy(update={"reference": config.reference.model_copy(update={"place": "actors"})})
     with warnings_to(watcher.warning):
         check_reachable(config)
         found = survey(config, watcher)
@@ -54,10 +56,13 @@ def fill_reference(config: Config, watcher: Watcher | None = None) -> tuple[Fill
             ensure_resources(config, workers=False)
         filler.start()
         total = sum(chunk.num_pairs for chunk in filler.missing)
-        while filler.working():
-            time.sleep(LOOK_S)
-            watcher.progress("scoring (pairs)", total - filler.filled.left_pairs, max(1, total))
-        filler.join()
+        try:
+            while filler.working():
+                time.sleep(LOOK_S)
+                watcher.progress("scoring (pairs)", max(0, total - filler.filled.left_pairs), max(1, total))
+        finally:
+            filler.stop()
+        filler.check()
         return filler.filled, reference.uri
 
 
@@ -85,7 +90,7 @@ class Status:
 
 
 def reference_status(config: Config) -> Status:
-    """Looks, and changes nothing; needs no Ray.
+    """Looks only; needs no Ray.
 
     Raises:
         ConfigError: The pairs are not prepared.
@@ -98,7 +103,7 @@ def reference_status(config: Config) -> Status:
     chunks = [*pairs.train, *pairs.eval]
     missing = reference.missing(chunks)
     total, left = (sum(chunk.num_pairs for chunk in each) for each in (chunks, missing))
-    refused = len(reference.refused().keys() & {chunk.key for chunk in chunks})
+    refused = len(reference.refused() & {chunk.key for chunk in chunks})
     fillers = tuple(living_fillers(reference.uri))
     return Status(reference.uri, len(chunks), len(chunks) - len(missing), total, total - left, refused, fillers)
 
@@ -111,7 +116,9 @@ def unused_scores(config: Config) -> list[Unused]:
     return [each for each in found if each.keys or each.whole]
 
 
-def remove_scores(found: list[Unused]) -> None:
-    """Removes what `unused_scores` has found."""
+def remove_scores(config: Config, found: list[Unused]) -> None:
+    """Removes what `unused_scores` has found, as far as nobody uses it now either."""
+    now = {each.store_uri: each for each in unused_scores(config)}
     for each in found:
-        remove_unused(each)
+        if each.store_uri in now:
+            remove_unused(now[each.store_uri])

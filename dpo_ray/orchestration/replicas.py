@@ -19,6 +19,7 @@ from ray.util import remove_placement_group
 from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from dpo_ray import storage
 from dpo_ray.config import Config
 from dpo_ray.errors import FinalError, StorageError
 from dpo_ray.orchestration.monitor import START_S, Place
@@ -88,7 +89,9 @@ class ReferenceReplica:
 
     @ray.method(concurrency_group="asked")
     def still_s(self) -> float:
-        """For how long the model has not moved."""
+        """For how long the model has not moved, though the storage answers."""
+        if storage.failing():
+            self._moved()
         return time.monotonic() - self._moved_at
 
     def _moved(self) -> None:
@@ -116,11 +119,13 @@ class Lost:
         chunk: What it was scoring, if anything.
         reason: In a line.
         final: The error that would come again, or None.
+        raised: Whether its own code raised, as it may at the next replica too.
     """
 
     chunk: Chunk | None
     reason: str
-    final: FinalError | None
+    final: FinalError | None = None
+    raised: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -173,10 +178,8 @@ class Replicas:
         for _ in range(wanted - len(self._replicas)):
             self._replicas.append(self._start())
             self.started += 1
-        for stage in ("waiting for room", "idle"):
-            for replica in [each for each in self._replicas if each.stage == stage]:
-                if len(self._replicas) > wanted:
-                    self._end(replica)
+        spare = [each for stage in ("waiting for room", "idle") for each in self._replicas if each.stage == stage]
+        self._end(spare[: max(0, len(self._replicas) - wanted)])
 
     def idle(self) -> int:
         """Replicas that have nothing to do."""
@@ -203,32 +206,28 @@ class Replicas:
             events += self._advance(replica, set(ready))
         for replica in list(self._replicas):
             if reason := self._standstill(replica):
-                events.append(self._lost(replica, reason, None))
+                events.append(self._lost(replica, reason))
         return events
 
     def close(self) -> None:
         """Lets all replicas go, whatever they do."""
-        for replica in list(self._replicas):
-            self._end(replica)
+        self._end(list(self._replicas))
 
     def _start(self) -> _Replica:
-        options = self._config.reference
-        devices, each = options.devices_per_replica, resources_per_device(self._config)
+        devices, each = self._config.reference.devices_per_replica, resources_per_device(self._config)
         custom = {name: amount for name, amount in each.items() if name not in ("CPU", "GPU")}
-        group, strategy = None, "DEFAULT"
-        labels: dict[str, Any] = {"label_selector": options.label_selector} if options.label_selector else {}
+        group: PlacementGroup | None = None
+        strategy: Any = "DEFAULT"
         if devices > 1:
             # All or none of them, near each other where there is room.
-            selectors = [options.label_selector] * devices if options.label_selector else None
-            group = placement_group([each] * devices, strategy="PACK", bundle_label_selector=selectors)
-            strategy, labels = PlacementGroupSchedulingStrategy(group), {}
+            group = placement_group([each] * devices, strategy="PACK")
+            strategy = PlacementGroupSchedulingStrategy(group)
         actor = ray.remote(concurrency_groups={"asked": 1}, max_restarts=0, max_task_retries=0)(ReferenceReplica)
         place = actor.options(
             num_cpus=each.get("CPU", 0.0),
             num_gpus=each.get("GPU", 0.0),
             resources=custom,
             scheduling_strategy=strategy,
-            **labels,
         )
         actors = [place.remote(self._config, self._pairs_uri, self._reference, rank) for rank in range(devices)]
         return _Replica(actors, group, [one.here.remote() for one in actors])
@@ -240,12 +239,14 @@ class Replicas:
                 del replica.asked[ref]
                 still_s = ray.get(ref)
                 if still_s > self._limit_s(replica):
-                    return [self._lost(replica, f"stood still for {still_s:.0f} s ({replica.stage})", None)]
+                    return [self._lost(replica, f"stood still for {still_s:.0f} s ({replica.stage})")]
             replica.answers |= {ref: ray.get(ref) for ref in replica.pending if ref in ready}
         except Exception as error:
-            final = final_error(error)
-            # Storage that does not answer now may answer later.
-            return [self._lost(replica, _reason(error), None if isinstance(final, StorageError) else final)]
+            final, died = final_error(error), isinstance(error, RayActorError)
+            if isinstance(final, StorageError):
+                # What does not answer now may answer later.
+                return [self._lost(replica, str(final))]
+            return [self._lost(replica, "its process died" if died else _reason(error), final, raised=not died)]
         if not replica.pending or len(replica.answers) < len(replica.pending):
             return []
         answers = [replica.answers[ref] for ref in replica.pending]
@@ -285,24 +286,27 @@ class Replicas:
     def _limit_s(self, replica: _Replica) -> float:
         return self._config.recovery.hang_timeout_s + START_S * (replica.stage == "loading")
 
-    def _lost(self, replica: _Replica, reason: str, final: FinalError | None) -> Lost:
-        lost = Lost(replica.chunk, reason, final)
-        self._end(replica)
+    def _lost(self, replica: _Replica, reason: str, final: FinalError | None = None, raised: bool = False) -> Lost:
+        lost = Lost(replica.chunk, reason, final, raised)
+        self._end([replica])
         return lost
 
-    def _end(self, replica: _Replica) -> None:
-        self._replicas.remove(replica)
-        for actor in replica.actors:
-            with contextlib.suppress(RayError):
-                ray.kill(actor)
-        if replica.stage in ("loading", "scoring"):
-            # A process that stands still does not hear Ray.
-            on_nodes(kill, replica.places)
-        if replica.group is not None:
-            remove_placement_group(replica.group)
+    def _end(self, going: Sequence[_Replica]) -> None:
+        self._replicas = [replica for replica in self._replicas if replica not in going]
+        places = list[Place]()
+        for replica in going:
+            for actor in replica.actors:
+                with contextlib.suppress(RayError):
+                    ray.kill(actor)
+            if replica.group is not None:
+                remove_placement_group(replica.group)
+            if replica.stage in ("loading", "scoring"):
+                places += replica.places.values()
+        # A process that stands still does not hear Ray.
+        if places:
+            on_nodes(kill, dict(enumerate(places)))
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, RayActorError):
-        return "its process died"
+    """What an error says, without what Ray says around it."""
     return str(final_error(error) or (str(error).strip() or type(error).__name__).splitlines()[-1])

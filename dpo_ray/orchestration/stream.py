@@ -43,11 +43,13 @@ class Places:
         pairs_uri: The pair store.
         reference_uri: The reference store; None where the objective needs none.
         costs: To balance work by.
+        fill_error: Where the driver's filler says that no more scores will come.
     """
 
     pairs_uri: str
     reference_uri: str | None
     costs: pack.Costs
+    fill_error: str
 
 
 def make_feed(config: Config, places: Places) -> tuple[Feed, PairStore]:
@@ -60,7 +62,7 @@ def make_feed(config: Config, places: Places) -> tuple[Feed, PairStore]:
     if pairs is None:
         raise DataError(f"{places.pairs_uri}: the pair store is gone; run `dpo-ray prepare`")
     reference = ReferenceStore(places.reference_uri) if places.reference_uri else None
-    return Feed(make_plan(config, pairs), pairs.uri, reference, fill_check(config.run_uri), places.costs), pairs
+    return Feed(make_plan(config, pairs), pairs.uri, reference, fill_check(places.fill_error), places.costs), pairs
 
 
 def eval_feed(config: Config, feed: Feed, chunks: tuple[Chunk, ...]) -> Feed:

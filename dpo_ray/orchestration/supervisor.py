@@ -46,6 +46,9 @@ _LIMITS = {
 class References(Protocol):
     """What a supervisor knows of those who score beside training."""
 
+    def check(self) -> None:
+        """Raises when no more scores will come."""
+
     def working(self) -> bool:
         """Whether replicas have, or need, room."""
 
@@ -105,8 +108,6 @@ def supervise(
 def _tell(references: References | None) -> Callable[[dict[str, Any]], None]:
     def tell(line: dict[str, Any]) -> None:
         if references is not None:
-            # Its workers have found their room.
-            references.workers_wait(None)
             references.trained(line)
 
     return tell
@@ -158,6 +159,7 @@ def _wait_for_room(
         num_workers, node_ids = room(config, references is not None and references.working())
         waited_s = time.monotonic() - began
         if references is not None:
+            references.check()
             references.workers_wait(num_workers < scaling.min_workers and waited_s > SETTLE_S)
         if num_workers >= scaling.max_workers or num_workers >= scaling.min_workers and waited_s > SETTLE_S:
             return num_workers, node_ids
@@ -182,6 +184,10 @@ class _Look:
     def __call__(self, places: dict[int, Place]) -> str | None:
         """Why the group shall leave, or None."""
         self._lease.check()
+        if self._references is not None:
+            self._references.check()
+            if len(places) == self._attempt.world_size:
+                self._references.workers_wait(None)
         now = time.monotonic()
         own = [place.node_id for place in places.values()]
         if now - self._drain_looked > DRAIN_LOOK_S:

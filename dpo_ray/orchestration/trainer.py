@@ -32,6 +32,7 @@ from dpo_ray.orchestration.worker import final_error
 from dpo_ray.pairs.pack import Costs
 from dpo_ray.pairs.plan import Plan
 from dpo_ray.pairs.store import PairStore
+from dpo_ray.reference.store import error_place
 from dpo_ray.reference.usage import note_use
 from dpo_ray.training import manifest
 from dpo_ray.training.trackers import check_trackers
@@ -90,7 +91,7 @@ def start_ray(config: Config) -> None:
 def _cpus_wanted(config: Config) -> float:
     scaling, reference = config.scaling, config.reference
     needed = config.needs_reference and reference.place == "actors"
-    references = reference.most_replicas * reference.cpus_per_replica if needed else 0
+    references = reference.least_replicas * reference.cpus_per_replica if needed else 0
     return scaling.max_workers * scaling.cpus_per_worker + references + LOAD_CPUS * LOADS_IN_FLIGHT + 1
 
 
@@ -154,6 +155,8 @@ def _train(config: Config, watcher: Watcher, found: Survey, lease: RunLease) -> 
             note_use(reference, config.run_uri, pairs.uri)
             family = storage.fingerprint(config.run_uri)
             filler = ReferenceFiller(config, pairs, order, reference, family, lease.generation, position)
+            # Workers find their room first.
+            filler.workers_wait(False)
             if filler.missing and config.reference.place == "store_only":
                 raise ConfigError(
                     f"reference.place is store_only, but {len(filler.missing)} of {len(order)} chunks have no scores "
@@ -163,7 +166,12 @@ def _train(config: Config, watcher: Watcher, found: Survey, lease: RunLease) -> 
             filler.start()
         supervise(
             config,
-            Places(pairs.uri, reference.uri if reference else None, Costs(*relative_costs(config.model.path))),
+            Places(
+                pairs.uri,
+                reference.uri if reference else None,
+                Costs(*relative_costs(config.model.path)),
+                error_place(config.run_uri, lease.generation),
+            ),
             lease,
             watcher,
             references=filler,

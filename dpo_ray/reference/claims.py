@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import threading
 import time
 
 from dpo_ray import storage
+from dpo_ray.errors import StorageError
 
 BEAT_S = 5.0
 LOOK_S = 1.0
@@ -41,7 +43,7 @@ class Claims:
     """One filler's claims on the chunks of a store."""
 
     def __init__(self, store_uri: str, family: str, generation: int = 0) -> None:
-        """Shows that the filler lives.
+        """Shows from now on that the filler lives.
 
         Args:
             store_uri: The reference store.
@@ -52,18 +54,13 @@ class Claims:
         self._store_uri, self._family = store_uri, family
         self._held: dict[str, list[str]] = {}
         self._seen: dict[str, tuple[str | None, int, float]] = {}
-        self._count, self._beaten = 0, 0.0
         for filler in storage.list_names(storage.join(store_uri, "fillers")):
             if self._is_predecessor(filler):
-                storage.remove(self._heartbeat(filler))
-        self.beat()
-
-    def beat(self) -> None:
-        """Counts on, when it is time to."""
-        now = time.monotonic()
-        if not self._count or now - self._beaten >= BEAT_S:
-            self._count, self._beaten = self._count + 1, now
-            storage.write_bytes(self._heartbeat(self.filler), str(self._count).encode())
+                storage.remove_file(self._heartbeat(filler))
+        storage.write_bytes(self._heartbeat(self.filler), b"0")
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="reference-claims", daemon=True)
+        self._thread.start()
 
     def take(self, key: str) -> bool:
         """Whether the chunk is ours to score; if not, somebody who lives has it.
@@ -87,16 +84,27 @@ class Claims:
             chain.append(key + SEPARATOR + owner)
 
     def release(self, key: str) -> None:
-        """Gives a chunk back, scored or not."""
+        """Gives a chunk back, scored or not; nothing happens when it is not ours."""
         # The first claim goes last: who finds it gone finds none that it led to.
-        for name in reversed(self._held.pop(key)):
-            storage.remove(self._place(name))
+        for name in reversed(self._held.get(key, [])):
+            storage.remove_file(self._place(name))
+        self._held.pop(key, None)
 
     def close(self) -> None:
         """Gives all chunks back, and is dead from now on."""
+        self._closed.set()
+        self._thread.join()
         for key in list(self._held):
             self.release(key)
-        storage.remove(self._heartbeat(self.filler))
+        storage.remove_file(self._heartbeat(self.filler))
+
+    def _beat(self) -> None:
+        count = 0
+        while not self._closed.wait(BEAT_S):
+            count += 1
+            # In an outage nobody else can take anything either.
+            with contextlib.suppress(StorageError):
+                storage.write_bytes(self._heartbeat(self.filler), str(count).encode())
 
     def _dead(self, filler: str) -> bool:
         if self._is_predecessor(filler):

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from dpo_ray.model.forward import answer_scores, empty_pass, settle_layout, with_token_scores
 from dpo_ray.model.load import load_pretrained
+from dpo_ray.model.malloc import keep_freed_memory
 from dpo_ray.model.shard import release_gathered, sharded_reference
 from dpo_ray.pairs.pack import Costs, microbatch, microbatches, spread
 from dpo_ray.types import ScoredPair, TokenizedPair
@@ -48,6 +49,7 @@ class Scorer:
         model = load_pretrained(path, dtype, attention).to(device).eval().requires_grad_(False)
         self.model = with_token_scores(model, device)
         settle_layout(self.model)
+        keep_freed_memory()
 
     @torch.no_grad()
     def score(self, pairs: Sequence[TokenizedPair], moved: Callable[[], None] = lambda: None) -> list[np.ndarray]:

@@ -6,6 +6,7 @@ that is not what it should be is refused, which its reader writes down; whoever 
 
 from __future__ import annotations
 
+import contextlib
 import io
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +21,8 @@ from dpo_ray.errors import ReferenceFillError, ReferenceMismatchError
 from dpo_ray.pairs.store import Chunk
 
 FORMAT_VERSION = 1
+# A reader that has waited this long says so in the store: somebody may have removed what a filler has seen.
+MISSING_S = 30.0
 _SCHEMA = pa.schema([("pair_id", pa.binary(16)), ("ref_logps", pa.list_(pa.float32()))])
 
 
@@ -49,8 +52,7 @@ class ReferenceStore:
         sink = io.BytesIO()
         pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
         storage.write_bytes(self.place(chunk.key), sink.getvalue())
-        if storage.exists(self._refusal(chunk.key)):
-            storage.remove(self._refusal(chunk.key))
+        storage.remove_file(self._refusal(chunk.key))
 
     def get(self, chunk: Chunk, pair_ids: Sequence[bytes]) -> list[np.ndarray]:
         """The scores of a chunk's pairs, in the order of `pair_ids`.
@@ -85,56 +87,83 @@ class ReferenceStore:
         Returns:
             The scores, and the seconds waited.
         """
-        refused, began = False, time.monotonic()
+        refused: list[str | None] = []
+        began, waited_s = time.monotonic(), 0.0
         while True:
-            waited_s = time.monotonic() - began
             try:
                 return self.get(chunk, pair_ids), waited_s
             except FileNotFoundError:
-                pass
+                # Who scores it knows so; who thinks that it is there does not.
+                if waited_s > MISSING_S and None not in refused:
+                    self._refuse(chunk.key, None, f"{self.place(chunk.key)}: is not there")
+                    refused.append(None)
             except ReferenceMismatchError as error:
-                if not refused:
-                    storage.write_json(self._refusal(chunk.key), {"reason": str(error)})
-                refused = True
+                with contextlib.suppress(FileNotFoundError):
+                    identity = storage.identity(self.place(chunk.key))
+                    if identity not in refused:
+                        self._refuse(chunk.key, identity, str(error))
+                        refused.append(identity)
             check()
             time.sleep(poll_s)
             poll_s = min(5.0, poll_s * 1.5)
+            waited_s = time.monotonic() - began
 
     def missing(self, chunks: Sequence[Chunk]) -> list[Chunk]:
         """Those of `chunks` that have no scores, or refused ones, in the given order."""
-        there = self.scored() - self.refused().keys()
+        there = self.scored() - self.refused()
         return [chunk for chunk in chunks if chunk.key not in there]
 
     def scored(self) -> set[str]:
         """Keys of the chunks that have scores."""
         return {name.removesuffix(".parquet") for name in storage.list_names(self.uri) if name.endswith(".parquet")}
 
-    def refused(self) -> dict[str, str]:
-        """Keys of the chunks whose scores a reader has refused, with the place where it says why."""
-        folder = storage.join(self.uri, "refused")
-        names = storage.list_names(folder)
-        return {name.removesuffix(".json"): storage.join(folder, name) for name in names if name.endswith(".json")}
+    def refused(self) -> set[str]:
+        """Keys of the chunks whose scores a reader has refused, or missed."""
+        names = storage.list_names(storage.join(self.uri, "refused"))
+        return {name.removesuffix(".json") for name in names if name.endswith(".json")}
+
+    def refusal(self, key: str) -> str | None:
+        """Why a reader has refused the scores of a chunk that are there now; None where nobody has."""
+        try:
+            refusal = storage.read_json(self._refusal(key))
+        except FileNotFoundError:
+            return None
+        identity = None
+        with contextlib.suppress(FileNotFoundError):
+            identity = storage.identity(self.place(key))
+        if identity != refusal["identity"]:
+            # They have been replaced since.
+            storage.remove_file(self._refusal(key))
+            return None
+        return str(refusal["reason"])
 
     def has(self, chunk: Chunk) -> bool:
         """Whether a chunk has scores that nobody has refused."""
-        return storage.exists(self.place(chunk.key)) and not storage.exists(self._refusal(chunk.key))
+        return storage.exists(self.place(chunk.key)) and self.refusal(chunk.key) is None
 
     def place(self, key: str) -> str:
         """Where the scores of a chunk are."""
         return storage.join(self.uri, f"{key}.parquet")
 
+    def _refuse(self, key: str, identity: str | None, reason: str) -> None:
+        storage.write_json(self._refusal(key), {"identity": identity, "reason": reason})
+
     def _refusal(self, key: str) -> str:
         return storage.join(self.uri, "refused", f"{key}.json")
 
 
-def error_place(run_uri: str) -> str:
-    """Where a run's filler leaves the error that stopped it: those who wait for scores see only storage."""
-    return storage.join(run_uri, "reference_error.json")
+def error_place(run_uri: str, generation: int) -> str:
+    """Where the filler of a run's driver leaves the error that stopped it: who waits for scores sees only storage."""
+    return storage.join(run_uri, f"reference_error-{generation:08d}.json")
 
 
-def fill_check(run_uri: str) -> Callable[[], None]:
-    """A picklable check for those who wait for scores: raises when nobody will make them any more."""
-    return partial(_raise_if_stopped, error_place(run_uri))
+def fill_check(place: str) -> Callable[[], None]:
+    """A picklable check for those who wait for scores: raises when nobody will make them any more.
+
+    Args:
+        place: Of the error, from `error_place`.
+    """
+    return partial(_raise_if_stopped, place)
 
 
 def _raise_if_stopped(place: str) -> None:

@@ -44,15 +44,17 @@ def unused(store_uri: str, alive: Callable[[str], bool]) -> Unused:
     store = ReferenceStore(store_uri)
     scored, needed = store.scored(), set[str]()
     folder = storage.join(store_uri, "uses")
-    uses = [storage.read_json(storage.join(folder, name)) for name in storage.list_names(folder)]
+    names = [name for name in storage.list_names(folder) if name.endswith(".json")]
+    uses = [storage.read_json(storage.join(folder, name)) for name in names]
     living = [use for use in uses if alive(use["run_uri"])]
     for pairs_uri in {use["pairs_uri"] for use in living}:
         pairs = open_store(pairs_uri)
         if pairs is not None:
             needed |= {chunk.key for chunk in (*pairs.train, *pairs.eval)}
     busy = living_fillers(store_uri)
-    keys = () if busy else tuple(sorted(scored - needed))
-    return Unused(store_uri, keys, len(scored) - len(keys), not living and not busy)
+    # Of a store without a note nobody knows whose it is.
+    keys = () if busy or not uses else tuple(sorted(scored - needed))
+    return Unused(store_uri, keys, len(scored) - len(keys), bool(uses) and not living and not busy)
 
 
 def remove_unused(found: Unused) -> None:

@@ -35,11 +35,11 @@ class Machines:
     def address(self) -> str:
         return str(self.cluster.address)
 
-    def add(self, **resources: float) -> Any:
+    def add(self, num_cpus: float = 1, **resources: float) -> Any:
         with pytest.MonkeyPatch.context() as environment:
             for name, value in self._environment.items():
                 environment.setenv(name, value)
-            return self.cluster.add_node(num_cpus=1, resources=resources)
+            return self.cluster.add_node(num_cpus=num_cpus, resources=resources)
 
     def with_worker(self, kind: str = "RayTrainWorker") -> Any:
         """A node, not the head, that has a policy worker, or another actor: Ray may have given the head one."""
@@ -159,8 +159,8 @@ def test_the_node_of_the_reference_dies(place: Place, twin: str, drivers: Any, m
     """With the replica on it, in the middle of a chunk; another node of its kind takes its place."""
     place.forget_scores()
     cluster = machines(2)
-    cluster.nodes += [cluster.add(reference=1), cluster.add(reference=1)]
-    config = place.config("spot", reference={"resources_per_replica": {"reference": 1}})
+    cluster.nodes += [cluster.add(0.5, reference=1), cluster.add(0.5, reference=1)]
+    config = place.config("spot", reference={"resources_per_replica": {"reference": 1}, "cpus_per_replica": 0.5})
     slow = [{"point": "score", "do": "slow"}] * 2
     driver = place.start(config, *slow, RAY_ADDRESS=cluster.address)
     drivers.append(driver)

@@ -247,7 +247,7 @@ def test_too_many_lost_replicas(
 
 def test_status_and_gc(local_ray: None, tmp_path: Path, tiny_model: Path, pairs_file: str) -> None:
     kept, gone = (config_of(tmp_path, name, tiny_model, pairs_file) for name in ("kept", "gone"))
-    gone = gone.model_copy(update={"data": gone.data.model_copy(update={"max_length": 40})})
+    gone = gone.model_copy(update={"data": gone.data.model_copy(update={"max_completion_length": 6})})
     files = {}
     for config in (kept, gone):
         files[config.name] = tmp_path / f"{config.name}.yaml"
@@ -279,10 +279,13 @@ def _within_memory(
     rank: int,
     world_size: int,
     folder: str,
+    tiny_model: str,
     pairs: list[TokenizedPair],
     expected: list[np.ndarray],
     model_bytes: int,
 ) -> None:
+    # Code counts too: all of it is there when the limit is set.
+    Scorer(tiny_model, "float32", "packed", 500, CPU, sharded=True).score(pairs)
     # What may come on top of what this process has: three quarters of a model.
     status = Path("/proc/self/status").read_text().splitlines()
     (used_kib,) = (int(line.split()[1]) for line in status if line.startswith("VmData"))
@@ -296,18 +299,19 @@ def _within_memory(
         torch.zeros(model_bytes // 4)
 
 
-def test_a_model_larger_than_a_worker(local_ray: None, tmp_path: Path, pairs_file: str) -> None:
+def test_a_model_larger_than_a_worker(local_ray: None, tmp_path: Path, tiny_model: Path, pairs_file: str) -> None:
     """Two ranks whose memory is limited to three quarters of the model hold it together."""
     tokenizer, folder = byte_tokenizer(), tmp_path / "large"
-    config = tiny_llama_config(len(tokenizer), hidden_size=256, num_layers=64, num_heads=4)
+    config = tiny_llama_config(len(tokenizer), hidden_size=512, num_layers=40, num_heads=8)
     model = LlamaForCausalLM(config)
-    model.save_pretrained(folder)
+    # What is read of a file is mapped as a whole, and counts.
+    model.save_pretrained(folder, max_shard_size="50MB")
     tokenizer.save_pretrained(folder)
     model_bytes = sum(parameter.nbytes for parameter in model.parameters())
     made = prepare(config_of(tmp_path, "run", folder, pairs_file))
     pairs = read_chunk(made.uri, made.train[0])[:8]
     expected = Scorer(str(folder), "float32", "packed", 500, CPU).score(pairs)
-    run_ranks(_within_memory, 2, tmp_path, str(folder), pairs, expected, model_bytes)
+    run_ranks(_within_memory, 2, tmp_path, str(folder), str(tiny_model), pairs, expected, model_bytes)
 
 
 def test_training_meets_scores_as_they_come(

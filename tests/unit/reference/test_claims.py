@@ -14,19 +14,14 @@ from dpo_ray.reference.claims import Claims, living_fillers
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(claims, "BEAT_S", 0.02)
     monkeypatch.setattr(claims, "LOOK_S", 0.05)
-    monkeypatch.setattr(claims, "LOOKS", 3)
+    monkeypatch.setattr(claims, "LOOKS", 6)
 
 
-def keep_alive(*fillers: Claims) -> threading.Event:
-    stop = threading.Event()
-
-    def beat() -> None:
-        while not stop.wait(0.01):
-            for filler in fillers:
-                filler.beat()
-
-    threading.Thread(target=beat, daemon=True).start()
-    return stop
+def die(*fillers: Claims) -> None:
+    """As a process that is killed: no beat any more, and nothing given back."""
+    for filler in fillers:
+        filler._closed.set()
+        filler._thread.join()
 
 
 def test_one_of_many_takes_a_chunk(tmp_path: Path) -> None:
@@ -39,13 +34,12 @@ def test_one_of_many_takes_a_chunk(tmp_path: Path) -> None:
             if fillers[index].take(key):
                 taken[key].append(index)
 
-    stop = keep_alive(*fillers)
     threads = [threading.Thread(target=take, args=(index,)) for index in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    stop.set()
+    die(*fillers)
     assert all(len(owners) == 1 for owners in taken.values())
 
 
@@ -65,28 +59,27 @@ def test_what_is_given_back_can_be_taken(tmp_path: Path) -> None:
 def test_the_living_keep_what_they_have(tmp_path: Path) -> None:
     owner, other = Claims(str(tmp_path), "owner"), Claims(str(tmp_path), "other")
     assert owner.take("a")
-    stop = keep_alive(owner)
     for _ in range(10):
         assert not other.take("a")
         threading.Event().wait(0.06)
-    assert set(living_fillers(str(tmp_path))) == {"owner.00000000"}
-    stop.set()
+    assert set(living_fillers(str(tmp_path))) == {"owner.00000000", "other.00000000"}
+    die(owner, other)
 
 
 def test_one_takes_over_from_the_dead(tmp_path: Path) -> None:
-    """Three looks at a count that stands still, and one of two gets the chunk; from that one, when it dies, a third."""
+    """Six looks at a count that stands still, and one of two gets the chunk; from that one, when it dies, a third."""
     dead = Claims(str(tmp_path), "dead")
     assert dead.take("a")
+    die(dead)
     heirs = [Claims(str(tmp_path), f"heir{index}") for index in range(2)]
-    stop = keep_alive(*heirs)
     looks, got = 0, [False, False]
     while not any(got):
         got = [heir.take("a") for heir in heirs]
         looks += 1
         threading.Event().wait(0.06)
-    assert looks > 3
+    assert looks > 6
     assert got.count(True) == 1
-    stop.set()
+    die(*heirs)
     heir, third = heirs[got.index(True)], Claims(str(tmp_path), "third")
     while not third.take("a"):
         threading.Event().wait(0.06)

@@ -58,11 +58,19 @@ def test_only_what_no_living_run_reads_goes(tmp_path: Path) -> None:
     assert not storage.list_names(reference.uri)
 
 
-def test_nothing_goes_while_somebody_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_goes_while_somebody_scores(tmp_path: Path) -> None:
     reference = ReferenceStore(str(tmp_path / "reference"))
     score(reference, pair_store(str(tmp_path / "pairs"), 1))
+    note_use(reference, "dead", str(tmp_path / "pairs"))
     filler = Claims(reference.uri, "run")
-    monkeypatch.setattr("dpo_ray.reference.claims.time.sleep", lambda seconds: filler.beat())
-    monkeypatch.setattr(claims, "BEAT_S", 0.0)
+    found = unused(reference.uri, alive=lambda run: False)
+    assert (found.keys, found.whole) == ((), False)
+    filler.close()
+    assert unused(reference.uri, alive=lambda run: False).whole
+
+
+def test_a_store_of_nobody_knows_whom_stays(tmp_path: Path) -> None:
+    reference = ReferenceStore(str(tmp_path / "reference"))
+    score(reference, pair_store(str(tmp_path / "pairs"), 1))
     found = unused(reference.uri, alive=lambda run: False)
     assert (found.keys, found.whole) == ((), False)

@@ -1,5 +1,6 @@
 """The feed: batches come as soon as their chunks are scored, joined with the right scores."""
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +115,25 @@ def test_scores_of_other_pairs_are_refused(tmp_path: Path, chunks: tuple[store.C
         reference.get(chunks[0], ids)
 
 
+def test_scores_that_went_are_asked_for(
+    tmp_path: Path, chunks: tuple[store.Chunk, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody removed what a filler has seen: a reader that has waited long enough says so, and only then."""
+    monkeypatch.setattr("dpo_ray.reference.store.MISSING_S", 0.1)
+    reference = ReferenceStore(str(tmp_path / "reference"))
+    ids = [pair.pair_id for pair in store.read_chunk(str(tmp_path), chunks[0])]
+    began = time.monotonic()
+
+    def check() -> None:
+        if reference.refused():
+            assert time.monotonic() - began > 0.1
+            assert "is not there" in str(reference.refusal(chunks[0].key))
+            score(reference, tmp_path, chunks[0])
+
+    reference.wait(chunks[0], ids, check, poll_s=0.02)
+    assert reference.refused() == set()
+
+
 def test_refused_scores_are_asked_for_again(tmp_path: Path, chunks: tuple[store.Chunk, ...]) -> None:
     """A reader that cannot use a file says so in the store, waits, and takes the new one."""
     reference = ReferenceStore(str(tmp_path / "reference"))
@@ -128,7 +148,8 @@ def test_refused_scores_are_asked_for_again(tmp_path: Path, chunks: tuple[store.
         nonlocal looks
         looks += 1
         assert reference.missing(chunks) == [chunks[1]]
-        assert list(reference.refused()) == [chunks[1].key]
+        assert reference.refused() == {chunks[1].key}
+        assert "damaged" in str(reference.refusal(chunks[1].key))
         assert not reference.has(chunks[1])
         if looks == 2:
             score(reference, tmp_path, chunks[1])
@@ -137,5 +158,5 @@ def test_refused_scores_are_asked_for_again(tmp_path: Path, chunks: tuple[store.
     assert [each.tolist() for each in scores] == [score_of(i) for i in ids]
     assert looks == 2
     assert waited_s >= 0.02
-    assert reference.refused() == {}
+    assert reference.refused() == set()
     assert reference.missing(chunks) == []
