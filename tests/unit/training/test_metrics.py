@@ -22,7 +22,7 @@ def test_stopwatch(monkeypatch: pytest.MonkeyPatch) -> None:
     config: Any = SimpleNamespace(model=SimpleNamespace(compute_dtype="bfloat16"))
     context: Any = SimpleNamespace(device=torch.device("cpu"), world_size=2)
     watch = Stopwatch(nn.Linear(5, 5), config, context)
-    batch: Any = SimpleNamespace(num_pairs=8)
+    batch: Any = SimpleNamespace(num_pairs=8, reference_wait_s=2.0)
     result: Any = SimpleNamespace(num_tokens=torch.tensor(200.0))
     for _ in range(2):
         watch.asked()
@@ -31,6 +31,7 @@ def test_stopwatch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found == {
         "perf/step_s": 4.0,
         "perf/data_wait_s": 0.5,
+        "perf/reference_wait_s": 0.5,
         "perf/pairs_per_s": 2.0,
         "perf/tokens_per_s": 50.0,
         "perf/mfu": pytest.approx(6 * 30 * 200 / (4 * 2 * 5000)),
