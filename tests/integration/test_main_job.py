@@ -109,14 +109,15 @@ def test_hh_rlhf_on_s3(s3_server: S3Server, smollm2: Path, hh_rlhf: Path, cluste
     # A policy worker each, and the reference in a process of its own, on the node that has it.
     first_time, first = actors[1]
     classes = {actor["ActorClassName"]: actor for actor in first.values() if actor["State"] == "ALIVE"}
-    reference = next(actor for name, actor in classes.items() if "_ScoreChunks" in name)
+    reference = next(actor for name, actor in classes.items() if "ReferenceReplica" in name)
     workers = [actor for actor in first.values() if "RayTrainWorker" in actor["ActorClassName"]]
     assert len({reference["Pid"], *(worker["Pid"] for worker in workers)}) == 3
     nodes = {node["NodeID"]: node for node in ray.nodes()}
     assert "reference" in nodes[reference["Address"]["NodeID"]]["Resources"]
 
     # The first step did not wait until all chunks were scored.
-    scored = [file.uri for file in storage.expand(storage.join(config.store_uri, "reference"))]
+    stored = [file.uri for file in storage.expand(storage.join(config.store_uri, "reference"))]
+    scored = [uri for uri in stored if uri.endswith(".parquet")]
     fs, _ = storage.filesystem(scored[0])
     times = [fs.info(uri.removeprefix("s3://"))["LastModified"].timestamp() for uri in scored]
     stored = [file.uri for file in storage.expand(storage.join(config.store_uri, "pairs"))]
