@@ -15,7 +15,6 @@ from ray.exceptions import AuthenticationError
 from dpo_ray.config import Config
 from dpo_ray.errors import ConfigError
 from dpo_ray.orchestration.nodes import Resources, free_resources, usable_nodes
-from dpo_ray.orchestration.stream import LOAD_CPUS
 
 CONNECT_TIMEOUT_S = 10.0
 
@@ -96,7 +95,6 @@ def demands(config: Config, workers: bool = True, references: bool = True) -> li
         asked.append(
             ("scaling.workers", scaling.min_workers, {"CPU": scaling.cpus_per_worker, "GPU": scaling.gpus_per_worker})
         )
-        asked.append(("loading pairs", 1, {"CPU": LOAD_CPUS}))
     if references and config.needs_reference:
         devices = reference.least_replicas * reference.devices_per_replica
         asked.append(("reference.replicas", devices, resources_per_device(config)))
@@ -126,9 +124,8 @@ def room(config: Config, references: bool, own: Iterable[str] = ()) -> tuple[int
             free[node_id] = {
                 name: free[node_id].get(name, 0.0) + count * each.get(name, 0.0) for name in {*free[node_id], *each}
             }
-    loading = [demand for demand in others if demand[0] != "reference.replicas"]
     # Reference actors that already run are not in what is free; those still to come only in what there is in all.
-    fits = min(_fit_beside(list(free.values()), each, loading), _fit_beside(list(nodes.values()), each, others))
+    fits = min(_fit_beside(list(free.values()), each, []), _fit_beside(list(nodes.values()), each, others))
     return min(fits, config.scaling.max_workers), sorted(nodes)
 
 

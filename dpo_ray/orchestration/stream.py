@@ -24,8 +24,6 @@ from dpo_ray.reference.store import ReferenceStore, fill_check
 from dpo_ray.training.feed import Feed
 from dpo_ray.types import Attempt
 
-# Loading waits for storage and for scores more than it computes.
-LOAD_CPUS = 0.25
 LOADS_IN_FLIGHT = 4
 
 
@@ -104,6 +102,7 @@ def stream(feed: Feed, windows: list[Window], world_size: int) -> ray.data.Datas
     rows = ray.data.from_items([pickle.dumps(window) for window in windows], override_num_blocks=max(1, len(windows)))
     # One row a block: a step is handed on when it is packed, and consecutive rows go to consecutive ranks.
     rows.context.target_max_block_size = 1
-    rows = rows.map_batches(load, batch_size=1, num_cpus=LOAD_CPUS, compute=ray.data.TaskPoolStrategy(LOADS_IN_FLIGHT))
+    # A load that waits for scores must not hold the CPU that the reference needs to make them.
+    rows = rows.map_batches(load, batch_size=1, num_cpus=0, compute=ray.data.TaskPoolStrategy(LOADS_IN_FLIGHT))
     rows.context.execution_options.preserve_order = True
     return rows

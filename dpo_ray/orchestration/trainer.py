@@ -25,7 +25,7 @@ from dpo_ray.orchestration.reference_filler import (
     open_reference_store,
 )
 from dpo_ray.orchestration.resources import ensure_resources, join_cluster
-from dpo_ray.orchestration.stream import LOAD_CPUS, LOADS_IN_FLIGHT, Places, make_plan
+from dpo_ray.orchestration.stream import Places, make_plan
 from dpo_ray.orchestration.supervisor import supervise
 from dpo_ray.orchestration.watch import Watcher, warnings_to
 from dpo_ray.orchestration.worker import final_error
@@ -92,7 +92,7 @@ def _cpus_wanted(config: Config) -> float:
     scaling, reference = config.scaling, config.reference
     needed = config.needs_reference and reference.place == "actors"
     references = reference.least_replicas * reference.cpus_per_replica if needed else 0
-    return scaling.max_workers * scaling.cpus_per_worker + references + LOAD_CPUS * LOADS_IN_FLIGHT + 1
+    return scaling.max_workers * scaling.cpus_per_worker + references + 1
 
 
 def train(config: Config, watcher: Watcher | None = None) -> Result:

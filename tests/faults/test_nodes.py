@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.faults, pytest.mark.integration, pytest.mark.slow, pyt
 
 
 class Machines:
-    """A head without room for policy workers, and nodes with room for one each: a raylet for each of them."""
+    """A head without room for work, and nodes with room for one policy worker each: a raylet for each of them."""
 
     def __init__(self, place: Place, num_nodes: int) -> None:
         # Raylets hand their environment to the workers that they start.
@@ -28,21 +28,21 @@ class Machines:
             for name, value in self._environment.items():
                 environment.setenv(name, value)
             self.cluster = Cluster()
-            self.cluster.add_node(num_cpus=1, include_dashboard=False)
+            self.cluster.add_node(num_cpus=0, include_dashboard=False)
         self.nodes = [self.add() for _ in range(num_nodes)]
 
     @property
     def address(self) -> str:
         return str(self.cluster.address)
 
-    def add(self, num_cpus: float = 1, **resources: float) -> Any:
+    def add(self, num_cpus: int = 1, **resources: float) -> Any:
         with pytest.MonkeyPatch.context() as environment:
             for name, value in self._environment.items():
                 environment.setenv(name, value)
             return self.cluster.add_node(num_cpus=num_cpus, resources=resources)
 
     def with_worker(self, kind: str = "RayTrainWorker") -> Any:
-        """A node, not the head, that has a policy worker, or another actor: Ray may have given the head one."""
+        """A node that has a policy worker, or another actor."""
         for node in self.nodes:
             raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
             if any(kind in " ".join(child.cmdline()) for child in raylet.children(recursive=True)):
@@ -158,10 +158,14 @@ def test_drain_too_short(place: Place, twin: str, drivers: Any, machines: Any) -
 def test_the_node_of_the_reference_dies(place: Place, twin: str, drivers: Any, machines: Any) -> None:
     """With the replica on it, in the middle of a chunk; another node of its kind takes its place."""
     place.forget_scores()
-    cluster = machines(2)
-    cluster.nodes += [cluster.add(0.5, reference=1), cluster.add(0.5, reference=1)]
-    config = place.config("spot", reference={"resources_per_replica": {"reference": 1}, "cpus_per_replica": 0.5})
-    slow = [{"point": "score", "do": "slow"}] * 2
+    cluster = machines(0)
+    cluster.nodes += [cluster.add(2), cluster.add(2), cluster.add(1, reference=1), cluster.add(1, reference=1)]
+    config = place.config(
+        "spot",
+        scaling={"cpus_per_worker": 1.5},  # a worker computes in one thread as ever, and does not fit the others' nodes
+        reference={"resources_per_replica": {"reference": 1}},
+    )
+    slow = [{"point": "score", "do": "slow"}] * 3  # step 1 needs two chunks
     driver = place.start(config, *slow, RAY_ADDRESS=cluster.address)
     drivers.append(driver)
     driver.wait_for_step(1)

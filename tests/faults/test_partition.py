@@ -110,8 +110,7 @@ def test_a_cut_link(place: Place, twin: str, drivers: Any, hosts: Hosts) -> None
     hosts.ray(FAR, num_cpus=1)
     until(lambda: hosts.processes(FAR, "ray::DashboardAgent"))
     time.sleep(3)
-    # On each host there is room for one worker, and for loading beside it.
-    scaling = {"workers": {"min": 1, "max": 2}, "cpus_per_worker": 0.75, "grow_after_s": 600}
+    scaling = {"workers": {"min": 1, "max": 2}, "grow_after_s": 600}
     config = place.config("cut", scaling=scaling, recovery={"hang_timeout_s": 10})
     environment = {"RAY_ADDRESS": f"{ADDRESS[NEAR]}:6379", **ENVIRONMENT}
     driver = place.start(config, prefix=("ip", "netns", "exec", NEAR), pace_s=0.5, **environment)

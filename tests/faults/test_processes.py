@@ -185,8 +185,8 @@ def test_reference_actors_die(place: Place, twin: str, drivers: Any) -> None:
 def test_the_reference_outlives_a_worker(place: Place, twin: str, drivers: Any) -> None:
     """A worker dies while pairs are still being scored: the replica that scores them goes on."""
     place.forget_scores()
-    # The worker is killed while the second chunk, of which step 3 needs nothing, is scored.
-    slow = [{"point": "score", "do": "slow"}] * 2
+    # The worker is killed while the third chunk, of which step 3 needs nothing, is scored.
+    slow = [{"point": "score", "do": "slow"}] * 3
     driver = place.start(place.config("outlived"), *slow, {"point": "step", "rank": 0, "step": 3, "do": "kill"})
     drivers.append(driver)
     driver.finish()

@@ -56,6 +56,7 @@ def happen(point: str, step: int | None = None, rank: int | None = None) -> None
         except FileExistsError:
             continue
         do(fault["do"], f"{point} {step} {rank}")
+        return  # The next one has its own time.
 
 
 def do(what: str, where: str) -> None:

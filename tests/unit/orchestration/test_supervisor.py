@@ -14,14 +14,14 @@ from dpo_ray.types import Attempt
 
 
 def config(**scaling: Any) -> Config:
-    """An elastic run whose reference takes two CPUs; loading pairs takes a quarter of one."""
+    """An elastic run whose reference takes one and a half CPUs."""
     return parse_config(
         {
             "name": "run",
             "storage_path": "/s",
             "model": {"path": "/m"},
             "data": {"train": ["/p"]},
-            "reference": {"replicas": 1, "cpus_per_replica": 2},
+            "reference": {"replicas": 1, "cpus_per_replica": 1.5},
             "scaling": {"workers": {"min": 1, "max": 8}, **scaling},
         }
     )
@@ -30,18 +30,18 @@ def config(**scaling: Any) -> Config:
 @pytest.mark.parametrize(
     ("total", "free", "references", "own", "fits"),
     [
-        # Eight CPUs, less a quarter for loading: seven whole ones.
-        ([4, 4], [4, 4], False, [], 7),
-        # The reference's two come where they cost the fewest workers: with the quarter, five are left.
-        ([4, 4], [4, 4], True, [], 5),
+        ([4, 4], [4, 4], False, [], 8),
+        ([4, 3], [4, 3], True, [], 5),
+        # The reference comes where it costs the fewest workers: of two and a half CPUs it leaves a whole one.
+        ([2, 2.5], [2, 2.5], True, [], 3),
         # It already runs: what is free is without it, and it is not counted twice.
-        ([4, 4], [2, 4], True, [], 5),
-        # An odd node: the quarter goes to the half CPU that no worker can use.
-        ([1.5, 2], [1.5, 2], False, [], 3),
+        ([4, 4], [2, 4], True, [], 6),
+        # Half a CPU on each is not a whole one.
+        ([1.5, 2.5], [1.5, 2.5], False, [], 3),
         # Four of our own run on the first node.
-        ([4, 4], [0, 4], False, ["0"] * 4, 7),
+        ([4, 3], [0, 3], False, ["0"] * 4, 7),
         # Somebody else has all of the second.
-        ([4, 4], [4, 0], False, [], 3),
+        ([4, 4], [4, 0], False, [], 4),
         ([16], [16], False, [], 8),
         ([], [], False, [], 0),
     ],
