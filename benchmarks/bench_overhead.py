@@ -130,7 +130,7 @@ def plainly(raw: dict[str, Any]) -> list[dict[str, float]]:
         dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=0, world_size=1)
         (pairs_uri,) = map(str, Path(config.store_uri, "pairs").iterdir())
         costs = Costs(*relative_costs(config.model.path))
-        places = Places(pairs_uri, open_reference_store(config).uri, costs, f"{folder}/none")
+        places = Places(pairs_uri, open_reference_store(config, pairs_uri).uri, costs, f"{folder}/none")
         feed, _ = make_feed(config, places)
         batches = list(feed.rank_batches(0, 0, 1, 4096))
         model = sharded_policy(config.model, torch.device("cpu"))

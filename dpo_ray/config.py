@@ -149,6 +149,11 @@ class ReferenceConfig(Section):
         description="actors: what has no scores is scored beside training; store_only: refuse to start where scores "
         "are missing",
     )
+    columns: list[str] | None = Field(
+        None,
+        description="columns of the data that bring the reference's scores, the sum over an answer's tokens, best "
+        "answer first, e.g. [ref_chosen_logps, ref_rejected_logps]: only a sample is scored, to check them",
+    )
     replicas: PositiveInt | ReplicaRange = Field(
         1,
         description="copies of the reference while chunks remain to be scored; {min: 1, max: 8} follows the trainer's "
@@ -166,6 +171,16 @@ class ReferenceConfig(Section):
     @classmethod
     def _number_or_range(cls, value: Any) -> Any:
         return _checked_range("reference.replicas", value)
+
+    @field_validator("columns")
+    @classmethod
+    def _one_for_each_answer(cls, columns: list[str] | None) -> list[str] | None:
+        if columns is not None and (len(columns) != 2 or len(set(columns)) != 2):
+            raise ValueError(
+                f"reference.columns is {columns}: name two columns, of the chosen answer's and of the rejected one's "
+                "score, e.g. [ref_chosen_logps, ref_rejected_logps]"
+            )
+        return columns
 
     @model_validator(mode="after")
     def _devices_agree(self) -> ReferenceConfig:
@@ -393,6 +408,10 @@ class Config(Section):
         if self.train.eval_every_steps and not (self.data.eval or self.data.eval_fraction):
             raise ValueError(
                 "train.eval_every_steps is set, but nothing is held out: set data.eval or data.eval_fraction"
+            )
+        if self.reference.columns and not self.needs_reference:
+            raise ValueError(
+                f"reference.columns is set, but objective.loss: {self.objective.loss} has no reference: leave it out"
             )
         if self.train.keep_best and self.train.keep_best != "eval_loss" and not self.needs_reference:
             raise ValueError(

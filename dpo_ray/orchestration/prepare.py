@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -143,6 +143,11 @@ def survey(config: Config, watcher: Watcher | None = None) -> Survey:
     about["files"] = [[file.uri, file.identity, file.split, asdict(file.reading)] for file in files]
     if any(reading.format == "tokens" for reading in readings):
         about["vocab_size"] = vocab_size
+    score_columns = tuple(config.reference.columns or ()) if config.needs_reference else ()
+    if score_columns:
+        about["score_columns"] = list(score_columns)
+        for source, sample in zip(sources, samples, strict=True):
+            _check_columns(source, sample, score_columns)
     uri = storage.join(config.store_uri, "pairs", storage.fingerprint(about))
     made = store.open_store(uri)
     if made is not None:
@@ -158,6 +163,7 @@ def survey(config: Config, watcher: Watcher | None = None) -> Survey:
         limits=_limits(config),
         vocab_size=vocab_size,
         eval_fraction=data.eval_fraction,
+        score_columns=score_columns,
     )
     return Survey(uri, about, None, job)
 
@@ -228,6 +234,16 @@ def _recognised(config: Config, source: _Source, sample: Sample) -> Reading:
         return recognise(written, config.data.format, config.data.columns)
     except DataError as error:
         raise DataError(f"{source.pattern}: {error}") from None
+
+
+def _check_columns(source: _Source, sample: Sample, score_columns: Sequence[str]) -> None:
+    there = {name for _, row in sample if isinstance(row, dict) for name in row}
+    for column in score_columns:
+        if column not in there:
+            raise DataError(
+                f"{source.pattern}: there is no column {column!r}, which reference.columns names; the rows have "
+                f"{', '.join(sorted(there))}"
+            )
 
 
 def _source_files(sources: list[_Source], readings: list[Reading]) -> tuple[SourceFile, ...]:

@@ -25,7 +25,7 @@ from dpo_ray.pairs.plan import Plan
 from dpo_ray.pairs.store import Chunk, PairStore
 from dpo_ray.reference.claims import Claims
 from dpo_ray.reference.demand import Demand
-from dpo_ray.reference.store import ReferenceStore, error_place, store_fingerprint
+from dpo_ray.reference.store import ReferenceStore, brought_fingerprint, error_place, store_fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -40,10 +40,12 @@ LOST_PAUSE_S = 2.0
 NEWEST = 0.2
 
 
-def open_reference_store(config: Config) -> ReferenceStore:
-    """The store of the configured reference's scores."""
+def open_reference_store(config: Config, pairs_uri: str) -> ReferenceStore:
+    """The store of the configured reference's scores, or of those that came with the pairs."""
     digest = weights_digest(config.reference_path, storage.join(config.store_uri, "digests"))
     name = store_fingerprint(digest, config.reference_dtype, config.model.attention)
+    if config.reference.columns:
+        name = brought_fingerprint(digest, pairs_uri)
     return ReferenceStore(storage.join(config.store_uri, "reference", name))
 
 

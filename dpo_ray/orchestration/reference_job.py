@@ -48,7 +48,7 @@ def fill_reference(config: Config, watcher: Watcher | None = None) -> tuple[Fill
         start_ray(config)
         with final_errors():
             pairs = prepare(config, watcher, found)
-        reference = open_reference_store(config)
+        reference = open_reference_store(config, pairs.uri)
         note_use(reference, config.run_uri, pairs.uri)
         order = list(dict.fromkeys([*chunks_in_order_of_need(config, make_plan(config, pairs), pairs, 0), *pairs.eval]))
         filler = ReferenceFiller(config, pairs, order, reference, f"fill-{uuid.uuid4().hex[:12]}")
@@ -99,7 +99,7 @@ def reference_status(config: Config) -> Status:
     pairs = survey(config).made
     if pairs is None:
         raise ConfigError(f"{config.name}: the pairs are not prepared: run `dpo-ray prepare` or `dpo-ray reference`")
-    reference = open_reference_store(config)
+    reference = open_reference_store(config, pairs.uri)
     chunks = [*pairs.train, *pairs.eval]
     missing = reference.missing(chunks)
     total, left = (sum(chunk.num_pairs for chunk in each) for each in (chunks, missing))

@@ -26,7 +26,8 @@ from dpo_ray.orchestration.monitor import START_S, Place
 from dpo_ray.orchestration.nodes import kill, on_nodes
 from dpo_ray.orchestration.resources import resources_per_device
 from dpo_ray.orchestration.worker import final_error
-from dpo_ray.pairs.store import Chunk, read_chunk
+from dpo_ray.pairs.store import Chunk, brought_scores, read_chunk
+from dpo_ray.reference.brought import check_brought
 from dpo_ray.reference.store import ReferenceStore
 
 # How often a replica that computes is asked whether it moves.
@@ -82,7 +83,11 @@ class ReferenceReplica:
         """
         self._moved()
         pairs = read_chunk(self._pairs_uri, chunk)
-        scores = self._scorer.score(pairs, self._moved)
+        if self._config.reference.columns:
+            scores = brought_scores(self._pairs_uri, chunk, [pair.pair_id for pair in pairs])
+            check_brought(self._pairs_uri, chunk, pairs, scores, self._scorer.score)
+        else:
+            scores = self._scorer.score(pairs, self._moved)
         if self._rank == 0:
             self._reference.put(chunk, [pair.pair_id for pair in pairs], scores)
         return len(pairs)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import socket
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +32,7 @@ ROWS_PER_READ = 1000
 RAW_SCHEMA = pa.schema(
     [("file", pa.int64()), ("row", pa.int64()), ("text", pa.large_binary()), ("num_bytes", pa.int64())]
 )
-_Good = tuple[Tokenized, str, int]  # With source and row.
+_Good = tuple[Tokenized, str, int, list[float]]  # With source, row, and the scores that it brings.
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,7 @@ class Job:
         limits: As in the configuration.
         vocab_size: Rows of the model's embedding.
         eval_fraction: As in the configuration.
+        score_columns: Columns that bring the reference's scores, best answer first; empty where none do.
     """
 
     uri: str
@@ -76,6 +78,7 @@ class Job:
     limits: Limits
     vocab_size: int
     eval_fraction: float
+    score_columns: tuple[str, ...] = ()
 
 
 def open_rows(uri: str, columns: Sequence[str] | None = None) -> Iterator[tuple[list[bytes], float]]:
@@ -129,7 +132,7 @@ def read(batch: Mapping[str, Any], job: Job) -> Iterator[pa.Table]:
     for index in map(int, batch["item"]):
         file = job.files[index]
         number = told = 0
-        for texts, share in open_rows(file.uri, list(file.reading.columns.values())):
+        for texts, share in open_rows(file.uri, [*file.reading.columns.values(), *job.score_columns]):
             now = int(share * file.num_bytes)
             yield _raw(index, number, texts, now - told)
             number, told = number + len(texts), now
@@ -176,7 +179,7 @@ def _make_runs(block: pa.Table, job: Job, place: str) -> dict[str, Any]:
     # Arrow tables at once: as Python objects short pairs take ten times the memory of their tokens.
     for start in range(0, block.num_rows, ROWS_PER_READ):
         good: dict[str, list[_Good]] = {split: [] for split in tables}
-        for file, row, text, made in _tokenize(block.slice(start, ROWS_PER_READ), job):
+        for file, row, text, made, scores in _tokenize(block.slice(start, ROWS_PER_READ), job):
             counts["rows"] += 1
             if isinstance(made, RowError):
                 shown = text.decode("utf-8", errors="backslashreplace")
@@ -185,14 +188,14 @@ def _make_runs(block: pa.Table, job: Job, place: str) -> dict[str, Any]:
                 counts["identical"] += 1
             else:
                 split = "eval" if store.held_out(made.pair.pair_id, job.eval_fraction) else file.split
-                good[split].append((made, file.uri, row))
+                good[split].append((made, file.uri, row, scores))
                 counts["prompts_cut"] += made.prompt_tokens_cut > 0
                 counts["answers_cut"] += sum(cut > 0 for cut in made.answer_tokens_cut)
                 counts["tokens_cut"] += made.prompt_tokens_cut + sum(made.answer_tokens_cut)
                 counts["prompts_differ"] += made.prompt_differs
         for split, pairs in good.items():
             counts[f"good_{split}"] += len(pairs)
-            tables[split].append(_run_table(pairs))
+            tables[split].append(_run_table(pairs, job))
     counts["rejects"] = len(rejects)
     if rejects:
         storage.write_json_lines(storage.join(job.uri, "rejects", f"{storage.name_of(place)}.jsonl"), rejects)
@@ -204,17 +207,26 @@ def _make_runs(block: pa.Table, job: Job, place: str) -> dict[str, Any]:
     return {"counts": counts, "runs": written}
 
 
-def _tokenize(block: pa.Table, job: Job) -> Iterator[tuple[SourceFile, int, bytes, Tokenized | RowError]]:
+def _tokenize(block: pa.Table, job: Job) -> Iterator[tuple[SourceFile, int, bytes, Tokenized | RowError, list[float]]]:
     rows = [
         (job.files[file], number, text)
         for file, number, text in zip(*(block[name].to_pylist() for name in ("file", "row", "text")), strict=True)
         if text is not None and text.strip()
     ]
-    parsed = [_parsed(text, file.reading) for file, _, text in rows]
+    parsed = [_parsed(text, file.reading, job.score_columns) for file, _, text in rows]
     tokenizer = _pair_tokenizer(job.tokenizer_uri, job.tokenizer_digest, job.chat_template, job.limits, job.vocab_size)
-    tokenized = iter(tokenizer([pair for pair in parsed if not isinstance(pair, RowError)]))
-    for (file, number, text), pair in zip(rows, parsed, strict=True):
-        yield file, number, text, pair if isinstance(pair, RowError) else next(tokenized)
+    tokenized = iter(tokenizer([each[0] for each in parsed if not isinstance(each, RowError)]))
+    for (file, number, text), each in zip(rows, parsed, strict=True):
+        if isinstance(each, RowError):
+            yield file, number, text, each, []
+            continue
+        made, (_, scores) = next(tokenized), each
+        if scores and isinstance(made, Tokenized) and made.prompt_tokens_cut + sum(made.answer_tokens_cut):
+            made = RowError(
+                f"{', '.join(job.score_columns)}: the pair is longer than data.max_length and its like allow, and was "
+                "cut, but its scores are of the whole; raise the limit, or leave the row out"
+            )
+        yield file, number, text, made, scores
 
 
 @functools.cache
@@ -228,11 +240,25 @@ def _pair_tokenizer(uri: str, digest: str, chat_template: Any, limits: Limits, v
     return PairTokenizer(tokenizer, chat_template, limits, vocab_size)
 
 
-def _parsed(text: bytes, reading: Reading) -> PreferencePair | TokenRow | RowError:
+def _parsed(
+    text: bytes, reading: Reading, score_columns: Sequence[str]
+) -> tuple[PreferencePair | TokenRow, list[float]] | RowError:
     try:
-        return parse_row(json_object(text), reading)
+        row = json_object(text)
+        return parse_row(row, reading), [_score(row, column) for column in score_columns]
     except RowError as error:
         return error
+
+
+def _score(row: Mapping[str, Any], column: str) -> float:
+    value = row.get(column)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -math.inf < value <= 0:
+        shown = json.dumps(value)[:40] if column in row else "missing"
+        raise RowError(
+            f"{column} is {shown}: reference.columns wants the log-probability of an answer there, a sum over its "
+            "tokens and so a number of at most 0"
+        )
+    return float(value)
 
 
 def json_object(text: bytes) -> dict[str, Any]:
@@ -255,11 +281,15 @@ def json_object(text: bytes) -> dict[str, Any]:
     return value
 
 
-def _run_table(made: list[_Good]) -> pa.Table:
-    table = store.table_of([tokenized.pair for tokenized, _, _ in made])
-    sources = pa.array([source for _, source, _ in made], pa.string())
-    numbers = pa.array([row for _, _, row in made], pa.int64())
-    return table.append_column("source", sources).append_column("row", numbers)
+def _run_table(made: list[_Good], job: Job) -> pa.Table:
+    table = store.table_of([tokenized.pair for tokenized, *_ in made])
+    sources = pa.array([source for _, source, *_ in made], pa.string())
+    numbers = pa.array([row for _, _, row, _ in made], pa.int64())
+    table = table.append_column("source", sources).append_column("row", numbers)
+    if not job.score_columns:
+        return table
+    scores = pa.array([scores for *_, scores in made], store.BROUGHT_SCORES.type)
+    return table.append_column(store.BROUGHT_SCORES, scores)
 
 
 @dataclass(frozen=True, slots=True)

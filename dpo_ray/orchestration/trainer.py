@@ -148,7 +148,7 @@ def _train(config: Config, watcher: Watcher, found: Survey, lease: RunLease) -> 
         _write_config(config, plan, pairs)
         newest = manifest.newest(config.run_uri)
         position = newest[1].state.step if newest else 0
-        reference = open_reference_store(config) if config.needs_reference else None
+        reference = open_reference_store(config, pairs.uri) if config.needs_reference else None
         watcher.planned(plan, position)
         if reference is not None:
             order = chunks_in_order_of_need(config, plan, pairs, position)

@@ -41,14 +41,14 @@ class Run:
 
 
 def write_run(uri: str, table: pa.Table) -> Run:
-    """Sorts a table of `RUN_SCHEMA` and writes it."""
+    """Sorts a table of `RUN_SCHEMA`, and perhaps more columns, and writes it."""
     table = _sorted(table)
     sink = io.BytesIO()
     options = pa.ipc.IpcWriteOptions(compression="zstd")
     first, offsets = [], [0]
     heads = id_heads(table)
     for start in range(0, table.num_rows, SLICE_PAIRS):
-        with pa.ipc.new_stream(sink, RUN_SCHEMA, options=options) as writer:
+        with pa.ipc.new_stream(sink, table.schema, options=options) as writer:
             writer.write_table(table.slice(start, SLICE_PAIRS))
         first.append(int(heads[start]))
         offsets.append(sink.tell())
@@ -83,7 +83,7 @@ def read_range(parts: Sequence[Extent], low: int, high: int) -> pa.Table:
     Of equal pairs the one whose source and row come first stays.
     """
     tables = [_within(table, low, high) for part in parts for table in _slices(part)]
-    table = _sorted(pa.concat_tables([RUN_SCHEMA.empty_table(), *(table for table in tables if table.num_rows)]))
+    table = _sorted(pa.concat_tables([table for table in tables if table.num_rows] or [RUN_SCHEMA.empty_table()]))
     ids = _id_bytes(table)
     different = np.ones(len(ids), dtype=bool)
     different[1:] = (ids[1:] != ids[:-1]).any(axis=1)

@@ -25,6 +25,8 @@ FORMAT_VERSION = 2
 TOKENS = pa.list_(pa.int32())
 PAIR_SCHEMA = pa.schema([("pair_id", pa.binary(16)), ("prompt", TOKENS), ("answers", pa.list_(TOKENS))])
 SOURCE_SCHEMA = pa.schema([("pair_id", pa.binary(16)), ("source", pa.string()), ("row", pa.int64())])
+# Beside the source, where the data bring the reference's scores.
+BROUGHT_SCORES = pa.field("ref_logps", pa.list_(pa.float32()))
 # rows = pairs + eval_pairs + duplicates + identical + rejects. The others are counted before duplicates are dropped:
 # prompts, answers and tokens cut, and prompts that the chat template renders otherwise when their answer follows.
 COUNTS = (
@@ -105,10 +107,11 @@ def write_chunk(uri: str, name: str, table: pa.Table) -> Chunk:
     Args:
         uri: The store.
         name: From `chunk_name`.
-        table: `PAIR_SCHEMA` and `SOURCE_SCHEMA`, sorted by id, ids unique.
+        table: `PAIR_SCHEMA`, `SOURCE_SCHEMA` and perhaps `BROUGHT_SCORES`, sorted by id, ids unique.
     """
     data = _parquet(table.select(PAIR_SCHEMA.names))
-    storage.write_bytes(storage.join(uri, "sources", name), _parquet(table.select(SOURCE_SCHEMA.names)))
+    about = [name for name in (*SOURCE_SCHEMA.names, BROUGHT_SCORES.name) if name in table.column_names]
+    storage.write_bytes(storage.join(uri, "sources", name), _parquet(table.select(about)))
     storage.write_bytes(storage.join(uri, name), data)
     tokens = [table["prompt"], pc.list_flatten(table["answers"])]
     num_tokens = sum(int(pc.sum(pc.list_value_length(lists)).as_py() or 0) for lists in tokens)
@@ -127,6 +130,29 @@ def sources_of(uri: str, chunk: Chunk) -> dict[bytes, str]:
     data = storage.read_bytes(storage.join(uri, "sources", chunk.name))
     table = pq.read_table(io.BytesIO(data), schema=SOURCE_SCHEMA)
     return {row["pair_id"]: f"{row['source']} row {row['row']}" for row in table.to_pylist()}
+
+
+def brought_scores(uri: str, chunk: Chunk, pair_ids: Sequence[bytes]) -> list[np.ndarray]:
+    """The scores that came with a chunk's pairs, in store order: Shape (answers,) each, float32, nats.
+
+    Raises:
+        DataError: They are damaged, or not those of `pair_ids`.
+    """
+    place, columns = storage.join(uri, "sources", chunk.name), ["pair_id", BROUGHT_SCORES.name]
+    try:
+        data = io.BytesIO(storage.read_bytes(place))
+        table = pq.read_table(data, columns=columns, page_checksum_verification=True)
+        if table["pair_id"].to_pylist() == list(pair_ids):
+            return _split(table[BROUGHT_SCORES.name])
+    except FileNotFoundError:
+        pass
+    except Exception as error:
+        if not storage.is_damage(error):
+            raise
+    raise DataError(
+        f"{place}: the scores that came with the pairs are missing or damaged; remove "
+        f"{storage.join(uri, 'manifest.json')} and run `dpo-ray prepare` to make the store anew"
+    )
 
 
 def chunk_key(pair_ids: Iterable[bytes]) -> str:

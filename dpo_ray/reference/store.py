@@ -33,6 +33,13 @@ def store_fingerprint(weights_digest: str, dtype: str, attention: str) -> str:
     )
 
 
+def brought_fingerprint(weights_digest: str, pairs_uri: str) -> str:
+    """Names the store of the scores that came with the pairs of one pair store, checked against one reference."""
+    return storage.fingerprint(
+        {"format": FORMAT_VERSION, "weights": weights_digest, "brought_with": storage.name_of(pairs_uri)}
+    )
+
+
 class ReferenceStore:
     """Scores of one reference model, by chunk."""
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import os
 import re
 import resource
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,14 @@ import numpy as np
 import pytest
 import ray
 import torch
-from helpers import dpo_ray_command, run_ranks, steps_of, tiny_config, write_pairs
+from helpers import dpo_ray_command, run_ranks, steps_of, tiny_config, tokenized, write_pairs
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from dpo_ray import storage, train
 from dpo_ray.config import Config, to_yaml
 from dpo_ray.demo_data import byte_tokenizer, tiny_llama_config
-from dpo_ray.errors import ConfigError
+from dpo_ray.errors import ConfigError, DataError, ReferenceFillError
+from dpo_ray.model.files import load_tokenizer
 from dpo_ray.orchestration import replicas
 from dpo_ray.orchestration.prepare import prepare
 from dpo_ray.orchestration.reference_filler import Filled, open_reference_store
@@ -31,6 +34,7 @@ from dpo_ray.orchestration.reference_job import fill_reference
 from dpo_ray.orchestration.watch import Watcher
 from dpo_ray.pairs.store import PairStore, read_chunk
 from dpo_ray.reference.scorer import Scorer
+from dpo_ray.reference.store import ReferenceStore
 from dpo_ray.types import TokenizedPair
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
@@ -59,8 +63,13 @@ def config_of(tmp_path: Path, name: str, model: Path, pairs_file: str, **section
     return tiny_config(str(tmp_path / "storage"), name, model, pairs_file, **{"data": data, **sections})
 
 
+def reference_of(config: Config) -> ReferenceStore:
+    """The store of a run whose pairs are prepared."""
+    return open_reference_store(config, prepare(config).uri)
+
+
 def stored_scores(config: Config, pairs: PairStore) -> dict[bytes, list[float]]:
-    reference, found = open_reference_store(config), dict[bytes, list[float]]()
+    reference, found = open_reference_store(config, pairs.uri), dict[bytes, list[float]]()
     for chunk in (*pairs.train, *pairs.eval):
         ids = [pair.pair_id for pair in read_chunk(pairs.uri, chunk)]
         found |= {pair: scores.tolist() for pair, scores in zip(ids, reference.get(chunk, ids), strict=True)}
@@ -69,15 +78,31 @@ def stored_scores(config: Config, pairs: PairStore) -> dict[bytes, list[float]]:
 
 def plain_scores(model: Path, pairs: PairStore) -> dict[bytes, list[float]]:
     """One answer at a time through the model's own forward."""
+    every = [pair for chunk in (*pairs.train, *pairs.eval) for pair in read_chunk(pairs.uri, chunk)]
+    return {pair.pair_id: scores for pair, scores in zip(every, _plain(model, every), strict=True)}
+
+
+def plain_rows(model: Path, pairs_file: str) -> list[tuple[dict[str, str], list[tuple[float, int]]]]:
+    """The rows of a file, each with the score and the tokens of its answers."""
+    rows = [json.loads(line) for line in Path(pairs_file).read_text().splitlines()]
+    pairs = [pair for pair in tokenized(rows, load_tokenizer(str(model))) if isinstance(pair, TokenizedPair)]
+    scores = _plain(model, pairs)
+    return [
+        (row, list(zip(each, map(len, pair.answers), strict=True)))
+        for row, each, pair in zip(rows, scores, pairs, strict=True)
+    ]
+
+
+def _plain(model: Path, pairs: Sequence[TokenizedPair]) -> list[list[float]]:
     plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    found: dict[bytes, list[float]] = {}
-    for pair in (pair for chunk in (*pairs.train, *pairs.eval) for pair in read_chunk(pairs.uri, chunk)):
-        found[pair.pair_id] = []
+    found: list[list[float]] = []
+    for pair in pairs:
+        found.append([])
         for answer in pair.answers:
             whole = torch.tensor([*pair.prompt, *answer])
             with torch.no_grad():
                 logps = plain(whole[None]).logits[0, len(pair.prompt) - 1 : -1].log_softmax(-1)
-            found[pair.pair_id].append(float(logps.gather(1, whole[len(pair.prompt) :, None]).sum()))
+            found[-1].append(float(logps.gather(1, whole[len(pair.prompt) :, None]).sum()))
     return found
 
 
@@ -122,7 +147,7 @@ def test_any_pool_gives_the_same_scores(
     assert_close(stored_scores(config, pairs), plain_scores(tiny_model, pairs))
     again, _ = fill_reference(config)
     assert (again.hit_pairs, again.scored_pairs, again.started_replicas) == (NUM_PAIRS, 0, 0)
-    assert storage.list_names(open_reference_store(config).uri + "/claims") == []
+    assert storage.list_names(reference_of(config).uri + "/claims") == []
 
 
 def test_two_runs_score_each_pair_once(local_ray: None, tmp_path: Path, tiny_model: Path, pairs_file: str) -> None:
@@ -168,7 +193,7 @@ def test_refused_files_are_scored_again(local_ray: None, tmp_path: Path, tiny_mo
     """A flipped byte, another chunk's scores, a cut file: the run says so, and ends as if nothing had been."""
     twin = train(config_of(tmp_path, "twin", tiny_model, pairs_file))
     config = config_of(tmp_path, "run", tiny_model, pairs_file)
-    folder = Path(open_reference_store(config).uri)
+    folder = Path(reference_of(config).uri)
     first, second, third, fourth, *_ = sorted(folder.glob("*.parquet"))
     flipped = bytearray(first.read_bytes())
     flipped[40] ^= 255
@@ -197,10 +222,53 @@ def test_store_only(local_ray: None, tmp_path: Path, tiny_model: Path, pairs_fil
     assert after
     assert not [actor for actor in after if "ReferenceReplica" in actor["ActorClassName"]]
     # Nobody scores a damaged file again here.
-    damaged = next(Path(open_reference_store(config).uri).glob("*.parquet"))
+    damaged = next(Path(reference_of(config).uri).glob("*.parquet"))
     damaged.write_bytes(b"")
     with pytest.raises(Exception, match=r"damaged.*and reference.place is store_only"):
         train(config.model_copy(update={"name": "other"}))
+
+
+def test_scores_that_users_bring(local_ray: None, tmp_path: Path, tiny_model: Path, pairs_file: str) -> None:
+    """They are taken as they are, after a sample of each chunk agrees with the reference; else the row is named."""
+    scored = plain_rows(tiny_model, pairs_file)
+    brought = {"reference": {"columns": ["good", "bad"]}}
+    calls = tmp_path / "rows.jsonl"
+    # Another software's numerics: a hundredth of a nat per token.
+    rows = [{**row, "good": a - 0.01 * n, "bad": b - 0.01 * m} for row, ((a, n), (b, m)) in scored]
+    calls.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = config_of(tmp_path, "brought", tiny_model, str(calls), **brought)
+    result = train(config)
+    pairs = prepare(config)
+    expected = {(float(np.float32(row["good"])), float(np.float32(row["bad"]))) for row in rows}
+    found = {(scores[0], scores[1]) for scores in stored_scores(config, pairs).values()}
+    assert found == expected
+    assert len(found) == NUM_PAIRS
+    # beta (h_w - h_l) is 0.1 * 0.01 * (n - m): ln 2 but for that.
+    assert 1e-6 < abs(steps_of(Path(result.run_uri))[0]["loss"] - math.log(2)) < 0.02
+
+    rows = [{**row, "good": a / n, "bad": b / m} for row, ((a, n), (b, m)) in scored]
+    calls.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(
+        ReferenceFillError, match=r"rows.jsonl row \d+: reference.columns brings .*they look like means"
+    ):
+        train(config_of(tmp_path, "means", tiny_model, str(calls), **brought))
+
+    rows = [{**row, "good": -1.0} for row, _ in scored]
+    calls.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=r"no column 'bad', which reference.columns names; the rows have chosen, good,"):
+        train(config_of(tmp_path, "missing", tiny_model, str(calls), **brought))
+
+    rows[0]["bad"], rows[1]["bad"], rows[2]["bad"] = 1.5, None, float("nan")
+    calls.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=r"rows cannot become a pair(.|\n)*row 1: bad is 1.5(.|\n)*row 2: bad is null"):
+        train(config_of(tmp_path, "wrong", tiny_model, str(calls), **brought))
+
+    rows = [{**row, "good": a, "bad": b} for row, ((a, _), (b, _)) in scored]
+    calls.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cut = config_of(tmp_path, "cut", tiny_model, str(calls), **brought)
+    cut = cut.model_copy(update={"data": cut.data.model_copy(update={"max_completion_length": 5})})
+    with pytest.raises(DataError, match=r"good, bad: the pair is longer than data.max_length"):
+        train(cut)
 
 
 @pytest.mark.parametrize(("what", "times"), [("SIGKILL", 3), ("SIGSTOP", 1)])
@@ -263,7 +331,7 @@ def test_status_and_gc(local_ray: None, tmp_path: Path, tiny_model: Path, pairs_
     done = dpo_ray_command("reference", str(files["kept"]), "--gc", "--yes")
     assert "nothing to remove" in done.stdout, done.stdout + done.stderr
     storage.remove(gone.run_uri)
-    folder = Path(open_reference_store(kept).uri)
+    folder = Path(reference_of(kept).uri)
     before = len(list(folder.glob("*.parquet")))
     done = dpo_ray_command("reference", str(files["kept"]), "--gc", "--yes")
     assert "removed" in done.stdout, done.stdout + done.stderr

@@ -41,6 +41,7 @@ ORDER = [
     "reference.demand",
     "reference.usage",
     "reference.scorer",
+    "reference.brought",
     "training.feed",
     "training.optimizer",
     "training.step",

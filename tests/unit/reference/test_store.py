@@ -11,7 +11,7 @@ from dpo_ray.orchestration.reference_filler import open_reference_store
 
 
 def place(storage_path: Path, model: Path, **sections: Any) -> str:
-    return open_reference_store(tiny_config(str(storage_path), "run", model, "pairs.jsonl", **sections)).uri
+    return open_reference_store(tiny_config(str(storage_path), "run", model, "pairs.jsonl", **sections), "pairs").uri
 
 
 @pytest.mark.parametrize(
@@ -44,6 +44,6 @@ def test_what_matters_misses(tmp_path: Path, tiny_model: Path) -> None:
         place(tmp_path, tiny_model),
         place(tmp_path, other),
         place(tmp_path, tiny_model, reference={"dtype": "bfloat16"}),
-        open_reference_store(eager).uri,
+        open_reference_store(eager, "pairs").uri,
     }
     assert len(places) == 4
