@@ -12,10 +12,12 @@ import gzip
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import tempfile
 import threading
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 from fsspec.asyn import sync
+from fsspec.callbacks import Callback
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 
@@ -38,6 +41,9 @@ from dpo_ray.storage_requests import patience as patience
 # A listing or a deletion is as many requests as there are thousands of objects.
 MANY_REQUESTS_S = 1800.0
 STREAM_BLOCK_BYTES = 8 << 20
+# A download whose last part came this long ago stands still.
+FETCH_PAUSE_S = 30.0
+_part_came_at = -math.inf
 
 
 def name_of(uri: str) -> str:
@@ -309,13 +315,26 @@ def download(uri: str, local_path: str) -> None:
     os.makedirs(os.path.dirname(local_path), exist_ok=True)
     partial = f"{local_path}.{os.getpid()}-{threading.get_ident()}.partial"
     try:
-        call(fs, "get_file", path, partial, within_s=time_limit_s(num_bytes or 0))
+        call(fs, "get_file", path, partial, callback=_Parts(), within_s=time_limit_s(num_bytes or 0))
         if num_bytes is not None and os.path.getsize(partial) != num_bytes:
             raise ConnectionError(f"{os.path.getsize(partial)} bytes came of {num_bytes}")
         os.replace(partial, local_path)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(partial)
+
+
+class _Parts(Callback):  # type: ignore[misc,unused-ignore]
+    """Is told of each part of a file that comes."""
+
+    def relative_update(self, inc: int = 1) -> None:
+        global _part_came_at
+        _part_came_at = time.monotonic()
+
+
+def fetching() -> bool:
+    """Whether a download of this process goes on, however long it takes."""
+    return time.monotonic() - _part_came_at < FETCH_PAUSE_S
 
 
 @asked_again()

@@ -94,8 +94,8 @@ class ReferenceReplica:
 
     @ray.method(concurrency_group="asked")
     def still_s(self) -> float:
-        """For how long the model has not moved, though the storage answers."""
-        if storage.failing():
+        """For how long the model has not moved, though the storage answers and nothing comes from it."""
+        if storage.failing() or storage.fetching():
             self._moved()
         return time.monotonic() - self._moved_at
 
