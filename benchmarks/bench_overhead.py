@@ -137,7 +137,7 @@ def plainly(raw: dict[str, Any]) -> list[dict[str, float]]:
         optimizer, objective = build_optimizer(model, config.optimizer), objective_of(config.objective)
         lines, ended = [], time.perf_counter()
         for batch in batches:
-            result = train_step(model, optimizer, batch, objective, config.optimizer.max_grad_norm)
+            result = train_step(model, optimizer, batch, objective, config.optimizer.max_grad_norm, reduce_each=True)
             loss = float(result.sums[0]) / batch.num_pairs
             before, ended = ended, time.perf_counter()
             lines.append({"loss": loss, "perf/step_s": ended - before, "perf/data_wait_s": 0.0})

@@ -107,7 +107,9 @@ def ours(arguments: argparse.Namespace, rows: list[dict[str, str]]) -> dict[str,
         scores = None if arguments.reference == "online" else scorer.score(pairs)
         if scores is not None:
             del scorer
-        model = sharded_policy(ModelConfig(path=arguments.model, compute_dtype=dtype), device)
+        model = sharded_policy(
+            ModelConfig(path=arguments.model, compute_dtype=dtype, compile=arguments.compile), device
+        )
         optimizer = build_optimizer(model, OptimizerConfig(learning_rate=RATE, schedule="constant"))
         objective = Objective(partial(sigmoid, beta=BETA, label_smoothing=0.0), False, BETA)
         times, losses = [], []
@@ -117,7 +119,9 @@ def ours(arguments: argparse.Namespace, rows: list[dict[str, str]]) -> dict[str,
             known = scores[span] if scores is not None else scorer.score(pairs[span])
             scored = list(map(ScoredPair, pairs[span], known))
             (row,) = pack.table_of(pack.rank_batches(scored, step + 1, 0, 1, pack.Costs())).to_pylist()
-            result = train_step(model, optimizer, pack.global_batch(row, budget, pack.Costs()), objective, 1.0)
+            batch = pack.global_batch(row, budget, pack.Costs())
+            # As training has it with one rank.
+            result = train_step(model, optimizer, batch, objective, 1.0, reduce_each=True)
             losses.append(finish_metrics(result.sums)["loss"])
             times.append(time.perf_counter() - started)
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -154,6 +158,7 @@ def trl(arguments: argparse.Namespace, rows: list[dict[str, str]]) -> dict[str, 
             use_cpu=True,
             bf16=arguments.precision == "mixed",
             gradient_checkpointing=arguments.checkpointing,
+            torch_compile=arguments.compile,
             max_length=arguments.max_length,
             disable_tqdm=True,
             beta=BETA,
@@ -248,6 +253,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="pairs of an optimizer step")
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--tokens-per-microbatch", type=int, default=2048)
+    parser.add_argument("--compile", action="store_true", help="model.compile on our side, torch_compile on TRL's")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--warmup", type=int, default=2, help="steps of a process that are not timed")
     parser.add_argument("--threads", type=int, default=os.cpu_count())

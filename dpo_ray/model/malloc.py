@@ -5,17 +5,17 @@ from __future__ import annotations
 import contextlib
 import ctypes
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
 
 
 def keep_freed_memory() -> None:
-    """From now on freed blocks of up to 32 MiB stay with the process, to be used again: for training.
+    """From now on freed blocks stay with the process, to be used again: for training.
 
     Every step asks for what the one before has given back; by itself glibc hands much of it to the system each time,
     and getting a page anew takes far longer than writing to it.
     """
     _set(_M_TRIM_THRESHOLD, 2**31 - 1)
-    _set(_M_MMAP_THRESHOLD, 32 << 20)  # The largest that glibc takes.
+    _set(_M_MMAP_MAX, 0)  # No block has a mapping of its own, however large.
 
 
 def return_freed_memory() -> None:

@@ -15,7 +15,8 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-_BLOCK_ELEMENTS = 2**24
+# Logits that a softmax has in full precision at once; on CPUs so few that they stay in the cache from pass to pass.
+_BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**24}
 # Tokens whose logits are computed at once, fewer where the vocabulary is large: each block adds to the gradient of the
 # whole output layer, which on a GPU takes as long as many tokens.
 _HEAD_ROWS = {"cpu": 512, "cuda": 4096}
@@ -171,6 +172,6 @@ class _TokenScores(torch.autograd.Function):
 
 
 def _row_blocks(logits: torch.Tensor) -> Iterator[slice]:
-    height = max(1, _BLOCK_ELEMENTS // logits.shape[1])
+    height = max(1, _BLOCK_ELEMENTS[logits.device.type] // logits.shape[1])
     for start in range(0, len(logits), height):
         yield slice(start, start + height)

@@ -54,7 +54,8 @@ class Budget:
             "cpu_offload": config.model.cpu_offload,
             "devices": sorted(set(names)),
         }
-        self.reduce_each = False
+        # With one rank there is nothing to sum, and a second gradient of the whole model beside the first to save.
+        self.reduce_each = dist.get_world_size() == 1 and config.model.weights_dtype == "float32"
         stored = [storage.read_json(self._uri) if context.rank == 0 and storage.exists(self._uri) else None]
         dist.broadcast_object_list(stored)
         known = stored[0] if stored[0] is not None and stored[0]["valid_for"] == self._valid_for else None
@@ -84,7 +85,7 @@ class Budget:
             large = torch.tensor(gradient_bytes > GRADIENT_SHARE * _memory_bytes(self._context.device))
             large = large.to(self._context.device, torch.int32)
             dist.all_reduce(large, op=dist.ReduceOp.MAX)
-            self.reduce_each = bool(large)
+            self.reduce_each |= bool(large)
             if self.reduce_each and next(model.parameters()).dtype == torch.bfloat16 and self._context.rank == 0:
                 log.warning(
                     "gradients are summed over workers after each microbatch, to save memory, and added up in "

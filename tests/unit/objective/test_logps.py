@@ -21,9 +21,9 @@ def test_token_scores_of_two_tokens():
     assert token_scores(logits, torch.tensor([1])).logps.item() == pytest.approx(math.log(0.75), abs=1e-12)
 
 
-@pytest.mark.parametrize("block_elements", [1, 70, logps._BLOCK_ELEMENTS])
+@pytest.mark.parametrize("block_elements", [1, 70, logps._BLOCK_ELEMENTS["cpu"]])
 def test_token_scores_and_gradient_against_log_softmax(block_elements, monkeypatch):
-    monkeypatch.setattr(logps, "_BLOCK_ELEMENTS", block_elements)
+    monkeypatch.setitem(logps._BLOCK_ELEMENTS, "cpu", block_elements)
     logits, targets = random_logits(rows=11, vocabulary=23)
     weights = torch.linspace(-2, 3, 11, dtype=torch.float64)
     ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
@@ -35,10 +35,10 @@ def test_token_scores_and_gradient_against_log_softmax(block_elements, monkeypat
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("block_elements", [1, 70, logps._BLOCK_ELEMENTS])
+@pytest.mark.parametrize("block_elements", [1, 70, logps._BLOCK_ELEMENTS["cpu"]])
 def test_entropy_and_mean_logits(block_elements, monkeypatch):
     """- sum p log p, which is log V where all logits are equal."""
-    monkeypatch.setattr(logps, "_BLOCK_ELEMENTS", block_elements)
+    monkeypatch.setitem(logps._BLOCK_ELEMENTS, "cpu", block_elements)
     logits, targets = random_logits(rows=11, vocabulary=23)
     logits[4] = 7.0
     scores = token_scores(logits.requires_grad_(), targets)
