@@ -172,7 +172,7 @@ def _attend(
     softcap: float | None,
 ) -> torch.Tensor:
     """Attention with a mask, or causal without one."""
-    if query.dtype == torch.bfloat16 and key.shape[2] <= _SHORT:
+    if query.dtype == torch.bfloat16 and key.shape[2] <= _SHORT and torch.is_grad_enabled():
         wide = _attend(query.float(), key.float(), value.float(), mask, scaling, softcap)
         return wide.to(query.dtype)
     grouped = query.shape[1] != key.shape[1]
