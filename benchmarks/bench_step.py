@@ -158,7 +158,6 @@ def trl(arguments: argparse.Namespace, rows: list[dict[str, str]]) -> dict[str, 
             use_cpu=True,
             bf16=arguments.precision == "mixed",
             gradient_checkpointing=arguments.checkpointing,
-            torch_compile=arguments.compile,
             max_length=arguments.max_length,
             disable_tqdm=True,
             beta=BETA,
@@ -253,7 +252,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="pairs of an optimizer step")
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--tokens-per-microbatch", type=int, default=2048)
-    parser.add_argument("--compile", action="store_true", help="model.compile on our side, torch_compile on TRL's")
+    parser.add_argument("--compile", action="store_true", help="model.compile: true on our side")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--warmup", type=int, default=2, help="steps of a process that are not timed")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
