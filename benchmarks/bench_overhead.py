@@ -6,8 +6,9 @@ take turns.
 
 - overhead: seconds per step by both sides' own clocks, from the end of one step to the end of the next.
 - data wait: the share of those seconds in which the train loop waited for its next batch.
-- scoring beside: seconds per step while one replica of the reference scores what the next steps need on another core,
-  against the same steps with a full store.
+- scoring beside: seconds per step while one replica of the reference scores what the next steps need, against the same
+  steps with a full store. The replica takes a fixed time for a pair, half of what the trainer takes, and no core: two
+  cores of one chip slow each other down, which is not what is asked here.
 
     python benchmarks/bench_overhead.py
 """
@@ -30,6 +31,8 @@ from typing import Any
 
 # Both sides compute the same numbers in the same order.
 TOLERANCE = 1e-6
+# The replica's time for a pair, by the trainer's.
+LATENCY = 0.5
 TARGETS = {"overhead": "at most 3 %", "data_wait": "below 1 %", "beside": "at most 5 %"}
 
 
@@ -85,8 +88,27 @@ def through_ray(raw: dict[str, Any]) -> list[dict[str, float]]:
 
 
 def beside(raw: dict[str, Any]) -> list[dict[str, float]]:
-    """The whole run, from an empty reference store."""
-    shutil.rmtree(Path(raw["storage_path"], "store", "reference"))
+    """The whole run, from an empty reference store; what was there is what the replica gives after its time."""
+    from dpo_ray.orchestration import replicas
+    from dpo_ray.pairs.store import Chunk, read_chunk
+    from dpo_ray.reference.store import ReferenceStore
+
+    latency_s, full = raw.pop("latency_s"), Path(raw["storage_path"], "store", "reference")
+    shutil.copytree(full, full.with_name("kept"), dirs_exist_ok=True)
+    shutil.rmtree(full)
+
+    class FixedReferenceReplica(replicas.ReferenceReplica):
+        def load(self, rendezvous: str) -> None:
+            pass
+
+        def score(self, chunk: Chunk) -> int:
+            ids = [pair.pair_id for pair in read_chunk(self._pairs_uri, chunk)]
+            time.sleep(latency_s * len(ids))
+            kept = ReferenceStore(self._reference.uri.replace("/store/reference/", "/store/kept/"))
+            self._reference.put(chunk, ids, kept.get(chunk, ids))
+            return len(ids)
+
+    replicas.ReferenceReplica = FixedReferenceReplica
     return through_ray(raw)
 
 
@@ -174,10 +196,13 @@ def main() -> None:
     runs: dict[str, list[list[dict[str, float]]]] = {"ray": [], "plain": [], "beside": []}
     with tempfile.TemporaryDirectory() as folder:
         make_inputs(folder, arguments)
-        in_process("ray", config_of(folder, "first", arguments))  # Prepares and scores.
+        first = in_process("ray", config_of(folder, "first", arguments))  # Prepares and scores.
+        pair_s = statistics.median(line["perf/step_s"] for line in first) / arguments.batch
         for turn in range(arguments.repeats):
             for side, found in runs.items():
-                found.append(in_process(side, config_of(folder, f"{side}-{turn}", arguments)))
+                raw = config_of(folder, f"{side}-{turn}", arguments)
+                latency = {"latency_s": LATENCY * pair_s} if side == "beside" else {}
+                found.append(in_process(side, raw | latency))
     timed = {side: [lines[arguments.warmup :] for lines in found] for side, found in runs.items()}
     step_s = {
         side: [statistics.fmean(line["perf/step_s"] for line in lines) for lines in found]

@@ -116,7 +116,7 @@ def test_what_the_cluster_can_never_start(cluster: Cluster, on_s3: Config) -> No
     # Enough in all, but on no single node.
     with pytest.raises(ConfigError, match=r"1 x {CPU: 3}: the cluster has room for 0"):
         ensure_resources(config({"cpus_per_worker": 3.0}))
-    with pytest.raises(ConfigError, match="together they need 6.25 CPU, the cluster can have at most 5"):
+    with pytest.raises(ConfigError, match="together they need 6 CPU, the cluster can have at most 5"):
         ensure_resources(config({"workers": 4}, replicas=2))
     with pytest.raises(ConfigError, match=r"reference.replicas: 2 x {CPU: 1, reference: 1}: .* room for 1"):
         ensure_resources(config({}, replicas=2, resources_per_replica={"reference": 1.0}))
