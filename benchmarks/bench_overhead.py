@@ -7,7 +7,7 @@ take turns.
 - overhead: seconds per step by both sides' own clocks, from the end of one step to the end of the next.
 - data wait: the share of those seconds in which the train loop waited for its next batch.
 - scoring beside: seconds per step while one replica of the reference scores what the next steps need, against the same
-  steps with a full store. The replica takes a fixed time for a pair, half of what the trainer takes, and no core: two
+  steps with a full store. The replica takes a fixed time for a pair, a little less than the trainer, and no core: two
   cores of one chip slow each other down, which is not what is asked here.
 
     python benchmarks/bench_overhead.py
@@ -32,7 +32,7 @@ from typing import Any
 # Both sides compute the same numbers in the same order.
 TOLERANCE = 1e-6
 # The replica's time for a pair, by the trainer's.
-LATENCY = 0.5
+LATENCY = 0.9
 TARGETS = {"overhead": "at most 3 %", "data_wait": "below 1 %", "beside": "at most 5 %"}
 
 
