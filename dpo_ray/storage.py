@@ -315,7 +315,14 @@ def download(uri: str, local_path: str) -> None:
     os.makedirs(os.path.dirname(local_path), exist_ok=True)
     partial = f"{local_path}.{os.getpid()}-{threading.get_ident()}.partial"
     try:
-        call(fs, "get_file", path, partial, callback=_Parts(), within_s=time_limit_s(num_bytes or 0))
+        call(
+            fs,
+            "get_file",
+            path,
+            partial,
+            callback=Callback(hooks={"part": _part_came}),
+            within_s=time_limit_s(num_bytes or 0),
+        )
         if num_bytes is not None and os.path.getsize(partial) != num_bytes:
             raise ConnectionError(f"{os.path.getsize(partial)} bytes came of {num_bytes}")
         os.replace(partial, local_path)
@@ -324,12 +331,9 @@ def download(uri: str, local_path: str) -> None:
             os.unlink(partial)
 
 
-class _Parts(Callback):  # type: ignore[misc,unused-ignore]
-    """Is told of each part of a file that comes."""
-
-    def relative_update(self, inc: int = 1) -> None:
-        global _part_came_at
-        _part_came_at = time.monotonic()
+def _part_came(*_: Any, **__: Any) -> None:
+    global _part_came_at
+    _part_came_at = time.monotonic()
 
 
 def fetching() -> bool:

@@ -143,7 +143,7 @@ def survey(config: Config, watcher: Watcher | None = None) -> Survey:
     about["files"] = [[file.uri, file.identity, file.split, asdict(file.reading)] for file in files]
     if any(reading.format == "tokens" for reading in readings):
         about["vocab_size"] = vocab_size
-    score_columns = tuple(config.reference.columns or ()) if config.needs_reference else ()
+    score_columns = tuple(config.reference.columns or ())
     if score_columns:
         about["score_columns"] = list(score_columns)
         for source, sample in zip(sources, samples, strict=True):

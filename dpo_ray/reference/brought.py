@@ -42,7 +42,7 @@ def check_brought(
         return
     pair, answer = np.unravel_index(gaps.argmax(), gaps.shape)
     looks_like = ""
-    if (np.abs(own / lengths - theirs) / lengths).mean() <= TOLERANCE < np.abs(own / lengths).mean():
+    if np.abs(own / lengths - theirs).mean() <= TOLERANCE:
         looks_like = " (they look like means over an answer's tokens: multiply them by its number of tokens)"
     place = sources_of(pairs_uri, chunk)[sample[pair].pair_id]
     raise DataError(

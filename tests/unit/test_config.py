@@ -47,6 +47,8 @@ def with_values(**sections: dict[str, Any]) -> dict[str, Any]:
             "offload does nothing without .*use true",
         ),
         (with_values(model={"compile": True, "gradient_checkpointing": True}), "use one of them"),
+        (with_values(reference={"columns": ["good"]}), r"reference.columns is \['good'\]: name two columns"),
+        (with_values(reference={"columns": ["a", "b"]}, objective={"loss": "sft"}), "sft has no reference: leave it"),
         (with_values(model={"cpu_offload": True}), "does nothing without scaling.gpus_per_worker: 1.*use false"),
         (with_values(train={"eval_every_steps": 5}), "nothing is held out"),
         (with_values(data={"eval": ["x"], "eval_fraction": 0.1}), "keep one of them"),

@@ -37,6 +37,16 @@ def batch(*pairs: int) -> Any:
     return SimpleNamespace(step=7, microbatches=microbatches)
 
 
+def one_rank(rank: int, world: int, config: Config) -> None:
+    context: Any = SimpleNamespace(rank=rank, device=torch.device("cpu"), fence=lambda: None)
+    assert Budget(config, context).reduce_each == (world == 1)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_one_rank_holds_no_second_gradient(world: int, tmp_path: Path) -> None:
+    run_ranks(one_rank, world, tmp_path, tiny_config(str(tmp_path), "run", tmp_path, "pairs.jsonl"))
+
+
 def shrinking(rank: int, world: int, config: Config) -> None:
     """Every rank finds what one of them has written; another setting starts from itself."""
     context: Any = SimpleNamespace(rank=rank, device=torch.device("cpu"), fence=lambda: None)
