@@ -44,6 +44,8 @@ STREAM_BLOCK_BYTES = 8 << 20
 # A download whose last part came this long ago stands still.
 FETCH_PAUSE_S = 30.0
 _part_came_at = -math.inf
+# What a local file is called until it is whole; on an object store it is not there before.
+_UNFINISHED = ".writing-"
 
 
 def name_of(uri: str) -> str:
@@ -190,7 +192,7 @@ def sync_folder(path: str) -> None:
 def _written_beside(path: str, data: bytes) -> Iterator[str]:
     """A durable file with this content in the folder of `path`, which goes at the end where it was not renamed."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=os.path.dirname(path), prefix=".writing-", delete=False) as file:
+    with tempfile.NamedTemporaryFile(dir=os.path.dirname(path), prefix=_UNFINISHED, delete=False) as file:
         try:
             file.write(data)
             file.flush()
@@ -371,14 +373,15 @@ def remove_file(uri: str) -> None:
 
 @asked_again()
 def list_names(uri: str) -> list[str]:
-    """Names right below a prefix, sorted; empty when nothing is there."""
+    """Names right below a prefix, sorted; empty when nothing is there. What is still being written is not."""
     fs, path = filesystem(uri)
     try:
         entries = call(fs, "ls", path, detail=False, within_s=time_limit_s(base_s=MANY_REQUESTS_S))
     except FileNotFoundError as error:
         raise_without_bucket(error)
         return []
-    return sorted(os.path.basename(str(entry).rstrip("/")) for entry in entries)
+    names = sorted(os.path.basename(str(entry).rstrip("/")) for entry in entries)
+    return [name for name in names if not name.startswith(_UNFINISHED)]
 
 
 @dataclass(frozen=True, slots=True)

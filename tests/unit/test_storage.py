@@ -33,6 +33,19 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return server.uri(f"storage-{tmp_path.name}")
 
 
+def test_what_is_still_being_written_is_in_no_listing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace, found = os.replace, []
+
+    def replace_after_a_look(source: str, target: str) -> None:
+        found.append((len(os.listdir(tmp_path)), storage.list_names(str(tmp_path))))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_after_a_look)
+    storage.write_bytes(str(tmp_path / "a"), b"1")
+    storage.write_bytes(str(tmp_path / "a"), b"2")
+    assert found == [(1, []), (2, ["a"])]
+
+
 def test_objects(place: str, tmp_path: Path) -> None:
     uri = storage.join(place, "a", "b.json")
     assert not storage.exists(uri)

@@ -13,7 +13,7 @@ from dpo_ray.reference.claims import Claims, living_fillers
 @pytest.fixture(autouse=True)
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(claims, "BEAT_S", 0.02)
-    monkeypatch.setattr(claims, "LOOK_S", 0.05)
+    monkeypatch.setattr(claims, "LOOK_S", 0.2)
     monkeypatch.setattr(claims, "LOOKS", 6)
 
 
@@ -61,7 +61,7 @@ def test_the_living_keep_what_they_have(tmp_path: Path) -> None:
     assert owner.take("a")
     for _ in range(10):
         assert not other.take("a")
-        threading.Event().wait(0.06)
+        threading.Event().wait(0.22)
     assert set(living_fillers(str(tmp_path))) == {"owner.00000000", "other.00000000"}
     die(owner, other)
 
@@ -76,13 +76,13 @@ def test_one_takes_over_from_the_dead(tmp_path: Path) -> None:
     while not any(got):
         got = [heir.take("a") for heir in heirs]
         looks += 1
-        threading.Event().wait(0.06)
+        threading.Event().wait(0.22)
     assert looks > 6
     assert got.count(True) == 1
     die(*heirs)
     heir, third = heirs[got.index(True)], Claims(str(tmp_path), "third")
     while not third.take("a"):
-        threading.Event().wait(0.06)
+        threading.Event().wait(0.22)
     third.release("a")
     assert storage.list_names(str(tmp_path / "claims")) == []
     assert heir.filler != third.filler
