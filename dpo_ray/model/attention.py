@@ -7,6 +7,7 @@ Shapes: T tokens of the pack, H query heads, G key and value heads, D head dimen
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
@@ -129,10 +130,13 @@ def packed_attention(
         raise ValueError(f"packed attention of {type(module).__name__} wants one sequence, got {len(query)}")
     if pack is None:
         pack = Pack([[query.shape[2]]], query.device)
-    run, dtype = (_by_block if query.is_cuda else _by_pair), query.dtype
-    if widens(dtype, query.device):
-        query, key, value = query.float(), key.float(), value.float()
-    return run(query, key, value, pack, scaling, sliding_window, softcap).to(dtype).transpose(1, 2), None
+    if query.is_cuda:
+        return _by_block(query, key, value, pack, scaling, sliding_window, softcap).transpose(1, 2), None
+    longest_wide = 0
+    if query.dtype == torch.bfloat16:
+        longest_wide = sys.maxsize if widens(query.dtype, query.device) else _SHORT if torch.is_grad_enabled() else 0
+    found = _by_pair(query, key, value, pack, scaling, sliding_window, softcap, longest_wide)
+    return found.transpose(1, 2), None
 
 
 def _by_pair(
@@ -143,8 +147,22 @@ def _by_pair(
     scaling: float | None,
     window: int | None,
     softcap: float | None,
+    longest_wide: int = 0,
 ) -> torch.Tensor:
-    """For CPUs: each pair by itself, so that nothing of the size of the whole pack's mask is ever computed."""
+    """For CPUs: each pair by itself, so that nothing of the size of the whole pack's mask is ever computed.
+
+    Over up to `longest_wide` tokens in float32, over more in the dtype that is given.
+    """
+    given = query.dtype
+    wide = any(prompt + length <= longest_wide for prompt, *answers in pack.lengths for length in answers)
+    if wide:  # All at once: to cast many small parts takes far longer.
+        query, key, value = query.float(), key.float(), value.float()
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        if wide and key.shape[2] > longest_wide:
+            return _attend(query.to(given), key.to(given), value.to(given), mask, scaling, softcap).float()
+        return _attend(query, key, value, mask, scaling, softcap)
+
     sizes = [size for prompt, *answers in pack.lengths for size in (prompt + sum(answers[:1]), *answers[1:])]
     # Split and not slices: the gradient of a slice is as large as the whole.
     parts = zip(*(states.split(sizes, dim=2) for states in (query, key, value)), strict=True)
@@ -153,14 +171,13 @@ def _by_pair(
         queries, keys, values = next(parts)
         first = queries.shape[2]
         mask = None if window is None or first <= window else pack.answer_mask(0, first, window)
-        found.append(_attend(queries, keys, values, mask, scaling, softcap))
+        found.append(attend(queries, keys, values, mask))
         for length in answers[1:]:
             queries, own_keys, own_values = next(parts)
             own_keys = torch.cat([keys[:, :, :prompt], own_keys], dim=2)
             own_values = torch.cat([values[:, :, :prompt], own_values], dim=2)
-            mask = pack.answer_mask(prompt, length, window)
-            found.append(_attend(queries, own_keys, own_values, mask, scaling, softcap))
-    return torch.cat(found, dim=2)
+            found.append(attend(queries, own_keys, own_values, pack.answer_mask(prompt, length, window)))
+    return torch.cat(found, dim=2).to(given)
 
 
 def _attend(
@@ -172,9 +189,6 @@ def _attend(
     softcap: float | None,
 ) -> torch.Tensor:
     """Attention with a mask, or causal without one."""
-    if query.dtype == torch.bfloat16 and key.shape[2] <= _SHORT and torch.is_grad_enabled():
-        wide = _attend(query.float(), key.float(), value.float(), mask, scaling, softcap)
-        return wide.to(query.dtype)
     grouped = query.shape[1] != key.shape[1]
     if softcap is None:
         return F.scaled_dot_product_attention(

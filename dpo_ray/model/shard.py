@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from typing import cast
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface, PreTrainedModel
 
@@ -83,6 +85,15 @@ def sharded_reference(uri: str, dtype: str, attention: str, device: torch.device
     return model.eval().requires_grad_(False)
 
 
+def alone() -> bool:
+    """Whether there is no other rank, to whom DCP would send its plan.
+
+    gloo's threads would copy it with OpenMP, which then has more threads than cores, and from then on lets them sleep
+    between operations: on two cores a step took a third longer.
+    """
+    return dist.get_world_size() == 1
+
+
 def release_gathered(model: nn.Module) -> None:
     """Frees the weights that the root keeps gathered after a forward pass, for a backward pass that does not come."""
     for module in model.modules():
@@ -125,7 +136,7 @@ def _read_weights(model: PreTrainedModel, uri: str, device: torch.device, kept_o
     if agreed:
         try:
             with torch.no_grad():
-                dcp.load(tensors, storage_reader=HuggingFaceStorageReader(localize(uri)))
+                dcp.load(tensors, storage_reader=HuggingFaceStorageReader(localize(uri)), no_dist=alone())
         except CheckpointException as error:
             for cause, _ in error.failures.values():
                 if isinstance(cause, SafetensorError):
@@ -168,11 +179,36 @@ def shard(model: PreTrainedModel, compute_dtype: str, device: torch.device, cpu_
             # A plain sum on every backend; gloo has no scaled reduction. One rank would divide by 1, at a cost.
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
+        else:
+            module.set_custom_reduce_scatter(_InPlace())
     for block, following in itertools.pairwise(sharded[:-1]):
         # The next weights are on their way while this block computes; in backward FSDP does so by itself.
         block.set_modules_to_forward_prefetch([following])
     register_fsdp_forward_method(with_token_scores(model, device), "token_scores")
     _assert_sharded(model)
+
+
+class _InPlace(ReduceScatter):
+    """The reduction of a gradient over one rank: what comes in is what goes out.
+
+    FSDP asks for a buffer for what comes in, then for one for what goes out, and copies between them; a copy of a
+    tensor to itself is none.
+    """
+
+    def __init__(self) -> None:
+        self._given: torch.Tensor | None = None
+
+    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """The same tensor twice."""
+        if self._given is None:
+            self._given = torch.empty(*size, dtype=dtype, device=device)
+            return self._given
+        given, self._given = self._given, None
+        return given
+
+    def __call__(self, *_: Any, **__: Any) -> None:
+        """Never called for one rank."""
+        raise AssertionError("one rank has nobody to reduce with")
 
 
 def compile_blocks(model: PreTrainedModel) -> None:
@@ -182,7 +218,7 @@ def compile_blocks(model: PreTrainedModel) -> None:
         if isinstance(module, FSDPModule) and module is not model:
             # Its forward and not its call: FSDP's hooks stay outside.
             block = cast(nn.Module, module)
-            block.forward = torch.compile(block.forward, dynamic=True)
+            block.forward = torch.compile(block.forward)
 
 
 def _assert_sharded(model: nn.Module) -> None:

@@ -44,6 +44,7 @@ from torch.optim import Optimizer
 
 from dpo_ray import storage
 from dpo_ray.errors import CheckpointError, DpoRayError, StorageError
+from dpo_ray.model.shard import alone
 from dpo_ray.storage_requests import full_patience_s
 from dpo_ray.training.attempts import read_attempts
 from dpo_ray.training.manifest import (
@@ -218,7 +219,7 @@ class Checkpointer:
             planner = DefaultSavePlanner(
                 flatten_state_dict=False, flatten_sharded_tensors=False, dedup_save_to_lowest_rank=True
             )
-            dcp.save(dict(staged), storage_writer=writer, planner=planner, process_group=self._group)
+            dcp.save(dict(staged), storage_writer=writer, planner=planner, process_group=self._group, no_dist=alone())
         except BaseException as error:  # DCP's CheckpointException is no Exception.
             # A manifest whose writing failed may still have come to be. And storage that fails is not asked again.
             if self._rank == 0 and not writer.committing and not isinstance(_cause(error), StorageError):
@@ -243,7 +244,8 @@ class Checkpointer:
         tensors = {key: tensor.detach() for key, tensor in tensors_of(self._model, self._optimizer).items()}
         _check_fit(place, layout, tensors)
         planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        dcp.load(tensors, storage_reader=_Reader(place, manifest, layout), planner=planner, process_group=self._group)
+        reader = _Reader(place, manifest, layout)
+        dcp.load(tensors, storage_reader=reader, planner=planner, process_group=self._group, no_dist=alone())
         return manifest
 
     def _from_rank_0(self, work: Callable[[], T]) -> T:
