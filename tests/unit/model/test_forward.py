@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from tiny_models import FAMILIES, make_pairs, tiny
 from transformers import PreTrainedModel
 
@@ -45,6 +46,23 @@ def test_packed_equals_one_answer_at_a_time(kind: str) -> None:
         torch.testing.assert_close(parameter.grad, wanted[name], rtol=1e-4, atol=1e-5 * scale, msg=name)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_adapters_on_the_output_layer(kind: str) -> None:
+    """peft's LoRA, beside embeddings that are tied (llama) and under a soft cap (gemma2)."""
+    adapter = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    model, pairs = inject_adapter_in_model(adapter, tiny(kind)), make_pairs(4)
+    expected = expected_logps(model, pairs)
+    expected.sum().backward()
+    wanted = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+    model.zero_grad()
+    found = answer_scores(model, microbatch(pairs)).logps
+    found.sum().backward()
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    assert any("lm_head" in name for name in wanted)
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=1e-4, atol=1e-4, msg=name)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_plain_equals_packed(kind: str) -> None:
@@ -85,6 +103,27 @@ def test_block_mask_lets_see_what_pair_by_pair_attention_sees(window: int | None
     for softcap in (None, 0.5):
         by_pair = _by_pair(query, key, value, pack, 0.4, window, softcap)
         torch.testing.assert_close(_by_block(query, key, value, pack, 0.4, window, softcap), by_pair)
+
+
+def test_short_attention_in_float32_long_in_bfloat16() -> None:
+    """In a pack that has both; what bfloat16 rounds is 2^-9 of values of about 1."""
+    generator = torch.Generator().manual_seed(0)
+    pack = Pack([[5, 7, 3], [200, 12, 90], [1, 270, 6]], torch.device("cpu"))
+    num_tokens = pack.position_ids.shape[1]
+    states = [torch.randn(1, heads, num_tokens, 8, generator=generator).bfloat16() for heads in (4, 2, 2)]
+    weights = torch.randn(1, 4, num_tokens, 8, generator=generator)
+    narrow, exact = (
+        [each.detach().to(dtype, copy=True).requires_grad_() for each in states]
+        for dtype in (torch.bfloat16, torch.float64)
+    )
+    found = _by_pair(*narrow, pack, None, None, None, longest_wide=256)
+    expected = _by_pair(*exact, pack, None, None, None)
+    assert found.dtype == torch.bfloat16
+    (found * weights).sum().backward()
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=0.02)
+    for mine, other in zip(narrow, exact, strict=True):
+        torch.testing.assert_close(mine.grad.double(), other.grad, rtol=0.02, atol=0.03)
 
 
 @torch.no_grad()
