@@ -1,13 +1,18 @@
 """Memory and speed of the pipeline on short pairs: does its peak memory depend on the size of the data?
 
-Each size runs `dpo-ray prepare`, and then the stream of one epoch to two ranks that do nothing with it, each in a
-process of its own, on local Ray with the demo's byte-level tokenizer. Peak memory is the proportional set size (PSS) of
-the whole process tree, Ray's processes and its object store included, sampled twice a second.
+Each size runs `dpo-ray prepare`, and then the stream of one epoch, in batches of 256 pairs, to two ranks that do nothing
+with it, each in a process of its own, on local Ray with the demo's byte-level tokenizer. Memory is sampled twice a
+second, and the peak is kept by role:
+
+- driver, tasks (the largest one, and all of Ray's workers together), the stream's coordinator, its consumers, and Ray's
+  services (raylet, GCS, agents): what the processes have allocated themselves, that is anonymous memory;
+- object store: shared memory, a cache that Ray bounds;
+- everything: the proportional set size (PSS) of the whole process tree, with the libraries that it has mapped.
 
 With `--real`, the rate of tokenizing real pairs in one process is held against the bare `tokenizers` library, which
 encodes the same two texts per pair, on one core.
 
-    python benchmarks/bench_pipeline.py --pairs 100000 1000000 10000000
+    python benchmarks/bench_pipeline.py --pairs 10000 100000 1000000 10000000
     python benchmarks/bench_pipeline.py --pairs --real MODEL PAIRS.jsonl.gz
 """
 
@@ -24,7 +29,9 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import psutil
 from rich.console import Console
@@ -34,6 +41,8 @@ from dpo_ray.config import parse_config, to_yaml
 from dpo_ray.demo_data import byte_tokenizer, tiny_llama_config
 
 FILES = 10
+BATCH_PAIRS = 256
+ROLES = ("driver", "largest task", "tasks", "coordinator", "consumers", "object store", "services", "everything")
 
 
 def write_model(folder: Path) -> None:
@@ -59,31 +68,48 @@ def write_pairs(folder: Path, num_pairs: int) -> int:
     return sum(path.stat().st_size for path in folder.iterdir())
 
 
-def pss_bytes(process: psutil.Process) -> int:
-    """Proportional set size of a process and all below it."""
-    total = 0
-    for member in [process, *process.children(recursive=True)]:
+def role_of(command: str) -> str:
+    """What a process below the driver is, by its command line, which Ray makes the name of what it runs."""
+    if not command.startswith("ray::") and "default_worker.py" not in command:
+        return "services"
+    if "SplitCoordinator" in command:
+        return "coordinator"
+    return "consumers" if command.startswith("ray::count") else "tasks"
+
+
+def memory(driver: psutil.Process) -> dict[str, int]:
+    """Bytes in use by role, now: see the top of this file."""
+    found = dict.fromkeys(ROLES, 0)
+    for member in [driver, *driver.children(recursive=True)]:
         try:
-            rollup = Path(f"/proc/{member.pid}/smaps_rollup").read_text()
-        except OSError:
+            command = "driver" if member == driver else " ".join(member.cmdline())
+            lines = Path(f"/proc/{member.pid}/smaps_rollup").read_text().splitlines()
+        except (OSError, psutil.Error):
             continue
-        total += sum(int(line.split()[1]) * 1024 for line in rollup.splitlines() if line.startswith("Pss:"))
-    return total
+        sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines[1:]}
+        role = "driver" if member == driver else role_of(command)
+        found[role] += sizes["Pss_Anon"]
+        if role == "tasks":
+            found["largest task"] = max(found["largest task"], sizes["Pss_Anon"])
+        found["object store"] += sizes["Pss_Shmem"]
+        found["everything"] += sizes["Pss"]
+    return found
 
 
-def watched(command: list[str]) -> tuple[float, int]:
-    """Seconds and peak memory of a command."""
-    started, peak = time.perf_counter(), 0
+def watched(command: list[str]) -> tuple[float, dict[str, int]]:
+    """Seconds of a command, and the peak of each role's memory."""
+    started, peak = time.perf_counter(), dict.fromkeys(ROLES, 0)
     process = psutil.Popen(command, stdout=subprocess.DEVNULL)
     while process.poll() is None:
-        peak = max(peak, pss_bytes(process))
+        now = memory(process)
+        peak = {role: max(peak[role], now[role]) for role in ROLES}
         time.sleep(0.5)
     if process.returncode:
         raise SystemExit(f"{command} ended with {process.returncode}")
     return time.perf_counter() - started, peak
 
 
-def run(folder: Path, num_pairs: int, chat_template: str) -> dict[str, float]:
+def run(folder: Path, num_pairs: int, chat_template: str) -> dict[str, Any]:
     """One size."""
     num_bytes = write_pairs(folder / "pairs", num_pairs)
     config = parse_config(
@@ -109,18 +135,35 @@ def run(folder: Path, num_pairs: int, chat_template: str) -> dict[str, float]:
     stream_s, stream_peak = watched([sys.executable, __file__, "--stream", str(manifest.parent), str(counts["pairs"])])
     return {
         "pairs": num_pairs,
-        "input_mib": num_bytes / 2**20,
+        "input_bytes": num_bytes,
         "stored_bytes_per_pair": stored / num_pairs,
-        "prepare_s": prepare_s,
-        "prepare_pairs_per_s": num_pairs / prepare_s,
-        "prepare_peak_mib": prepare_peak / 2**20,
-        "stream_s": stream_s,
-        "stream_pairs_per_s": counts["pairs"] / stream_s,
-        "stream_peak_mib": stream_peak / 2**20,
+        "prepare": {"seconds": prepare_s, "pairs_per_s": num_pairs / prepare_s, "peak_bytes": prepare_peak},
+        "stream": {"seconds": stream_s, "pairs_per_s": counts["pairs"] / stream_s, "peak_bytes": stream_peak},
     }
 
 
-def stream_all(store_uri: str, num_pairs: int, ranks: int = 2, batch: int = 64) -> None:
+def show(results: list[dict[str, Any]]) -> None:
+    """A table per command: peak MiB of each role, and what it has grown by since the smallest size."""
+    console = Console(width=160)
+    for name in ("prepare", "stream"):
+        table = Table(title=f"{name}: peak MiB (growth since {results[0]['pairs']:,} pairs)")
+        for column in ("pairs", "seconds", "pairs/s", *ROLES):
+            table.add_column(column, justify="right")
+        first = results[0][name]["peak_bytes"]
+        for result in results:
+            found = result[name]
+            sizes = [
+                f"{size / 2**20:,.0f} ({100 * (size / first[role] - 1):+.0f} %)" if first[role] else "-"
+                for role, size in found["peak_bytes"].items()
+            ]
+            table.add_row(f"{result['pairs']:,}", f"{found['seconds']:,.0f}", f"{found['pairs_per_s']:,.0f}", *sizes)
+        console.print(table)
+    for result in results:
+        stored, given = result["stored_bytes_per_pair"], result["input_bytes"] / result["pairs"]
+        console.print(f"{result['pairs']:,} pairs: {stored:.0f} bytes a pair on storage, {given:.0f} in the input")
+
+
+def stream_all(store_uri: str, num_pairs: int, ranks: int = 2, batch: int = BATCH_PAIRS) -> None:
     """Streams one epoch to ranks that only count."""
     import ray
 
@@ -136,7 +179,7 @@ def stream_all(store_uri: str, num_pairs: int, ranks: int = 2, batch: int = 64) 
     assert store is not None
     plan = plan_of(store.train, 0, batch, 1, None)
     feed = Feed(plan, store_uri, None, lambda: None, Costs())
-    streams = stream(feed, list(plan.windows(0)), ranks).streaming_split(ranks, equal=True)
+    streams = stream(feed, 0, ranks).streaming_split(ranks, equal=True)
 
     @ray.remote(num_cpus=0)
     def count(part: ray.data.DataIterator) -> int:
@@ -176,10 +219,16 @@ def real_rates(model: str, file: str) -> dict[str, float]:
     return {name: max(found) for name, found in rates.items()}
 
 
+def cpu_name() -> str:
+    """The processor, as Linux names it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
 def main() -> None:
     """Runs all sizes, prints a table, writes JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, nargs="*", default=[100_000, 1_000_000, 10_000_000])
+    parser.add_argument("--pairs", type=int, nargs="*", default=[10_000, 100_000, 1_000_000, 10_000_000])
     parser.add_argument("--chat-template", choices=["tokenizer", "none"], default="tokenizer")
     parser.add_argument("--real", nargs=2, metavar=("MODEL", "PAIRS"), help="transformers directory, .jsonl.gz")
     parser.add_argument("--output", default="bench_pipeline.json")
@@ -196,18 +245,16 @@ def main() -> None:
                 results.append(run(Path(folder), num_pairs, arguments.chat_template))
             print(json.dumps(results[-1]), flush=True)
     if results:
-        table = Table(title="prepare and stream")
-        for name in results[0]:
-            table.add_column(name, justify="right")
-        for result in results:
-            table.add_row(*(f"{value:,.0f}" for value in result.values()))
-        Console().print(table)
+        show(results)
     rates = real_rates(*arguments.real) if arguments.real else {}
     for name, rate in rates.items():
         print(f"{name}: {rate:,.0f} pairs/s on one core")
     about = {
-        "machine": platform.processor() or platform.machine(),
+        "cpu": cpu_name(),
         "cpus": os.cpu_count(),
+        "memory_gib": psutil.virtual_memory().total / 2**30,
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("ray", "torch", "pyarrow", "tokenizers", "transformers")},
         "chat_template": arguments.chat_template,
         "results": results,
         "real_pairs_per_s": rates,

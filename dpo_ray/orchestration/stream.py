@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import pickle
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -17,14 +17,20 @@ from ray.exceptions import RayError
 
 from dpo_ray.config import Config
 from dpo_ray.errors import DataError
+from dpo_ray.orchestration.forget import ForgetBlocks
 from dpo_ray.pairs import pack
-from dpo_ray.pairs.plan import Plan, Window, plan_of
+from dpo_ray.pairs.plan import Plan, plan_of
 from dpo_ray.pairs.store import Chunk, PairStore, open_store
 from dpo_ray.reference.store import ReferenceStore, fill_check
 from dpo_ray.training.feed import Feed
 from dpo_ray.types import Attempt
 
 LOADS_IN_FLIGHT = 4
+# Each input costs the driver and the stream's coordinator some 10 KiB: with many windows a task loads several.
+MOST_LOADS = 256
+# Ray hands smaller results over within its messages, and those that a rank was given stay in the memory of the stream's
+# coordinator for good. So rows go through the object store, and only what Ray itself says about them, 2 KiB, does not.
+INLINE_BYTES = 4096
 
 
 def make_plan(config: Config, pairs: PairStore) -> Plan:
@@ -77,8 +83,7 @@ def open_streams(config: Config, places: Places, attempt: Attempt) -> list[ray.d
     feed, _ = make_feed(config, places)
     if attempt.position >= feed.plan.total_steps:
         return []
-    windows = list(feed.plan.windows(attempt.position))
-    return stream(feed, windows, attempt.world_size).streaming_split(attempt.world_size, equal=True)
+    return stream(feed, attempt.position, attempt.world_size).streaming_split(attempt.world_size, equal=True)
 
 
 def close_streams(streams: Sequence[ray.data.DataIterator]) -> None:
@@ -88,21 +93,33 @@ def close_streams(streams: Sequence[ray.data.DataIterator]) -> None:
             ray.kill(actor)
 
 
-def stream(feed: Feed, windows: list[Window], world_size: int) -> ray.data.Dataset:
-    """A dataset with one row per rank and step, in order.
+def stream(feed: Feed, position: int, world_size: int) -> ray.data.Dataset:
+    """A dataset with one row per rank and step, in order, of all steps after the first `position` ones.
 
     `streaming_split(equal=True)` drops rows that do not divide; the rows here are whole multiples of the world size.
     """
+    windows = list(feed.plan.windows(position))
+    at_once = -(-len(windows) // MOST_LOADS)
+    loads = [pickle.dumps(windows[start : start + at_once]) for start in range(0, len(windows), at_once)]
+    # What a window needs is in it; the whole plan would travel to every task.
+    feed = replace(feed, plan=replace(feed.plan, chunks=()))
 
     def load(batch: dict[str, Any]) -> Iterator[pa.Table]:
-        for window in batch["item"]:
-            for rows in feed.rows(pickle.loads(window), world_size):
+        for window in pickle.loads(batch["item"][0]):
+            for rows in feed.rows(window, world_size):
                 yield pack.table_of(rows)
 
-    rows = ray.data.from_items([pickle.dumps(window) for window in windows], override_num_blocks=max(1, len(windows)))
+    rows = ray.data.from_items(loads, override_num_blocks=len(loads))
     # One row a block: a step is handed on when it is packed, and consecutive rows go to consecutive ranks.
     rows.context.target_max_block_size = 1
-    # A load that waits for scores must not hold the CPU that the reference needs to make them.
-    rows = rows.map_batches(load, batch_size=1, num_cpus=0, compute=ray.data.TaskPoolStrategy(LOADS_IN_FLIGHT))
+    rows = rows.map_batches(
+        load,
+        batch_size=1,
+        # A load that waits for scores must not hold the CPU that the reference needs to make them.
+        num_cpus=0,
+        compute=ray.data.TaskPoolStrategy(LOADS_IN_FLIGHT),
+        runtime_env={"env_vars": {"RAY_max_direct_call_object_size": str(INLINE_BYTES)}},
+    )
     rows.context.execution_options.preserve_order = True
+    rows.context.custom_execution_callback_classes.append(ForgetBlocks)
     return rows

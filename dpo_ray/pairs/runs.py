@@ -87,7 +87,8 @@ def read_range(parts: Sequence[Extent], low: int, high: int) -> pa.Table:
     ids = _id_bytes(table)
     different = np.ones(len(ids), dtype=bool)
     different[1:] = (ids[1:] != ids[:-1]).any(axis=1)
-    return table.filter(pa.array(different))
+    # Filtering copies.
+    return table if different.all() else table.filter(pa.array(different))
 
 
 def id_heads(table: pa.Table) -> np.ndarray:

@@ -57,6 +57,7 @@ ORDER = [
     "orchestration.watch",
     "orchestration.rows",
     "orchestration.prepare",
+    "orchestration.forget",
     "orchestration.stream",
     "orchestration.monitor",
     "orchestration.nodes",
