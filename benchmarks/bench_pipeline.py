@@ -1,8 +1,8 @@
 """Memory and speed of the pipeline on short pairs: does its peak memory depend on the size of the data?
 
-Each size runs `dpo-ray prepare`, and then the stream of one epoch, in batches of 256 pairs, to two ranks that do nothing
-with it, each in a process of its own, on local Ray with the demo's byte-level tokenizer. Memory is sampled twice a
-second, and the peak is kept by role:
+Each size runs `dpo-ray prepare`, and then the stream of one epoch, in batches of 256 pairs, to two ranks that do
+nothing with it, each in a process of its own, on local Ray with the demo's byte-level tokenizer. Memory is sampled
+twice a second, and the peak is kept by role:
 
 - driver, tasks (the largest one, and all of Ray's workers together), the stream's coordinator, its consumers, and Ray's
   services (raylet, GCS, agents): what the processes have allocated themselves, that is anonymous memory;
