@@ -14,7 +14,7 @@ def keep_freed_memory() -> None:
     Every step asks for what the one before has given back; by itself glibc hands much of it to the system each time,
     and getting a page anew takes far longer than writing to it.
     """
-    _set(_M_TRIM_THRESHOLD, -1)
+    _set(_M_TRIM_THRESHOLD, -1)  # Never: of the largest threshold, 2 GiB, a step frees more.
     _set(_M_MMAP_MAX, 0)  # No block has a mapping of its own, however large.
 
 

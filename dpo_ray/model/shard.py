@@ -48,6 +48,7 @@ def sharded_policy(config: ModelConfig, device: torch.device) -> PreTrainedModel
 
     Collective: all ranks.
     """
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # DCP, where one rank is alone.
     model = empty_model(config.path, config.weights_dtype, config.attention)
     if config.gradient_checkpointing:
         # Only reentrant checkpoints keep a block's input as a saved tensor, which can be kept elsewhere.
@@ -218,6 +219,7 @@ def compile_blocks(model: PreTrainedModel) -> None:
         if isinstance(module, FSDPModule) and module is not model:
             # Its forward and not its call: FSDP's hooks stay outside.
             block = cast(nn.Module, module)
+            # Not dynamic=True: with the size of a head as a variable, the gradient of rotary positions is slow.
             block.forward = torch.compile(block.forward)
 
 
