@@ -146,6 +146,7 @@ def plainly(raw: dict[str, Any]) -> list[dict[str, float]]:
     from dpo_ray.pairs.pack import Costs
     from dpo_ray.training.optimizer import build_optimizer
     from dpo_ray.training.step import objective_of, train_step
+    from dpo_ray.types import Attempt
 
     config = Config.model_validate(raw)
     with tempfile.TemporaryDirectory() as folder:
@@ -153,7 +154,7 @@ def plainly(raw: dict[str, Any]) -> list[dict[str, float]]:
         (pairs_uri,) = map(str, Path(config.store_uri, "pairs").iterdir())
         costs = Costs(*relative_costs(config.model.path))
         places = Places(pairs_uri, open_reference_store(config, pairs_uri).uri, costs, f"{folder}/none")
-        feed, _ = make_feed(config, places)
+        feed, _ = make_feed(config, places, Attempt(0, 1, 0, None, 1, "plainly", ""))
         batches = list(feed.rank_batches(0, 0, 1, 4096))
         model = sharded_policy(config.model, torch.device("cpu"))
         optimizer, objective = build_optimizer(model, config.optimizer), objective_of(config.objective)

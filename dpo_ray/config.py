@@ -154,6 +154,14 @@ class ReferenceConfig(Section):
         description="columns of the data that bring the reference's scores, the sum over an answer's tokens, best "
         "answer first, e.g. [ref_chosen_logps, ref_rejected_logps]: only a sample is scored, to check them",
     )
+    sync_steps: PositiveInt | None = Field(
+        None,
+        description="TR-DPO: after every so many steps the reference becomes a mixture of itself and the policy, and "
+        "what the next steps need is scored anew; null: it stays as it is",
+    )
+    mixup_alpha: float = Field(
+        1.0, gt=0.0, le=1.0, description="share of the policy in that mixture; 1: a copy of the policy"
+    )
     replicas: PositiveInt | ReplicaRange = Field(
         1,
         description="copies of the reference while chunks remain to be scored; {min: 1, max: 8} follows the trainer's "
@@ -181,6 +189,24 @@ class ReferenceConfig(Section):
                 "score, e.g. [ref_chosen_logps, ref_rejected_logps]"
             )
         return columns
+
+    @model_validator(mode="after")
+    def _moves_or_not(self) -> ReferenceConfig:
+        if self.sync_steps is None:
+            if self.mixup_alpha != 1.0:
+                raise ValueError(
+                    f"reference.mixup_alpha is {self.mixup_alpha:g}, which does nothing without reference.sync_steps: "
+                    "set it too, e.g. to 512, or leave reference.mixup_alpha out"
+                )
+            return self
+        standing = {"place": self.place != "actors", "columns": bool(self.columns), "path": self.path is not None}
+        for key in (key for key, is_set in standing.items() if is_set):
+            raise ValueError(
+                f"reference.sync_steps is {self.sync_steps}, but reference.{key} {getattr(self, key)}: a reference "
+                f"that follows the policy begins as it, and is scored as it moves; leave reference.{key} out, or "
+                "reference.sync_steps"
+            )
+        return self
 
     @model_validator(mode="after")
     def _devices_agree(self) -> ReferenceConfig:
@@ -409,10 +435,11 @@ class Config(Section):
             raise ValueError(
                 "train.eval_every_steps is set, but nothing is held out: set data.eval or data.eval_fraction"
             )
-        if self.reference.columns and not self.needs_reference:
-            raise ValueError(
-                f"reference.columns is set, but objective.loss: {self.objective.loss} has no reference: leave it out"
-            )
+        for key in ("columns", "sync_steps"):
+            if getattr(self.reference, key) and not self.needs_reference:
+                raise ValueError(
+                    f"reference.{key} is set, but objective.loss: {self.objective.loss} has no reference: leave it out"
+                )
         if self.train.keep_best and self.train.keep_best != "eval_loss" and not self.needs_reference:
             raise ValueError(
                 f"train.keep_best is {self.train.keep_best}, but objective.loss: {self.objective.loss} has no "

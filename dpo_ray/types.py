@@ -134,6 +134,7 @@ class TrainState:
     Attributes:
         step: Global batches done: the one integer that says where training stands.
         num_tokens: Unique tokens trained on so far.
+        reference_attempt: The attempt that made the reference as it is, where it follows the policy.
         best_metric: The metric that the next two are about; None before the first evaluation that counts.
         best_step: The step whose evaluation was the best so far.
         best_value: Its value.
@@ -141,6 +142,7 @@ class TrainState:
 
     step: int = 0
     num_tokens: int = 0
+    reference_attempt: int = 0
     best_metric: str | None = None
     best_step: int | None = None
     best_value: float | None = None
@@ -158,6 +160,7 @@ class Attempt:
         world_size: Policy workers.
         reason: Why the group was started.
         time: When, in ISO 8601.
+        reference_attempt: The checkpoint's (see `TrainState`).
     """
 
     attempt: int
@@ -167,6 +170,7 @@ class Attempt:
     world_size: int
     reason: str
     time: str
+    reference_attempt: int = 0
 
 
 # What a rank does that asks for its next batch: however long it takes, it is not hung.
@@ -193,7 +197,7 @@ class WorkerContext:
         device: Where this rank computes.
         attempt: The checkpoint and position to start from.
         batches: From the tokens of a microbatch, this rank's part of each global batch from the attempt's position on.
-        eval_batches: Likewise of the held-out split.
+        eval_batches: Likewise of the held-out split, after a step.
         publish: Called on rank 0 with each line of metrics.
         control: What the loop says of its progress, and hears.
         fence: Raises when another attempt has begun: called before anything durable is written.
@@ -207,7 +211,7 @@ class WorkerContext:
     device: torch.device
     attempt: Attempt
     batches: Callable[[int], Iterator[GlobalBatch]]
-    eval_batches: Callable[[int], Iterator[GlobalBatch]]
+    eval_batches: Callable[[int, int], Iterator[GlobalBatch]]
     publish: Callable[[dict[str, Any]], None]
     control: Control
     fence: Callable[[], None]

@@ -12,20 +12,21 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from dpo_ray import storage
 from dpo_ray.config import Config
 from dpo_ray.errors import ReferenceFillError, StorageError
 from dpo_ray.model.files import weights_digest
-from dpo_ray.orchestration.replicas import Lost, Replicas, Scored
+from dpo_ray.orchestration.replicas import Lost, Replicas, Scored, Version
 from dpo_ray.orchestration.resources import as_text, ensure_resources, resources_per_device
 from dpo_ray.pairs.plan import Plan
 from dpo_ray.pairs.store import Chunk, PairStore
 from dpo_ray.reference.claims import Claims
 from dpo_ray.reference.demand import Demand
 from dpo_ray.reference.store import ReferenceStore, brought_fingerprint, error_place, store_fingerprint
+from dpo_ray.types import Attempt
 
 log = logging.getLogger(__name__)
 
@@ -49,11 +50,22 @@ def open_reference_store(config: Config, pairs_uri: str) -> ReferenceStore:
     return ReferenceStore(storage.join(config.store_uri, "reference", name))
 
 
-def chunks_in_order_of_need(config: Config, plan: Plan, pairs: PairStore, position: int) -> list[Chunk]:
-    """All chunks that training from `position` reads, those of the held-out pairs where they are first needed."""
-    order = plan.chunks_in_order_of_need(position)
+def chunks_in_order_of_need(
+    config: Config, plan: Plan, pairs: PairStore, position: int, stop: int | None = None
+) -> list[Chunk]:
+    """All chunks that training from `position` reads, those of the held-out pairs where they are first needed.
+
+    Args:
+        config: The run.
+        plan: The order of training.
+        pairs: The pair store.
+        position: Global batches done.
+        stop: Only up to this step, where it is before the end.
+    """
+    last = min(stop or plan.total_steps, plan.total_steps)
+    order = replace(plan, total_steps=last).chunks_in_order_of_need(position)
     every = config.train.eval_every_steps
-    if every is None:
+    if every is None or last // every == position // every and last < plan.total_steps:
         return order
     before = sum(1 for _ in _until(order, every * plan.global_batch_pairs))
     return [*order[:before], *pairs.eval, *order[before:]]
@@ -110,6 +122,8 @@ class ReferenceFiller:
         family: str,
         generation: int = 0,
         position: int = 0,
+        version: Version | None = None,
+        done: Filled | None = None,
     ) -> None:
         """Looks what is missing.
 
@@ -121,6 +135,8 @@ class ReferenceFiller:
             family: See `Claims`.
             generation: Of the run's lease, and see `Claims`; 0 where nobody trains.
             position: Global batches trained on so far.
+            version: Of a reference that has moved.
+            done: What the fillers of earlier versions have done, to be added to.
         """
         self._position, self._generation = position, generation
         name = "reference.json" if generation else "reference_ahead.json"
@@ -132,11 +148,13 @@ class ReferenceFiller:
         self.missing = reference.missing(chunks)
         self.error: BaseException | None = None
         total = sum(chunk.num_pairs for chunk in chunks)
-        self.filled = Filled(left_pairs=sum(chunk.num_pairs for chunk in self.missing))
-        self.filled.hit_pairs = total - self.filled.left_pairs
+        left = sum(chunk.num_pairs for chunk in self.missing)
+        self.filled = replace(done or Filled(), left_pairs=left, replicas=0)
+        self.filled.hit_pairs += total - left
         self._todo, self._elsewhere = deque(self.missing), list[Chunk]()
         self._claims: Claims | None = None
-        self._pool = Replicas(config, pairs.uri, reference)
+        self._pool = Replicas(config, pairs.uri, reference, version)
+        self._started_before = self.filled.started_replicas
         self._demand = Demand(config.reference.least_replicas, config.reference.most_replicas)
         self._tries: Counter[str] = Counter()
         self._losses, self._raised = 0, ""
@@ -156,6 +174,9 @@ class ReferenceFiller:
     def start(self) -> None:
         """Begins; without missing chunks no actor or device is asked for."""
         self._thread.start()
+
+    def begins(self, attempt: Attempt) -> None:
+        """An attempt begins: nothing changes for those who score."""
 
     def working(self) -> bool:
         """Whether replicas have, or need, room."""
@@ -239,7 +260,8 @@ class ReferenceFiller:
                 self._scored(event)
             else:
                 self._lost(event)
-        self.filled.replicas, self.filled.started_replicas = self._pool.at_work(), self._pool.started
+        self.filled.replicas = self._pool.at_work()
+        self.filled.started_replicas = self._started_before + self._pool.started
         self.filled.most_replicas = max(self.filled.most_replicas, self.filled.replicas)
         if self._pool.waiting_s() > TELL_S and not self._told and not self._pool.at_work():
             options, self._told = self._config.reference, True

@@ -50,7 +50,10 @@ def fill_reference(config: Config, watcher: Watcher | None = None) -> tuple[Fill
             pairs = prepare(config, watcher, found)
         reference = open_reference_store(config, pairs.uri)
         note_use(reference, config.run_uri, pairs.uri)
-        order = list(dict.fromkeys([*chunks_in_order_of_need(config, make_plan(config, pairs), pairs, 0), *pairs.eval]))
+        moves_at = config.reference.sync_steps
+        order = chunks_in_order_of_need(config, make_plan(config, pairs), pairs, 0, moves_at)
+        if moves_at is None:
+            order = list(dict.fromkeys([*order, *pairs.eval]))
         filler = ReferenceFiller(config, pairs, order, reference, f"fill-{uuid.uuid4().hex[:12]}")
         if filler.missing:
             ensure_resources(config, workers=False)

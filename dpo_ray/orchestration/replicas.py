@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import ray
 from ray.exceptions import RayActorError, RayError
@@ -21,7 +22,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from dpo_ray import storage
 from dpo_ray.config import Config
-from dpo_ray.errors import FinalError, StorageError
+from dpo_ray.errors import CheckpointError, FinalError, StorageError
 from dpo_ray.orchestration.monitor import START_S, Place
 from dpo_ray.orchestration.nodes import kill, on_nodes
 from dpo_ray.orchestration.resources import resources_per_device
@@ -36,12 +37,27 @@ ASK_S = 5.0
 Stage = Literal["waiting for room", "loading", "idle", "scoring"]
 
 
+class Version(NamedTuple):
+    """A version of a reference that moves.
+
+    Attributes:
+        number: How often it has moved.
+        attempt: The attempt of the run that has made it.
+    """
+
+    number: int
+    attempt: int
+
+
 class ReferenceReplica:
     """One device of a replica."""
 
-    def __init__(self, config: Config, pairs_uri: str, reference: ReferenceStore, rank: int) -> None:
+    def __init__(
+        self, config: Config, pairs_uri: str, reference: ReferenceStore, rank: int, version: Version | None = None
+    ) -> None:
         """Loads nothing yet: of an actor that fails at its start Ray says more than what went wrong."""
         self._config, self._pairs_uri, self._reference, self._rank = config, pairs_uri, reference, rank
+        self._version = version
         self._moved_at = time.monotonic()
         self._scorer: Any = None
 
@@ -73,7 +89,23 @@ class ReferenceReplica:
             options.tokens_per_microbatch,
             device,
             sharded=devices > 1,
+            weights=self._weights() if self._version else None,
         )
+
+    def _weights(self) -> Callable[[Any], None]:
+        """What gives a model the weights of the version: they are in every checkpoint until the next."""
+        from dpo_ray.training import manifest
+        from dpo_ray.training.checkpoint import read_reference
+
+        run_uri, every = self._config.run_uri, self._config.reference.sync_steps
+        assert every is not None
+        assert self._version is not None
+        for name in reversed(manifest.committed(run_uri)):
+            with contextlib.suppress(FileNotFoundError, CheckpointError):  # Removed, or set aside, just now.
+                state = manifest.read_manifest(run_uri, name).state
+                if self._version == (state.step // every, state.reference_attempt):
+                    return partial(read_reference, run_uri, name)
+        raise CheckpointError(f"{run_uri}: no checkpoint has version {self._version.number} of the reference any more")
 
     def score(self, chunk: Chunk) -> int:
         """Scores a chunk and commits it; the first device of a replica writes.
@@ -154,15 +186,18 @@ class Replicas:
         started: How many replicas were started so far.
     """
 
-    def __init__(self, config: Config, pairs_uri: str, reference: ReferenceStore) -> None:
+    def __init__(
+        self, config: Config, pairs_uri: str, reference: ReferenceStore, version: Version | None = None
+    ) -> None:
         """Starts nothing yet.
 
         Args:
             config: The run.
             pairs_uri: The pair store.
             reference: Where scores go.
+            version: Of a reference that has moved.
         """
-        self._config, self._pairs_uri, self._reference = config, pairs_uri, reference
+        self._config, self._pairs_uri, self._reference, self._version = config, pairs_uri, reference, version
         self._replicas: list[_Replica] = []
         self.started = 0
 
@@ -234,7 +269,9 @@ class Replicas:
             resources=custom,
             scheduling_strategy=strategy,
         )
-        actors = [place.remote(self._config, self._pairs_uri, self._reference, rank) for rank in range(devices)]
+        actors = [
+            place.remote(self._config, self._pairs_uri, self._reference, rank, self._version) for rank in range(devices)
+        ]
         return _Replica(actors, group, [one.here.remote() for one in actors])
 
     def _advance(self, replica: _Replica, ready: set[Any]) -> list[Scored | Lost]:

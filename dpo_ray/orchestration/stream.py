@@ -22,6 +22,7 @@ from dpo_ray.pairs import pack
 from dpo_ray.pairs.plan import Plan, plan_of
 from dpo_ray.pairs.store import Chunk, PairStore, open_store
 from dpo_ray.reference.store import ReferenceStore, fill_check
+from dpo_ray.reference.versions import References
 from dpo_ray.training.feed import Feed
 from dpo_ray.types import Attempt
 
@@ -56,7 +57,7 @@ class Places:
     fill_error: str
 
 
-def make_feed(config: Config, places: Places) -> tuple[Feed, PairStore]:
+def make_feed(config: Config, places: Places, attempt: Attempt) -> tuple[Feed, PairStore]:
     """Where batches come from.
 
     Raises:
@@ -65,14 +66,17 @@ def make_feed(config: Config, places: Places) -> tuple[Feed, PairStore]:
     pairs = open_store(places.pairs_uri)
     if pairs is None:
         raise DataError(f"{places.pairs_uri}: the pair store is gone; run `dpo-ray prepare`")
-    reference = ReferenceStore(places.reference_uri) if places.reference_uri else None
-    return Feed(make_plan(config, pairs), pairs.uri, reference, fill_check(places.fill_error), places.costs), pairs
+    references = None
+    if places.reference_uri:
+        start = ReferenceStore(places.reference_uri)
+        references = References(start, config.run_uri, config.reference.sync_steps, attempt)
+    return Feed(make_plan(config, pairs), pairs.uri, references, fill_check(places.fill_error), places.costs), pairs
 
 
 def eval_feed(config: Config, feed: Feed, chunks: tuple[Chunk, ...]) -> Feed:
     """One pass over the held-out pairs, in batches of the training's size."""
     plan = plan_of(chunks, config.seed, config.train.global_batch_pairs, epochs=1, max_steps=None)
-    return Feed(plan, feed.pairs_uri, feed.reference, feed.check, feed.costs)
+    return replace(feed, plan=plan)
 
 
 def open_streams(config: Config, places: Places, attempt: Attempt) -> list[ray.data.DataIterator]:
@@ -80,7 +84,7 @@ def open_streams(config: Config, places: Places, attempt: Attempt) -> list[ray.d
 
     Not through Ray Train's `datasets`: their processes would start one after the other with the workers', not beside.
     """
-    feed, _ = make_feed(config, places)
+    feed, _ = make_feed(config, places, attempt)
     if attempt.position >= feed.plan.total_steps:
         return []
     return stream(feed, attempt.position, attempt.world_size).streaming_split(attempt.world_size, equal=True)

@@ -46,6 +46,9 @@ _LIMITS = {
 class References(Protocol):
     """What a supervisor knows of those who score beside training."""
 
+    def begins(self, attempt: Attempt) -> None:
+        """A worker group will be started."""
+
     def check(self) -> None:
         """Raises when no more scores will come."""
 
@@ -92,6 +95,8 @@ def supervise(
             num_workers, node_ids = _wait_for_room(config, references, lease, watcher)
             attempt = attempts.begin(config.run_uri, lease.generation, num_workers, reason)
             manifest.collect_orphans(config.run_uri, attempt.attempt)
+            if references is not None:
+                references.begins(attempt)
             group = WorkerGroup(config, places, attempt, node_ids, watcher, _tell(references))
             end = group.run(_Look(config, attempt, lease, references))
             if end.kind == "done" and finished():

@@ -18,6 +18,7 @@ from dpo_ray.config import Config, changed_keys
 from dpo_ray.errors import ConfigError
 from dpo_ray.lease import RunLease
 from dpo_ray.model.files import relative_costs
+from dpo_ray.orchestration.moving_filler import MovingFiller
 from dpo_ray.orchestration.prepare import Survey, check_reachable, prepare, survey
 from dpo_ray.orchestration.reference_filler import (
     ReferenceFiller,
@@ -32,7 +33,7 @@ from dpo_ray.orchestration.worker import final_error
 from dpo_ray.pairs.pack import Costs
 from dpo_ray.pairs.plan import Plan
 from dpo_ray.pairs.store import PairStore
-from dpo_ray.reference.store import error_place
+from dpo_ray.reference.store import ReferenceStore, error_place
 from dpo_ray.reference.usage import note_use
 from dpo_ray.training import manifest
 from dpo_ray.training.trackers import check_trackers
@@ -135,7 +136,7 @@ def _as_it_stands(config: Config, watcher: Watcher) -> Result | None:
 def _train(config: Config, watcher: Watcher, found: Survey, lease: RunLease) -> Result:
     start_ray(config)
     ensure_resources(config, references=False)
-    filler = None
+    filler: ReferenceFiller | MovingFiller | None = None
     try:
         pairs = prepare(config, watcher, found)
         if config.train.eval_every_steps and not pairs.eval:
@@ -151,19 +152,8 @@ def _train(config: Config, watcher: Watcher, found: Survey, lease: RunLease) -> 
         reference = open_reference_store(config, pairs.uri) if config.needs_reference else None
         watcher.planned(plan, position)
         if reference is not None:
-            order = chunks_in_order_of_need(config, plan, pairs, position)
             note_use(reference, config.run_uri, pairs.uri)
-            family = storage.fingerprint(config.run_uri)
-            filler = ReferenceFiller(config, pairs, order, reference, family, lease.generation, position)
-            # Workers find their room first.
-            filler.workers_wait(False)
-            if filler.missing and config.reference.place == "store_only":
-                raise ConfigError(
-                    f"reference.place is store_only, but {len(filler.missing)} of {len(order)} chunks have no scores "
-                    f"in {reference.uri}: run `dpo-ray reference` first, or set reference.place: actors"
-                )
-            ensure_resources(config, references=bool(filler.missing))
-            filler.start()
+            filler = _filler(config, pairs, plan, reference, lease.generation, position)
         supervise(
             config,
             Places(
@@ -188,6 +178,32 @@ def _train(config: Config, watcher: Watcher, found: Survey, lease: RunLease) -> 
     result = finished_run(config)
     assert result is not None
     return result
+
+
+def _filler(
+    config: Config, pairs: PairStore, plan: Plan, reference: ReferenceStore, generation: int, position: int
+) -> ReferenceFiller | MovingFiller:
+    """Who has pairs scored beside training; it has begun.
+
+    Raises:
+        ConfigError: There is no room, or nothing may be scored.
+    """
+    family = storage.fingerprint(config.run_uri)
+    if config.reference.sync_steps:
+        ensure_resources(config)
+        return MovingFiller(config, pairs, plan, reference, family, generation)
+    order = chunks_in_order_of_need(config, plan, pairs, position)
+    filler = ReferenceFiller(config, pairs, order, reference, family, generation, position)
+    # Workers find their room first.
+    filler.workers_wait(False)
+    if filler.missing and config.reference.place == "store_only":
+        raise ConfigError(
+            f"reference.place is store_only, but {len(filler.missing)} of {len(order)} chunks have no scores "
+            f"in {reference.uri}: run `dpo-ray reference` first, or set reference.place: actors"
+        )
+    ensure_resources(config, references=bool(filler.missing))
+    filler.start()
+    return filler
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -101,7 +101,7 @@ def _context(assignment: Assignment, reporter: Reporter) -> WorkerContext:
     if device.type == "cpu":
         torch.set_num_threads(max(1, int(config.scaling.cpus_per_worker)))
     rank, world_size = ray_context.get_world_rank(), ray_context.get_world_size()
-    feed, pairs = make_feed(config, assignment.places)
+    feed, pairs = make_feed(config, assignment.places, attempt)
     held = eval_feed(config, feed, pairs.eval)
     costs = assignment.places.costs
 
@@ -109,8 +109,13 @@ def _context(assignment: Assignment, reporter: Reporter) -> WorkerContext:
         if not assignment.streams:
             return iter(())
         unpack = _Unpack(rank, tokens_per_microbatch, costs)
-        stream = assignment.streams[rank].iter_torch_batches(batch_size=1, prefetch_batches=2, collate_fn=unpack)
+        # Ray's thread is a batch ahead by itself. What Ray calls prefetching holds a batch back until those after it
+        # are there, which may wait for scores that are made after this one's step.
+        stream = assignment.streams[rank].iter_torch_batches(batch_size=1, prefetch_batches=0, collate_fn=unpack)
         return iter(stream)
+
+    def eval_batches(step: int, tokens_per_microbatch: int) -> Iterator[GlobalBatch]:
+        return replace(held, scored_as=step).rank_batches(0, rank, world_size, tokens_per_microbatch)
 
     return WorkerContext(
         rank=rank,
@@ -118,7 +123,7 @@ def _context(assignment: Assignment, reporter: Reporter) -> WorkerContext:
         device=device,
         attempt=attempt,
         batches=batches,
-        eval_batches=lambda tokens_per_microbatch: held.rank_batches(0, rank, world_size, tokens_per_microbatch),
+        eval_batches=eval_batches,
         publish=reporter.publish,
         control=reporter,
         fence=Fence(config.run_uri, attempt).check,

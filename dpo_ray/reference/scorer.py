@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from dpo_ray.model.forward import answer_scores, empty_pass, settle_layout, with_token_scores
 from dpo_ray.model.load import load_pretrained
@@ -27,6 +28,7 @@ class Scorer:
         tokens_per_microbatch: int,
         device: torch.device,
         sharded: bool = False,
+        weights: Callable[[nn.Module], None] | None = None,
     ) -> None:
         """Loads the model.
 
@@ -37,6 +39,7 @@ class Scorer:
             tokens_per_microbatch: Tokens of one forward pass.
             device: Where to compute.
             sharded: Whether all ranks hold one model together, and share the pairs.
+            weights: Gives the model other weights than those in `path`.
 
         Collective: all ranks, where sharded.
         """
@@ -44,9 +47,14 @@ class Scorer:
         self.device, self.sharded = device, sharded
         if sharded:
             self.model = sharded_reference(path, dtype, attention, device)
+            if weights is not None:
+                weights(self.model)
             self._gather = dist.new_group(backend="gloo")
             return
-        model = load_pretrained(path, dtype, attention).to(device).eval().requires_grad_(False)
+        model = load_pretrained(path, dtype, attention)
+        if weights is not None:
+            weights(model)
+        model = model.to(device).eval().requires_grad_(False)
         self.model = with_token_scores(model, device)
         settle_layout(self.model)
         keep_freed_memory()

@@ -54,6 +54,7 @@ def begin(run_uri: str, generation: int, world_size: int, reason: str) -> Attemp
         world_size=world_size,
         reason=reason,
         time=datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
+        reference_attempt=found[1].state.reference_attempt if found else 0,
     )
     storage.write_json_lines(attempts_uri(run_uri), [asdict(each) for each in [*past, attempt]])
     return attempt

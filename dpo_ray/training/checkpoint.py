@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -64,6 +64,8 @@ from dpo_ray.types import TrainState
 
 _log = logging.getLogger(__name__)
 _LAYOUT = "layout.json"
+# Of the names of a moving reference's tensors: in files of their own, for those who read nothing else.
+REFERENCE = "reference."
 _DTYPES = {  # As safetensors names them.
     "F64": torch.float64,
     "F32": torch.float32,
@@ -98,6 +100,7 @@ class Checkpointer:
         keep: int,
         keep_best: str | None = None,
         before_commit: Callable[[TrainState], None] | None = None,
+        reference: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         """Makes a process group for the traffic of checkpoints.
 
@@ -110,10 +113,12 @@ class Checkpointer:
             keep_best: The metric whose best step's checkpoint is kept too.
             before_commit: Called on rank 0, in the background, with the state that was saved, right before it is
                 committed; when it raises, nothing is committed, and its error is that of the save.
+            reference: This rank's part of a reference that moves, by the names of the policy's parameters.
 
         Collective: all ranks.
         """
         self._run_uri, self._model, self._optimizer = run_uri, model, optimizer
+        self._reference = {f"{REFERENCE}{name}": tensor for name, tensor in (reference or {}).items()}
         self._attempt, self._keep, self._keep_best = attempt, keep, keep_best
         self._before_commit = before_commit or (lambda _: None)
         # Its own: a save must not meet the train step's collectives. And of the CPU, where the copies are.
@@ -141,10 +146,11 @@ class Checkpointer:
         state.best_metric, state.best_step, state.best_value = self._keep_best, state.step, line[self._keep_best]
         return True
 
-    def save(self, state: TrainState) -> None:
+    def save(self, state: TrainState, wait: bool = False) -> None:
         """Copies what there is now, and has it written and committed in the background.
 
-        Waits for the save before. A step that this attempt has saved, or begun with, is not saved again.
+        Waits for the save before, and if asked to for this one. A step that this attempt has saved, or begun with, is
+        not saved again.
 
         Raises:
             DpoRayError: The save before has failed.
@@ -157,6 +163,8 @@ class Checkpointer:
         self._stored_step = state.step
         self._writing = _Background(partial(self._write, self._staged(), replace(state)))
         self._writing.start()
+        if wait:
+            self.wait()
 
     def wait(self) -> None:
         """Returns when the save in flight is committed.
@@ -201,7 +209,7 @@ class Checkpointer:
     def _staged(self) -> dict[str, torch.Tensor]:
         """A copy of this rank's part, in buffers that are used again at the next save."""
         with torch.no_grad():
-            tensors = tensors_of(self._model, self._optimizer)
+            tensors = tensors_of(self._model, self._optimizer) | self._reference
             for name in tensors.keys() - self._buffers.keys():
                 tensor = tensors[name]
                 self._buffers[name] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
@@ -241,7 +249,8 @@ class Checkpointer:
         place = checkpoint_uri(self._run_uri, name)
         if not self._optimizer.state:
             _make_state(self._optimizer)
-        tensors = {key: tensor.detach() for key, tensor in tensors_of(self._model, self._optimizer).items()}
+        tensors = tensors_of(self._model, self._optimizer) | self._reference
+        tensors = {key: tensor.detach() for key, tensor in tensors.items()}
         _check_fit(place, layout, tensors)
         planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         reader = _Reader(place, manifest, layout)
@@ -303,6 +312,36 @@ def _picklable(work: Callable[P, T]) -> Callable[P, T]:
             raise _cause(error) from error
 
     return wrapped
+
+
+def read_reference(run_uri: str, name: str, model: nn.Module) -> None:
+    """Gives a model the weights of the moving reference in a checkpoint; each rank of a sharded one reads its part.
+
+    Raises:
+        CheckpointError: A file is missing or damaged, or of another model.
+    """
+    try:
+        manifest, layout = _read_layout(run_uri, name)
+        wanted = {f"{REFERENCE}{key}": tensor.detach() for key, tensor in parameters_of(model).items()}
+        there = {key: size for key, (size, _) in _saved(layout).items() if key.startswith(REFERENCE)}
+        if there != {key: tuple(tensor.shape) for key, tensor in wanted.items()}:
+            raise CheckpointError(f"{checkpoint_uri(run_uri, name)}: its reference is of another model")
+        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        reader = _Reader(checkpoint_uri(run_uri, name), manifest, layout)
+        dcp.load(wanted, storage_reader=reader, planner=planner, no_dist=True)
+    except (Exception, CheckpointException) as error:
+        raise _cause(error) from error
+
+
+def parameters_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A model's parameters by name, each once.
+
+    FSDP2 takes the call as the sign to put its sharded parameters in place.
+    """
+    names: dict[torch.Tensor, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(tensor, name)
+    return {name: tensor for tensor, name in names.items() if isinstance(tensor, nn.Parameter)}
 
 
 def tensors_of(model: nn.Module, optimizer: Optimizer) -> dict[str, torch.Tensor]:
@@ -373,22 +412,23 @@ class _Writer(StorageWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        return [replace(plan, storage_data=f"rank-{rank:04d}.safetensors") for rank, plan in enumerate(plans)]
+        return [replace(plan, storage_data=f"{rank:04d}.safetensors") for rank, plan in enumerate(plans)]
 
     @_picklable
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        tensors: dict[str, torch.Tensor] = {}
-        keys = {item.index: f"{item.index.fqn}@{_text(item.index.offset)}" for item in plan.items}
-        for item in plan.items:
-            tensor = planner.resolve_data(item)
-            assert isinstance(tensor, torch.Tensor), f"{item.index.fqn} is no tensor"
-            tensors[keys[item.index]] = tensor
         results = []
-        if tensors:
-            record = self._write(plan.storage_data, tensors)
-            for index, key in keys.items():
-                chunk = _Chunk(plan.storage_data, key, record)
-                results.append(WriteResult(index, tensors[key].nbytes, chunk))
+        for kind, is_reference in (("rank", False), ("reference", True)):
+            tensors: dict[str, torch.Tensor] = {}
+            keys: dict[MetadataIndex, str] = {}
+            for item in (item for item in plan.items if item.index.fqn.startswith(REFERENCE) == is_reference):
+                tensor = planner.resolve_data(item)
+                assert isinstance(tensor, torch.Tensor), f"{item.index.fqn} is no tensor"
+                keys[item.index] = f"{item.index.fqn}@{_text(item.index.offset)}"
+                tensors[keys[item.index]] = tensor
+            if tensors:
+                name = f"{kind}-{plan.storage_data}"
+                record = self._write(name, tensors)
+                results += [WriteResult(i, tensors[key].nbytes, _Chunk(name, key, record)) for i, key in keys.items()]
         written: Future[list[WriteResult]] = Future()
         written.set_result(results)
         return written
@@ -589,17 +629,22 @@ def _verified(place: str, file: str, manifest: Manifest, local: str) -> str:
 
 
 def _check_fit(place: str, layout: Metadata, tensors: dict[str, torch.Tensor]) -> None:
-    saved = {
-        name: (tuple(about.size), about.properties.dtype)
-        for name, about in layout.state_dict_metadata.items()
-        if isinstance(about, TensorStorageMetadata)
-    }
+    saved = _saved(layout)
     needed = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     for name in sorted(saved.keys() | needed.keys()):
         if saved.get(name) != needed.get(name):
             raise CheckpointError(
                 f"{place} is of another model or optimizer: {name} is {saved.get(name)} there, {needed.get(name)} here"
             )
+
+
+def _saved(layout: Metadata) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Size and dtype of a checkpoint's tensors."""
+    return {
+        name: (tuple(about.size), about.properties.dtype)
+        for name, about in layout.state_dict_metadata.items()
+        if isinstance(about, TensorStorageMetadata)
+    }
 
 
 def _text(offset: torch.Size | None) -> str:

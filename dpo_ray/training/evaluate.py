@@ -22,7 +22,7 @@ def evaluate(
     started = time.perf_counter()
     sums, doing = [], context.control.doing
     doing(WAITING)
-    for number, batch in enumerate(context.eval_batches(tokens), start=1):
+    for number, batch in enumerate(context.eval_batches(step, tokens), start=1):
         doing(f"batch {number} of the evaluation after step {step}")
         sums.append(eval_step(model, batch, objective).sums)
         doing(WAITING)

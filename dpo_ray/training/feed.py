@@ -12,7 +12,8 @@ from dpo_ray.pairs import pack
 from dpo_ray.pairs.plan import Plan, Window, pair_order
 from dpo_ray.pairs.store import Chunk, read_chunk, sources_of
 from dpo_ray.reference.store import ReferenceStore
-from dpo_ray.types import GlobalBatch, ScoredPair
+from dpo_ray.reference.versions import References
+from dpo_ray.types import GlobalBatch, ScoredPair, TokenizedPair
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,32 +23,35 @@ class Feed:
     Attributes:
         plan: Which pairs form which batch.
         pairs_uri: The pair store.
-        reference: The reference store; None where the objective needs no reference.
+        references: Where the scores are; None where the objective needs no reference.
         check: Called while waiting for scores; raises when they will never come.
         costs: To balance the ranks by.
+        scored_as: The step of training whose reference all batches are compared with; None: each with its own.
     """
 
     plan: Plan
     pairs_uri: str
-    reference: ReferenceStore | None
+    references: References | None
     check: Callable[[], None]
     costs: pack.Costs
+    scored_as: int | None = None
 
     def rows(self, window: Window, world_size: int) -> Iterator[list[dict[str, Any]]]:
         """Per global batch of a window, one row per rank (see `pack.RANK_BATCH_SCHEMA`).
 
         A batch is ready as soon as the chunks that it needs are scored, not when the window's are.
         """
-        waiting: list[ScoredPair] = []
-        size, step, waited_s = self.plan.global_batch_pairs, window.first_step, 0.0
+        waiting: list[tuple[_Loaded, int]] = []
+        size, step = self.plan.global_batch_pairs, window.first_step
         for segment in window.segments:
-            pairs, chunk_waited_s = self._load(segment.chunk, window.epoch)
-            waiting, waited_s = waiting + pairs[segment.start : segment.stop], waited_s + chunk_waited_s
+            loaded = self._load(segment.chunk)
+            order = pair_order(self.plan.seed, window.epoch, loaded.ids)
+            waiting += [(loaded, index) for index in order[segment.start : segment.stop]]
             while len(waiting) >= size:
-                yield pack.rank_batches(waiting[:size], step, window.epoch, world_size, self.costs, waited_s)
-                waiting, step, waited_s = waiting[size:], step + 1, 0.0
+                yield self._pack(waiting[:size], step, window.epoch, world_size)
+                waiting, step = waiting[size:], step + 1
         if waiting:
-            yield pack.rank_batches(waiting, step, window.epoch, world_size, self.costs, waited_s)
+            yield self._pack(waiting, step, window.epoch, world_size)
 
     def rank_batches(
         self, position: int, rank: int, world_size: int, tokens_per_microbatch: int
@@ -65,12 +69,37 @@ class Feed:
             found |= sources_of(self.pairs_uri, segment.chunk)
         return found
 
-    def _load(self, chunk: Chunk, epoch: int) -> tuple[list[ScoredPair], float]:
-        """A chunk's pairs in the epoch's order, joined with their scores, and the seconds that it waited for those."""
+    def _load(self, chunk: Chunk) -> _Loaded:
         pairs = read_chunk(self.pairs_uri, chunk)
-        ids, waited_s = [pair.pair_id for pair in pairs], 0.0
-        scores: Sequence[np.ndarray | None] = [None] * len(pairs)
-        if self.reference is not None:
-            scores, waited_s = self.reference.wait(chunk, ids, self.check)
-        order = pair_order(self.plan.seed, epoch, ids)
-        return [ScoredPair(pairs[index], scores[index]) for index in order], waited_s
+        return _Loaded(chunk, pairs, [pair.pair_id for pair in pairs])
+
+    def _pack(
+        self, batch: Sequence[tuple[_Loaded, int]], step: int, epoch: int, world_size: int
+    ) -> list[dict[str, Any]]:
+        """A global batch, joined with its scores; waits for them."""
+        waited_s = 0.0
+        if self.references is not None:
+            store = self.references.at(self.scored_as or step)
+            for loaded in {loaded.chunk.key: loaded for loaded, _ in batch}.values():
+                waited_s += loaded.join(store, self.check)
+        scored = [ScoredPair(loaded.pairs[i], loaded.scores[i] if loaded.scores else None) for loaded, i in batch]
+        return pack.rank_batches(scored, step, epoch, world_size, self.costs, waited_s)
+
+
+@dataclass(slots=True, eq=False)
+class _Loaded:
+    """A chunk's pairs, in store order, and the scores that they were joined with last."""
+
+    chunk: Chunk
+    pairs: Sequence[TokenizedPair]
+    ids: list[bytes]
+    scores: Sequence[np.ndarray] | None = None
+    scored_by: str | None = None
+
+    def join(self, store: ReferenceStore, check: Callable[[], None]) -> float:
+        """Takes the scores of a store; returns the seconds that it waited for them."""
+        if self.scored_by == store.uri:
+            return 0.0
+        self.scores, waited_s = store.wait(self.chunk, self.ids, check)
+        self.scored_by = store.uri
+        return waited_s

@@ -14,7 +14,8 @@ from dpo_ray.training.budget import Budget
 from dpo_ray.training.checkpoint import Checkpointer
 from dpo_ray.training.evaluate import evaluate
 from dpo_ray.training.metrics import Stopwatch, check_first_step, step_line
-from dpo_ray.training.optimizer import build_optimizer, learning_rate_at
+from dpo_ray.training.moving import MovingReference
+from dpo_ray.training.optimizer import build_optimizer, learning_rate_at, set_learning_rate
 from dpo_ray.training.record import Recorder
 from dpo_ray.training.step import objective_of, train_step
 from dpo_ray.types import WAITING, TrainState, WorkerContext
@@ -46,8 +47,9 @@ def _train(config: Config, context: WorkerContext, recorder: Recorder | None) ->
     objective = objective_of(config.objective)
     # A checkpoint promises the lines up to its step.
     promise = (lambda _: recorder.flush()) if recorder is not None else None
-    keep, metric = config.train.keep_checkpoints, config.train.keep_best
-    with Checkpointer(config.run_uri, model, optimizer, attempt.attempt, keep, metric, promise) as checkpoints:
+    about = attempt.attempt, config.train.keep_checkpoints, config.train.keep_best
+    reference = MovingReference(model, config.reference, attempt.attempt)
+    with Checkpointer(config.run_uri, model, optimizer, *about, promise, reference.tensors) as checkpoints:
         state = TrainState()
         if attempt.checkpoint is not None:
             doing("loading the checkpoint")
@@ -61,8 +63,7 @@ def _train(config: Config, context: WorkerContext, recorder: Recorder | None) ->
             assert batch.step == state.step + 1, f"the stream gave step {batch.step} after {state.step}"
             doing(f"step {batch.step}")
             rate = learning_rate(state.step)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+            set_learning_rate(optimizer, rate)
             leaving = context.control.leaving()
             with budget.watched(batch):
                 clip = config.optimizer.max_grad_norm
@@ -81,9 +82,10 @@ def _train(config: Config, context: WorkerContext, recorder: Recorder | None) ->
                 best = checkpoints.is_best(state, line)
                 if recorder is not None:
                     recorder.line(line)
-            if _due(state.step, config.train.checkpoint_every_steps, last) or leaving or best:
+            moved = reference.follow(state)
+            if _due(state.step, config.train.checkpoint_every_steps, last) or leaving or best or moved:
                 doing(f"checkpoint of step {state.step}")
-                checkpoints.save(state)
+                checkpoints.save(state, wait=moved)  # Whoever scores for the next steps reads it.
             if leaving and not last:
                 break
             doing(WAITING)

@@ -39,3 +39,9 @@ def learning_rate_at(config: OptimizerConfig, total_steps: int) -> Callable[[int
     schedule = get_scheduler(config.schedule, dummy, config.warmup_steps, total_steps)
     factor = schedule.lr_lambdas[0]
     return lambda step: config.learning_rate * float(factor(step))
+
+
+def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
+    """Of the next step, for all parameters."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate

@@ -1,6 +1,7 @@
 """The feed: batches come as soon as their chunks are scored, joined with the right scores."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,9 @@ from dpo_ray.pairs.pack import Costs
 from dpo_ray.pairs.plan import Plan, pair_order
 from dpo_ray.pairs.tokenize import pair_id
 from dpo_ray.reference.store import ReferenceStore
+from dpo_ray.reference.versions import References, version_store
 from dpo_ray.training.feed import Feed
-from dpo_ray.types import TokenizedPair
+from dpo_ray.types import Attempt, TokenizedPair
 
 
 class NobodyScores(Exception):
@@ -38,6 +40,11 @@ def chunks(tmp_path: Path) -> tuple[store.Chunk, ...]:
     return tuple(made)
 
 
+def still(reference: ReferenceStore) -> References:
+    """A reference that does not move."""
+    return References(reference, "", None, Attempt(0, 1, 0, None, 1, "test", "now"))
+
+
 def score_of(pair: bytes) -> list[float]:
     """A score that says whose it is."""
     return [float(pair[0]), -float(pair[1])]
@@ -52,7 +59,7 @@ def test_a_batch_waits_for_its_own_chunks_only(tmp_path: Path, chunks: tuple[sto
     """24 pairs in batches of 4: with the first chunk of the plan scored, exactly the batches within it come."""
     plan = Plan(5, chunks, 4, 6)
     reference = ReferenceStore(str(tmp_path / "reference"))
-    feed = Feed(plan, str(tmp_path), reference, refuse, Costs())
+    feed = Feed(plan, str(tmp_path), still(reference), refuse, Costs())
     order = plan.chunk_order(0)
     done = 0
     for number in range(1, 4):
@@ -72,7 +79,7 @@ def test_scores_belong_to_their_answers(tmp_path: Path, chunks: tuple[store.Chun
     reference = ReferenceStore(str(tmp_path / "reference"))
     for chunk in chunks:
         score(reference, tmp_path, chunk)
-    feed = Feed(Plan(5, chunks, 5, 5), str(tmp_path), reference, refuse, Costs())
+    feed = Feed(Plan(5, chunks, 5, 5), str(tmp_path), still(reference), refuse, Costs())
     seen = []
     for batch in feed.rank_batches(0, 0, 1, 60):
         for ids, micro in zip(batch.microbatch_pair_ids, batch.microbatches, strict=True):
@@ -160,3 +167,24 @@ def test_refused_scores_are_asked_for_again(tmp_path: Path, chunks: tuple[store.
     assert waited_s >= 0.02
     assert reference.refused() == set()
     assert reference.missing(chunks) == []
+
+
+def test_each_step_has_the_scores_of_its_version(tmp_path: Path, chunks: tuple[store.Chunk, ...]) -> None:
+    """Batches of 4 out of chunks of 7 to 9, and a reference that moves every 2 steps: it does so within chunks."""
+    start = ReferenceStore(str(tmp_path / "reference"))
+    # Attempt 3 began after step 3, with what attempt 1 had made after step 2.
+    references = References(start, str(tmp_path), 2, Attempt(3, 1, 3, None, 1, "test", "now", reference_attempt=1))
+    stores = {0: start, 1: version_store(str(tmp_path), 1, 1), 2: version_store(str(tmp_path), 2, 3)}
+    for number, each in stores.items():
+        for chunk in chunks:
+            ids = [pair.pair_id for pair in store.read_chunk(str(tmp_path), chunk)]
+            each.put(chunk, ids, [np.array([number, -number], np.float32) for _ in ids])
+    feed = Feed(Plan(5, chunks, 4, 6), str(tmp_path), references, refuse, Costs())
+    seen = {}
+    for batch in feed.rank_batches(0, 0, 1, 1000):
+        scores = [micro.ref_logps for micro in batch.microbatches]
+        seen[batch.step] = {abs(float(value)) for each in scores if each is not None for value in each}
+    assert seen == {1: {0.0}, 2: {0.0}, 3: {1.0}, 4: {1.0}, 5: {2.0}, 6: {2.0}}
+    # An evaluation after step 4 compares with what step 4 was trained with, whatever batch it is at.
+    held = replace(feed, scored_as=4)
+    assert {abs(float(v)) for b in held.rank_batches(0, 0, 1, 1000) for m in b.microbatches for v in m.ref_logps} == {1}

@@ -1,0 +1,52 @@
+"""A reference that follows the policy (TR-DPO, arXiv 2404.09656): its weights, sharded as the policy's are."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from dpo_ray.config import ReferenceConfig
+from dpo_ray.training.checkpoint import parameters_of
+from dpo_ray.types import TrainState
+
+
+class MovingReference:
+    """This rank's part of the reference, in the memory of the host.
+
+    Attributes:
+        tensors: By the names of the policy's parameters.
+    """
+
+    def __init__(self, model: nn.Module, config: ReferenceConfig, attempt: int) -> None:
+        """Begins as the policy; keeps nothing where the reference stands still.
+
+        Args:
+            model: The sharded policy at its start.
+            config: How often, and how far, the reference follows it.
+            attempt: Who moves it.
+        """
+        self._model, self._every, self._alpha, self._attempt = model, config.sync_steps, config.mixup_alpha, attempt
+        self.tensors: dict[str, torch.Tensor] = {}
+        for name, parameter in parameters_of(model).items() if self._every else ():
+            self.tensors[name] = torch.empty_like(parameter, device="cpu", requires_grad=False)
+            _local(self.tensors[name]).copy_(_local(parameter))
+
+    @torch.no_grad()
+    def follow(self, state: TrainState) -> bool:
+        """After the steps that are due: reference = alpha * policy + (1 - alpha) * reference; the state then says so.
+
+        Returns:
+            Whether it has moved.
+        """
+        if self._every is None or state.step % self._every:
+            return False
+        for name, parameter in parameters_of(self._model).items():
+            own = _local(self.tensors[name])
+            own.lerp_(_local(parameter).to(own.device), self._alpha)
+        state.reference_attempt = self._attempt
+        return True
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
