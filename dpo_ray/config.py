@@ -9,6 +9,7 @@ import difflib
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
@@ -39,6 +40,8 @@ def _absolute(uri: str) -> str:
 
 
 Uri = Annotated[str, AfterValidator(_absolute)]
+# A label's value, and the part of its name behind the prefix, as Ray and Kubernetes have them.
+_LABEL = re.compile(r"[a-zA-Z0-9]([a-zA-Z0-9_.-]{0,61}[a-zA-Z0-9])?")
 
 
 def _checked_range(key: str, value: Any) -> Any:
@@ -165,6 +168,9 @@ class ReferenceConfig(Section):
     cpus_per_replica: PositiveFloat = Field(1.0, description="CPUs of one replica")
     gpus_per_replica: float = Field(0.0, ge=0.0, description="GPUs of one replica, as many as its devices, or 0")
     resources_per_replica: dict[str, float] = Field({}, description="custom Ray resources, e.g. {reference: 1}")
+    label_selector: dict[str, str] = Field(
+        {}, description="labels that a replica's nodes must have, e.g. {ray.io/accelerator-type: A10G}"
+    )
     tokens_per_microbatch: PositiveInt = Field(8192, description="tokens that a device scores in one forward pass")
 
     @field_validator("replicas", mode="before")
@@ -181,6 +187,22 @@ class ReferenceConfig(Section):
                 "score, e.g. [ref_chosen_logps, ref_rejected_logps]"
             )
         return columns
+
+    @field_validator("label_selector")
+    @classmethod
+    def _labels_are_plain(cls, labels: dict[str, str]) -> dict[str, str]:
+        for name, value in labels.items():
+            if not _LABEL.fullmatch(value):
+                raise ValueError(
+                    f"reference.label_selector.{name} is {value!r}: write the one value that the label must have, of "
+                    "letters, digits, -, _ and .; Ray's operators, such as !x and in(x, y), are not taken"
+                )
+            if not _LABEL.fullmatch(name.rpartition("/")[2]):
+                raise ValueError(
+                    f"reference.label_selector: {name!r} cannot be the name of a label: write names such as pool or "
+                    "ray.io/accelerator-type"
+                )
+        return labels
 
     @model_validator(mode="after")
     def _devices_agree(self) -> ReferenceConfig:
@@ -459,6 +481,7 @@ MAY_CHANGE = (
     "reference.cpus_per_replica",
     "reference.gpus_per_replica",
     "reference.resources_per_replica",
+    "reference.label_selector",
     "reference.tokens_per_microbatch",
     "data.max_reject_fraction",
     "model.attention",
