@@ -147,10 +147,10 @@ class ReferenceConfig(Section):
 
     path: Uri | None = Field(None, description="transformers directory of the reference; model.path when null")
     dtype: Dtype | None = Field(None, description="dtype of the scoring; model.compute_dtype when null")
-    place: Literal["actors", "store_only"] = Field(
+    place: Literal["actors", "store_only", "none"] = Field(
         "actors",
         description="actors: what has no scores is scored beside training; store_only: refuse to start where scores "
-        "are missing",
+        "are missing; none: no reference at all, for objectives that need none",
     )
     columns: list[str] | None = Field(
         None,
@@ -430,6 +430,17 @@ class Config(Section):
         if self.train.eval_every_steps and not (self.data.eval or self.data.eval_fraction):
             raise ValueError(
                 "train.eval_every_steps is set, but nothing is held out: set data.eval or data.eval_fraction"
+            )
+        if self.reference.place == "none" and self.needs_reference:
+            without = ", ".join(name for name, loss in LOSSES.items() if not loss.needs_reference)
+            raise ValueError(
+                f"reference.place is none, but objective.loss: {self.objective.loss} needs a reference: use "
+                f"reference.place: actors, or an objective without one: {without}"
+            )
+        if self.reference.place not in ("actors", "none") and not self.needs_reference:
+            raise ValueError(
+                f"reference.place is {self.reference.place}, but objective.loss: {self.objective.loss} has no "
+                "reference: leave it out, or use none"
             )
         if self.reference.columns and not self.needs_reference:
             raise ValueError(

@@ -47,6 +47,15 @@ def with_values(**sections: dict[str, Any]) -> dict[str, Any]:
             "offload does nothing without .*use true",
         ),
         (with_values(model={"compile": True, "gradient_checkpointing": True}), "use one of them"),
+        (
+            with_values(reference={"place": "none"}),
+            "reference.place is none, but objective.loss: sigmoid needs a reference: use reference.place: actors, or "
+            "an objective without one: .*sft",
+        ),
+        (
+            with_values(reference={"place": "store_only"}, objective={"loss": "sft"}),
+            "reference.place is store_only, but objective.loss: sft has no reference: leave it out, or use none",
+        ),
         (with_values(reference={"columns": ["good"]}), r"reference.columns is \['good'\]: name two columns"),
         (with_values(reference={"columns": ["a", "b"]}, objective={"loss": "sft"}), "sft has no reference: leave it"),
         (
@@ -135,6 +144,12 @@ def test_what_may_change_when_a_run_goes_on(tmp_path: Path) -> None:
         "objective.loss: sigmoid -> ipo",
         "train.global_batch_pairs: 12 -> 13",
     ]
+
+
+def test_objectives_that_need_no_reference() -> None:
+    for reference in ({}, {"place": "none"}, {"place": "actors"}):
+        assert not parse_config(with_values(objective={"loss": "sft"}, reference=reference)).needs_reference
+    assert parse_config(MINIMAL).reference.place == "actors"
 
 
 def test_workers_are_a_number_or_a_range() -> None:
