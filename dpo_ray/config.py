@@ -40,7 +40,7 @@ def _absolute(uri: str) -> str:
 
 
 Uri = Annotated[str, AfterValidator(_absolute)]
-# A label's value, and the part of its name behind the prefix, as Ray and Kubernetes have them.
+# A label's value, its name, and the name's prefix, as Ray and Kubernetes have them.
 _LABEL = re.compile(r"[a-zA-Z0-9]([a-zA-Z0-9_.-]{0,61}[a-zA-Z0-9])?")
 
 
@@ -197,7 +197,7 @@ class ReferenceConfig(Section):
                     f"reference.label_selector.{name} is {value!r}: write the one value that the label must have, of "
                     "letters, digits, -, _ and .; Ray's operators, such as !x and in(x, y), are not taken"
                 )
-            if not _LABEL.fullmatch(name.rpartition("/")[2]):
+            if not all(_LABEL.fullmatch(part) for part in name.split("/", 1)):
                 raise ValueError(
                     f"reference.label_selector: {name!r} cannot be the name of a label: write names such as pool or "
                     "ray.io/accelerator-type"

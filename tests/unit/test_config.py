@@ -68,6 +68,7 @@ def with_values(**sections: dict[str, Any]) -> dict[str, Any]:
         ),
         (with_values(reference={"label_selector": {"pool": ""}}), "label_selector.pool is '': write the one value"),
         (with_values(reference={"label_selector": {"a b": "x"}}), "'a b' cannot be the name of a label"),
+        (with_values(reference={"label_selector": {"a b/pool": "x"}}), "'a b/pool' cannot be the name of a label"),
         (with_values(reference={"label_selector": {"pool": 1}}), "label_selector.pool is 1: .*valid string"),
         (with_values(model={"cpu_offload": True}), "does nothing without scaling.gpus_per_worker: 1.*use false"),
         (with_values(train={"eval_every_steps": 5}), "nothing is held out"),
