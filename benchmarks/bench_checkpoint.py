@@ -16,7 +16,6 @@ import argparse
 import gc
 import json
 import os
-import platform
 import shutil
 import statistics
 import tempfile
@@ -27,6 +26,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from hardware import cpu_name, versions
 from rich.console import Console
 from rich.table import Table
 from torch.optim import AdamW
@@ -222,9 +222,9 @@ def main() -> None:
                 table.add_row(f"{name}: {key}", f"{value:,.3f}", TARGETS.get(key, ""))
     Console().print(table)
     about = {
-        "machine": platform.processor() or platform.machine(),
+        "cpu": cpu_name(),
         "cpus": os.cpu_count(),
-        "torch": torch.__version__,
+        **versions("torch"),
         "arguments": vars(arguments),
         "results": found,
     }

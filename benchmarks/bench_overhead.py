@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -28,6 +27,8 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+
+from hardware import cpu_name
 
 # Both sides compute the same numbers in the same order.
 TOLERANCE = 1e-6
@@ -243,7 +244,7 @@ def main() -> None:
     table.add_row(f"slower while scoring beside ({len(scored_beside)} steps)", f"{slower:.1%}", TARGETS["beside"])
     table.add_row("largest difference of a loss", f"{gap:.1e}", "")
     Console().print(table)
-    hardware = {"cpu": platform.processor(), "cores": os.cpu_count()}
+    hardware = {"cpu": cpu_name(), "cores": os.cpu_count()}
     document = {"arguments": vars(arguments), "hardware": hardware, "results": results, "runs": runs}
     Path(arguments.json).write_text(json.dumps(document, indent=1))
     if gap > TOLERANCE:

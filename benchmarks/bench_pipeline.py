@@ -22,18 +22,17 @@ import argparse
 import gzip
 import json
 import os
-import platform
 import random
 import subprocess
 import sys
 import tempfile
 import time
 from contextlib import suppress
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import psutil
+from hardware import cpu_name, versions
 from rich.console import Console
 from rich.table import Table
 
@@ -219,12 +218,6 @@ def real_rates(model: str, file: str) -> dict[str, float]:
     return {name: max(found) for name, found in rates.items()}
 
 
-def cpu_name() -> str:
-    """The processor, as Linux names it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 def main() -> None:
     """Runs all sizes, prints a table, writes JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -253,8 +246,7 @@ def main() -> None:
         "cpu": cpu_name(),
         "cpus": os.cpu_count(),
         "memory_gib": psutil.virtual_memory().total / 2**30,
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("ray", "torch", "pyarrow", "tokenizers", "transformers")},
+        **versions("ray", "torch", "pyarrow", "tokenizers", "transformers"),
         "chat_template": arguments.chat_template,
         "results": results,
         "real_pairs_per_s": rates,

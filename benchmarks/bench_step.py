@@ -23,7 +23,6 @@ import gzip
 import itertools
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -35,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hardware import cpu_name, versions
 
 # How far the losses of the two sides may be apart, at any step: else they did not do the same work.
 TOLERANCE = {"float32": 1e-4, "mixed": 0.05}
@@ -298,17 +298,14 @@ def main() -> None:
     for name, found in results.items():
         if found["largest_loss_difference"] > TOLERANCE[found["precision"]]:
             parser.exit(1, f"{name}: losses differ by up to {found['largest_loss_difference']:.2g}\n")
-    versions = {name: __import__(name).__version__ for name in ("torch", "transformers", "trl")}
     hardware = {"cpu": cpu_name(), "threads": arguments.threads}
-    document = {"arguments": vars(arguments), "versions": versions, "hardware": hardware, "results": results}
+    document = {
+        "arguments": vars(arguments),
+        "versions": versions("torch", "transformers", "trl"),
+        "hardware": hardware,
+        "results": results,
+    }
     Path(arguments.json).write_text(json.dumps(document, indent=1))
-
-
-def cpu_name() -> str:
-    """The processor, as the system names it, and its widest vector instructions."""
-    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    names = [line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import difflib
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
@@ -39,6 +40,8 @@ def _absolute(uri: str) -> str:
 
 
 Uri = Annotated[str, AfterValidator(_absolute)]
+# A label's value, its name, and the name's prefix, as Ray and Kubernetes have them.
+_LABEL = re.compile(r"[a-zA-Z0-9]([a-zA-Z0-9_.-]{0,61}[a-zA-Z0-9])?")
 
 
 def _checked_range(key: str, value: Any) -> Any:
@@ -144,10 +147,10 @@ class ReferenceConfig(Section):
 
     path: Uri | None = Field(None, description="transformers directory of the reference; model.path when null")
     dtype: Dtype | None = Field(None, description="dtype of the scoring; model.compute_dtype when null")
-    place: Literal["actors", "store_only"] = Field(
+    place: Literal["actors", "store_only", "none"] = Field(
         "actors",
         description="actors: what has no scores is scored beside training; store_only: refuse to start where scores "
-        "are missing",
+        "are missing; none: no reference at all, for objectives that need none",
     )
     columns: list[str] | None = Field(
         None,
@@ -173,6 +176,9 @@ class ReferenceConfig(Section):
     cpus_per_replica: PositiveFloat = Field(1.0, description="CPUs of one replica")
     gpus_per_replica: float = Field(0.0, ge=0.0, description="GPUs of one replica, as many as its devices, or 0")
     resources_per_replica: dict[str, float] = Field({}, description="custom Ray resources, e.g. {reference: 1}")
+    label_selector: dict[str, str] = Field(
+        {}, description="labels that a replica's nodes must have, e.g. {ray.io/accelerator-type: A10G}"
+    )
     tokens_per_microbatch: PositiveInt = Field(8192, description="tokens that a device scores in one forward pass")
 
     @field_validator("replicas", mode="before")
@@ -189,6 +195,22 @@ class ReferenceConfig(Section):
                 "score, e.g. [ref_chosen_logps, ref_rejected_logps]"
             )
         return columns
+
+    @field_validator("label_selector")
+    @classmethod
+    def _labels_are_plain(cls, labels: dict[str, str]) -> dict[str, str]:
+        for name, value in labels.items():
+            if not _LABEL.fullmatch(value):
+                raise ValueError(
+                    f"reference.label_selector.{name} is {value!r}: write the one value that the label must have, of "
+                    "letters, digits, -, _ and .; Ray's operators, such as !x and in(x, y), are not taken"
+                )
+            if not all(_LABEL.fullmatch(part) for part in name.split("/", 1)):
+                raise ValueError(
+                    f"reference.label_selector: {name!r} cannot be the name of a label: write names such as pool or "
+                    "ray.io/accelerator-type"
+                )
+        return labels
 
     @model_validator(mode="after")
     def _moves_or_not(self) -> ReferenceConfig:
@@ -435,6 +457,17 @@ class Config(Section):
             raise ValueError(
                 "train.eval_every_steps is set, but nothing is held out: set data.eval or data.eval_fraction"
             )
+        if self.reference.place == "none" and self.needs_reference:
+            without = ", ".join(name for name, loss in LOSSES.items() if not loss.needs_reference)
+            raise ValueError(
+                f"reference.place is none, but objective.loss: {self.objective.loss} needs a reference: use "
+                f"reference.place: actors, or an objective without one: {without}"
+            )
+        if self.reference.place not in ("actors", "none") and not self.needs_reference:
+            raise ValueError(
+                f"reference.place is {self.reference.place}, but objective.loss: {self.objective.loss} has no "
+                "reference: leave it out, or use none"
+            )
         for key in ("columns", "sync_steps"):
             if getattr(self.reference, key) and not self.needs_reference:
                 raise ValueError(
@@ -486,6 +519,7 @@ MAY_CHANGE = (
     "reference.cpus_per_replica",
     "reference.gpus_per_replica",
     "reference.resources_per_replica",
+    "reference.label_selector",
     "reference.tokens_per_microbatch",
     "data.max_reject_fraction",
     "model.attention",

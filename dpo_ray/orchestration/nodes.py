@@ -27,6 +27,18 @@ CONNECT_S = 3.0
 ERRAND_S = 20.0
 
 Resources = dict[str, float]
+# A node's label counts as a resource of this prefix, of which it has plenty; who needs the label asks for 1.
+LABEL, PLENTY = "label ", 1e9
+
+
+def labels_as_resources(labels: Mapping[str, str], amount: float) -> Resources:
+    """Labels as resources: `label pool=reference`."""
+    return {f"{LABEL}{name}={value}": amount for name, value in labels.items()}
+
+
+def resources_of(node: Mapping[str, Any]) -> Resources:
+    """What a node has in all, its labels among it."""
+    return {**node["Resources"], **labels_as_resources(node.get("Labels") or {}, PLENTY)}
 
 
 def usable_nodes() -> dict[str, Resources]:
@@ -38,7 +50,7 @@ def usable_nodes() -> dict[str, Resources]:
     alive = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
     with ThreadPoolExecutor(max(1, min(64, len(alive)))) as pool:
         answers = list(pool.map(_answers, alive))
-    return {node["NodeID"]: node["Resources"] for node, answer in zip(alive, answers, strict=True) if answer}
+    return {node["NodeID"]: resources_of(node) for node, answer in zip(alive, answers, strict=True) if answer}
 
 
 def _answers(node: Mapping[str, Any]) -> bool:

@@ -251,7 +251,7 @@ def _tensors(uri: str) -> list[str] | str:
 def _check_resources(config: Config) -> list[Row]:
     ensure_resources(config)
     asked = [f"{count} x {as_text(each)} for {key}" for key, count, each in demands(config)]
-    if possible_nodes() is None:
+    if possible_nodes({}) is None:
         result = f"{'; '.join(asked)}: how far the autoscaler goes is not known"
         return [Row("resources", "cluster", "note", result)]
     return [Row("resources", "cluster", "ok", "; ".join(asked))]

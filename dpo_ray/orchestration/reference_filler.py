@@ -20,7 +20,7 @@ from dpo_ray.config import Config
 from dpo_ray.errors import ReferenceFillError, StorageError
 from dpo_ray.model.files import weights_digest
 from dpo_ray.orchestration.replicas import Lost, Replicas, Scored, Version
-from dpo_ray.orchestration.resources import as_text, ensure_resources, resources_per_device
+from dpo_ray.orchestration.resources import as_text, ensure_resources, needs_of_device
 from dpo_ray.pairs.plan import Plan
 from dpo_ray.pairs.store import Chunk, PairStore
 from dpo_ray.reference.claims import Claims
@@ -268,7 +268,7 @@ class ReferenceFiller:
             log.warning(
                 "the reference waits for room for %d x %s",
                 options.devices_per_replica,
-                as_text(resources_per_device(self._config)),
+                as_text(needs_of_device(self._config)),
             )
 
     def _rest(self) -> None:

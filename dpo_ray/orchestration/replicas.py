@@ -255,18 +255,22 @@ class Replicas:
 
     def _start(self) -> _Replica:
         devices, each = self._config.reference.devices_per_replica, resources_per_device(self._config)
+        labels = self._config.reference.label_selector
         custom = {name: amount for name, amount in each.items() if name not in ("CPU", "GPU")}
         group: PlacementGroup | None = None
         strategy: Any = "DEFAULT"
         if devices > 1:
             # All or none of them, near each other where there is room.
-            group = placement_group([each] * devices, strategy="PACK")
+            group = placement_group(
+                [each] * devices, strategy="PACK", bundle_label_selector=[labels] * devices if labels else None
+            )
             strategy = PlacementGroupSchedulingStrategy(group)
         actor = ray.remote(concurrency_groups={"asked": 1}, max_restarts=0, max_task_retries=0)(ReferenceReplica)
         place = actor.options(
             num_cpus=each.get("CPU", 0.0),
             num_gpus=each.get("GPU", 0.0),
             resources=custom,
+            label_selector=labels or None,
             scheduling_strategy=strategy,
         )
         actors = [

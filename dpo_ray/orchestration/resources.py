@@ -6,7 +6,7 @@ import json
 import math
 import socket
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -14,9 +14,18 @@ from ray.exceptions import AuthenticationError
 
 from dpo_ray.config import Config
 from dpo_ray.errors import ConfigError
-from dpo_ray.orchestration.nodes import Resources, free_resources, usable_nodes
+from dpo_ray.orchestration.nodes import (
+    LABEL,
+    PLENTY,
+    Resources,
+    free_resources,
+    labels_as_resources,
+    resources_of,
+    usable_nodes,
+)
 
 CONNECT_TIMEOUT_S = 10.0
+NODE_GROUP = "ray.io/node-group"
 
 
 def join_cluster(address: str, **options: Any) -> None:
@@ -65,21 +74,23 @@ def ensure_resources(config: Config, workers: bool = True, references: bool = Tr
     Raises:
         ConfigError: More is asked for than the cluster has, or can grow to.
     """
-    nodes = possible_nodes()
+    nodes = possible_nodes(config.reference.label_selector)
     if nodes is None:
         return
     total: Resources = {}
     for key, count, each in demands(config, workers, references):
-        room = sum(times * _how_often(each, resources) for resources, times in nodes)
+        _ensure_labels(config, each, nodes)
+        # Of a group without a limit that has none of it there is still none.
+        room = sum(times * often for resources, times in nodes if (often := _how_often(each, resources)))
         if room < count:
             raise ConfigError(
                 f"{key}: {count} x {as_text(each)}: the cluster has room for {as_number(room)} of them at most; "
-                f"lower {key} or what each asks for, or add nodes ({_describe(nodes)})"
+                f"lower {key} or what each asks for, or add nodes ({_describe(nodes, each)})"
             )
         for name, amount in each.items():
             total[name] = total.get(name, 0.0) + count * amount
     for name, amount in total.items():
-        most = sum(times * resources.get(name, 0.0) for resources, times in nodes)
+        most = sum(times * resources[name] for resources, times in nodes if resources.get(name))
         if amount > most:
             raise ConfigError(
                 f"scaling.workers and reference.replicas: together they need {as_number(amount)} {name}, the cluster "
@@ -97,7 +108,7 @@ def demands(config: Config, workers: bool = True, references: bool = True) -> li
         )
     if references and config.needs_reference:
         devices = reference.least_replicas * reference.devices_per_replica
-        asked.append(("reference.replicas", devices, resources_per_device(config)))
+        asked.append(("reference.replicas", devices, needs_of_device(config)))
     return [(key, count, {name: amount for name, amount in each.items() if amount}) for key, count, each in asked]
 
 
@@ -106,6 +117,28 @@ def resources_per_device(config: Config) -> Resources:
     options = config.reference
     whole = {"CPU": options.cpus_per_replica, "GPU": options.gpus_per_replica, **options.resources_per_replica}
     return {name: amount / options.devices_per_replica for name, amount in whole.items() if amount}
+
+
+def needs_of_device(config: Config) -> Resources:
+    """The same, and the labels that its node must have."""
+    return {**resources_per_device(config), **labels_as_resources(config.reference.label_selector, 1.0)}
+
+
+def _ensure_labels(config: Config, each: Resources, nodes: Sequence[tuple[Resources, float]]) -> None:
+    needed = {name for name in each if name.startswith(LABEL)}
+    if not needed or any(times and needed <= resources.keys() for resources, times in nodes):
+        return
+    # An id is a label too, but nobody's choice.
+    own = f"{LABEL}ray.io/node-id="
+    there = {
+        name for resources, _ in nodes for name in resources if name.startswith(LABEL) and not name.startswith(own)
+    }
+    selector = ", ".join(f"{name}: {value}" for name, value in config.reference.label_selector.items())
+    labels = ", ".join(name.removeprefix(LABEL) for name in sorted(there)) or "none"
+    raise ConfigError(
+        f"reference.label_selector is {{{selector}}}: no node of the cluster has {'all of ' * (len(needed) > 1)}that "
+        f"(labels there are: {labels}); correct it, leave it out, or add nodes that have it"
+    )
 
 
 def room(config: Config, references: bool, own: Iterable[str] = ()) -> tuple[int, list[str]]:
@@ -145,17 +178,22 @@ def _fit_beside(nodes: Sequence[Resources], each: Resources, others: Sequence[tu
     return int(sum(_how_often(each, node) for node in left))
 
 
-def possible_nodes() -> list[tuple[Resources, float]] | None:
-    """Resources of nodes, and how many such nodes there can be; None where nobody knows how far a cluster grows."""
+def possible_nodes(labels: Mapping[str, str]) -> list[tuple[Resources, float]] | None:
+    """Resources of nodes, and how many such nodes there can be; None where nobody knows how far a cluster grows.
+
+    Args:
+        labels: What may be asked for; an autoscaler keeps to itself which labels its groups have but their own name.
+    """
     alive = [node for node in ray.nodes() if node["Alive"]]
-    group_of = [node.get("Labels", {}).get("ray.io/node-group") for node in alive]
+    group_of = [node.get("Labels", {}).get(NODE_GROUP) for node in alive]
     known = ray._private.state.state.get_cluster_config()
     groups = {group.name: group for group in known.node_group_configs} if known else {}
     if not groups and (any(group_of) or _has_autoscaler()):
         return None
-    nodes = [(node["Resources"], 1.0) for node, group in zip(alive, group_of, strict=True) if group not in groups]
-    for group in groups.values():
+    nodes = [(resources_of(node), 1.0) for node, group in zip(alive, group_of, strict=True) if group not in groups]
+    for name, group in groups.items():
         resources = {name: math.inf if amount == -1 else float(amount) for name, amount in group.resources.items()}
+        resources |= labels_as_resources({**labels, NODE_GROUP: name}, PLENTY)
         nodes.append((resources, math.inf if group.max_count == -1 else float(group.max_count)))
     return nodes
 
@@ -177,8 +215,9 @@ def _how_often(each: Resources, resources: Resources) -> float:
 
 
 def as_text(resources: Resources) -> str:
-    """Resources for people to read."""
-    return "{" + ", ".join(f"{name}: {as_number(amount)}" for name, amount in resources.items()) + "}"
+    """Resources for people to read; of a label there is no amount."""
+    shown = (name if name.startswith(LABEL) else f"{name}: {as_number(amount)}" for name, amount in resources.items())
+    return "{" + ", ".join(shown) + "}"
 
 
 def as_number(value: float) -> str:
@@ -186,11 +225,12 @@ def as_number(value: float) -> str:
     return f"{value:g}"
 
 
-def _describe(nodes: list[tuple[Resources, float]]) -> str:
-    hidden = ("node:", "memory", "object_store_memory", "accelerator_type:")
+def _describe(nodes: list[tuple[Resources, float]], each: Resources) -> str:
+    """What there is; of the labels only those that `each` asks for."""
+    hidden = ("node:", "memory", "object_store_memory", "accelerator_type:", LABEL)
     counts: Resources = {}
     for resources, times in nodes:
-        shown = {name: amount for name, amount in resources.items() if not name.startswith(hidden)}
+        shown = {name: amount for name, amount in resources.items() if name in each or not name.startswith(hidden)}
         text = as_text(dict(sorted(shown.items())))
         counts[text] = counts.get(text, 0.0) + times
     return "it has " + ", ".join(f"{as_number(times)} x {text}" for text, times in sorted(counts.items()))

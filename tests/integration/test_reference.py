@@ -11,7 +11,7 @@ import resource
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,14 @@ from dpo_ray.errors import ConfigError, DataError, ReferenceFillError
 from dpo_ray.model.files import load_tokenizer
 from dpo_ray.orchestration import replicas
 from dpo_ray.orchestration.prepare import prepare
-from dpo_ray.orchestration.reference_filler import Filled, open_reference_store
+from dpo_ray.orchestration.reference_filler import (
+    Filled,
+    ReferenceFiller,
+    chunks_in_order_of_need,
+    open_reference_store,
+)
 from dpo_ray.orchestration.reference_job import fill_reference
+from dpo_ray.orchestration.stream import make_plan
 from dpo_ray.orchestration.watch import Watcher
 from dpo_ray.pairs.store import PairStore, read_chunk
 from dpo_ray.reference.scorer import Scorer
@@ -148,6 +154,74 @@ def test_any_pool_gives_the_same_scores(
     again, _ = fill_reference(config)
     assert (again.hit_pairs, again.scored_pairs, again.started_replicas) == (NUM_PAIRS, 0, 0)
     assert storage.list_names(reference_of(config).uri + "/claims") == []
+
+
+def trained(filler: ReferenceFiller, step: int, pairs_per_s: float) -> None:
+    """A step's line of metrics, of a trainer that need not wait."""
+    filler.trained({"step": step, "perf/step_s": 1.0, "perf/data_wait_s": 0.0, "perf/pairs_per_s": pairs_per_s})
+
+
+def test_the_pool_follows_the_trainer(
+    local_ray: None, tmp_path: Path, tiny_model: Path, pairs_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three replicas, one when the trainer is slow and the scores far ahead, three again when it is fast."""
+    scored, hold, calls = replicas.ReferenceReplica.score, tmp_path / "hold", tmp_path / "calls"
+    calls.mkdir()
+
+    def slow(self: replicas.ReferenceReplica, chunk: Any) -> int:
+        (calls / f"{chunk.key}-{time.monotonic_ns()}").touch()
+        # Nothing is done while the test looks at the pool, however long actors take to start.
+        while hold.exists():
+            time.sleep(0.02)
+        time.sleep(0.25)
+        return scored(self, chunk)
+
+    def alive(count: int) -> bool:
+        filler.check()
+        states = [actor["State"] for actor in ray._private.state.actors().values() if actor["ActorClassName"] == name]
+        return states.count("ALIVE") == count == filler.filled.replicas == len(states) - states.count("DEAD")
+
+    def until(seen: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 120
+        while not seen():
+            assert time.monotonic() < deadline, filler.filled
+            time.sleep(0.05)
+
+    name = "Follower"
+    slow.__module__ = "__main__"
+    changed = type(name, (replicas.ReferenceReplica,), {"score": slow, "__module__": "__main__"})
+    monkeypatch.setattr(replicas, "ReferenceReplica", changed)
+    options = {"replicas": {"min": 1, "max": 3}}
+    config = config_of(tmp_path, "run", tiny_model, pairs_file, reference=options, data={"chunk_pairs": 2})
+    pairs = prepare(config)
+    order = chunks_in_order_of_need(config, make_plan(config, pairs), pairs, 0)
+    filler = ReferenceFiller(config, pairs, order, open_reference_store(config, pairs.uri), "family", 1)
+    hold.touch()
+    filler.start()
+    try:
+        # One that still loads would not be let go.
+        until(lambda: alive(3) and len(list(calls.iterdir())) == 3)
+        trained(filler, 1, 0.01)
+        hold.unlink()
+        until(lambda: alive(1))
+        hold.touch()
+        left = filler.filled.left_pairs
+        assert left > 20
+        assert alive(1)
+        # It has caught up with the scores, and takes them as fast as they come.
+        trained(filler, (NUM_PAIRS - left) // config.train.global_batch_pairs, 1000.0)
+        until(lambda: alive(3))
+        hold.unlink()
+        until(lambda: not filler.working() and alive(0))
+    finally:
+        hold.unlink(missing_ok=True)
+        filler.stop()
+    filler.check()
+    filled = filler.filled
+    assert (filled.scored_pairs, filled.left_pairs, filled.lost_replicas) == (NUM_PAIRS, 0, 0)
+    assert (filled.started_replicas, filled.most_replicas) == (5, 3)
+    assert sorted(path.name.rpartition("-")[0] for path in calls.iterdir()) == sorted(chunk.key for chunk in order)
+    assert_close(stored_scores(config, pairs), plain_scores(tiny_model, pairs))
 
 
 def test_two_runs_score_each_pair_once(local_ray: None, tmp_path: Path, tiny_model: Path, pairs_file: str) -> None:

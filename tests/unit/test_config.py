@@ -47,8 +47,29 @@ def with_values(**sections: dict[str, Any]) -> dict[str, Any]:
             "offload does nothing without .*use true",
         ),
         (with_values(model={"compile": True, "gradient_checkpointing": True}), "use one of them"),
+        (
+            with_values(reference={"place": "none"}),
+            "reference.place is none, but objective.loss: sigmoid needs a reference: use reference.place: actors, or "
+            "an objective without one: .*sft",
+        ),
+        (
+            with_values(reference={"place": "store_only"}, objective={"loss": "sft"}),
+            "reference.place is store_only, but objective.loss: sft has no reference: leave it out, or use none",
+        ),
         (with_values(reference={"columns": ["good"]}), r"reference.columns is \['good'\]: name two columns"),
         (with_values(reference={"columns": ["a", "b"]}, objective={"loss": "sft"}), "sft has no reference: leave it"),
+        (
+            with_values(reference={"label_selector": {"pool": "!policy"}}),
+            "reference.label_selector.pool is '!policy': write the one value .*operators, such as !x and in",
+        ),
+        (
+            with_values(reference={"label_selector": {"pool": "in(a, b)"}}),
+            r"label_selector.pool is 'in\(a, b\)': write",
+        ),
+        (with_values(reference={"label_selector": {"pool": ""}}), "label_selector.pool is '': write the one value"),
+        (with_values(reference={"label_selector": {"a b": "x"}}), "'a b' cannot be the name of a label"),
+        (with_values(reference={"label_selector": {"a b/pool": "x"}}), "'a b/pool' cannot be the name of a label"),
+        (with_values(reference={"label_selector": {"pool": 1}}), "label_selector.pool is 1: .*valid string"),
         (with_values(model={"cpu_offload": True}), "does nothing without scaling.gpus_per_worker: 1.*use false"),
         (with_values(train={"eval_every_steps": 5}), "nothing is held out"),
         (with_values(data={"eval": ["x"], "eval_fraction": 0.1}), "keep one of them"),
@@ -114,6 +135,8 @@ def test_what_may_change_when_a_run_goes_on(tmp_path: Path) -> None:
         "s", "run", tmp_path, "/pairs.jsonl", scaling={"workers": 4}, train={"max_steps": 99}, reference={"replicas": 3}
     )
     assert changed_keys(before, allowed) == []
+    allowed = tiny_config("s", "run", tmp_path, "/pairs.jsonl", reference={"label_selector": {"ray.io/zone": "x"}})
+    assert changed_keys(before, allowed) == []
     changed = tiny_config(
         "s", "run", tmp_path, "s3://other.jsonl", train={"global_batch_pairs": 13}, objective={"loss": "ipo"}
     )
@@ -122,6 +145,12 @@ def test_what_may_change_when_a_run_goes_on(tmp_path: Path) -> None:
         "objective.loss: sigmoid -> ipo",
         "train.global_batch_pairs: 12 -> 13",
     ]
+
+
+def test_objectives_that_need_no_reference() -> None:
+    for reference in ({}, {"place": "none"}, {"place": "actors"}):
+        assert not parse_config(with_values(objective={"loss": "sft"}, reference=reference)).needs_reference
+    assert parse_config(MINIMAL).reference.place == "actors"
 
 
 def test_workers_are_a_number_or_a_range() -> None:
