@@ -65,7 +65,8 @@ def make_feed(config: Config, places: Places) -> tuple[Feed, PairStore]:
     pairs = open_store(places.pairs_uri)
     if pairs is None:
         raise DataError(f"{places.pairs_uri}: the pair store is gone; run `dpo-ray prepare`")
-    reference = ReferenceStore(places.reference_uri) if places.reference_uri else None
+    beside = config.reference.place != "adapter_off"
+    reference = ReferenceStore(places.reference_uri, beside) if places.reference_uri else None
     return Feed(make_plan(config, pairs), pairs.uri, reference, fill_check(places.fill_error), places.costs), pairs
 
 

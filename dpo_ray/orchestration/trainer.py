@@ -151,8 +151,9 @@ def _train(config: Config, watcher: Watcher, found: Survey, lease: RunLease) -> 
         reference = open_reference_store(config, pairs.uri) if config.needs_reference else None
         watcher.planned(plan, position)
         if reference is not None:
-            order = chunks_in_order_of_need(config, plan, pairs, position)
             note_use(reference, config.run_uri, pairs.uri)
+        if reference is not None and config.reference.place != "adapter_off":
+            order = chunks_in_order_of_need(config, plan, pairs, position)
             family = storage.fingerprint(config.run_uri)
             filler = ReferenceFiller(config, pairs, order, reference, family, lease.generation, position)
             # Workers find their room first.

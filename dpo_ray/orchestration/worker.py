@@ -20,6 +20,7 @@ from dpo_ray.orchestration.stream import Places, eval_feed, make_feed
 from dpo_ray.orchestration.watch import warnings_to
 from dpo_ray.pairs import pack
 from dpo_ray.training.attempts import Fence
+from dpo_ray.training.feed import PREFETCHED
 from dpo_ray.types import Attempt, GlobalBatch, WorkerContext
 
 
@@ -109,7 +110,9 @@ def _context(assignment: Assignment, reporter: Reporter) -> WorkerContext:
         if not assignment.streams:
             return iter(())
         unpack = _Unpack(rank, tokens_per_microbatch, costs)
-        stream = assignment.streams[rank].iter_torch_batches(batch_size=1, prefetch_batches=2, collate_fn=unpack)
+        stream = assignment.streams[rank].iter_torch_batches(
+            batch_size=1, prefetch_batches=PREFETCHED, collate_fn=unpack
+        )
         return iter(stream)
 
     return WorkerContext(
@@ -125,6 +128,7 @@ def _context(assignment: Assignment, reporter: Reporter) -> WorkerContext:
         total_steps=feed.plan.total_steps,
         steps_per_epoch=feed.plan.steps_per_epoch,
         sources=feed.sources,
+        feeds=(feed, held),
     )
 
 

@@ -14,6 +14,9 @@ from dpo_ray.pairs.store import Chunk, read_chunk, sources_of
 from dpo_ray.reference.store import ReferenceStore
 from dpo_ray.types import GlobalBatch, ScoredPair
 
+# Batches that a rank fetches before it is handed one.
+PREFETCHED = 2
+
 
 @dataclass(frozen=True, slots=True)
 class Feed:

@@ -15,6 +15,7 @@ from dpo_ray.training.checkpoint import Checkpointer
 from dpo_ray.training.evaluate import evaluate
 from dpo_ray.training.metrics import Stopwatch, check_first_step, step_line
 from dpo_ray.training.optimizer import build_optimizer, learning_rate_at
+from dpo_ray.training.own_reference import with_own_reference
 from dpo_ray.training.record import Recorder
 from dpo_ray.training.step import objective_of, train_step
 from dpo_ray.types import WAITING, TrainState, WorkerContext
@@ -38,7 +39,7 @@ def train(config: Config, context: WorkerContext) -> None:
 def _train(config: Config, context: WorkerContext, recorder: Recorder | None) -> None:
     doing, attempt = context.control.doing, context.attempt
     doing("loading the model")
-    model = sharded_policy(config.model, context.device)
+    model = sharded_policy(config.model, context.device, config.adapter, config.seed)
     budget = Budget(config, context)
     tokens_per_microbatch = budget.settle(model)
     optimizer = build_optimizer(model, config.optimizer)
@@ -53,6 +54,7 @@ def _train(config: Config, context: WorkerContext, recorder: Recorder | None) ->
             doing("loading the checkpoint")
             state = checkpoints.load(attempt.checkpoint)
 
+        context = with_own_reference(config, context, model, tokens_per_microbatch, budget)
         watch = Stopwatch(model, config, context)
         doing(WAITING)
         watch.asked()
