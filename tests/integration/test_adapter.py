@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
@@ -17,11 +20,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import logsigmoid
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_ray import train
 from dpo_ray.config import AdapterConfig, Config, ModelConfig, OptimizerConfig
-from dpo_ray.demo_data import byte_tokenizer, make_pairs, tiny_llama_config
+from dpo_ray.demo_data import byte_tokenizer, make_pairs
 from dpo_ray.errors import CheckpointError, ConfigError
 from dpo_ray.model.adapter import adapter_off
 from dpo_ray.model.load import load_pretrained
@@ -53,7 +56,8 @@ def build(model: str, adapter: AdapterConfig = ADAPTER, seed: int = 0, **options
 
 def scored_pairs(model: str, num: int = 10) -> list[ScoredPair]:
     pairs = [pair for pair in tokenized(make_pairs(num, seed=2), byte_tokenizer()) if isinstance(pair, TokenizedPair)]
-    return [ScoredPair(*both) for both in zip(pairs, Scorer(model, "float32", "sdpa", 500, CPU).score(pairs))]
+    scores = Scorer(model, "float32", "sdpa", 500, CPU).score(pairs)
+    return [ScoredPair(*both) for both in zip(pairs, scores, strict=True)]
 
 
 def step(policy: Any, optimizer: Any, pairs: list[ScoredPair], rank: int, world: int, number: int) -> float:
@@ -196,3 +200,252 @@ def test_only_the_adapter_is_trained_and_kept(tmp_path: Path, tiny_model: Path, 
     loss = json.loads((tmp_path / f"loss-{world}.json").read_text())
     for other in {1, 2, 3} - {world}:
         run_ranks(resumed, other, tmp_path, str(tiny_model), str(tmp_path), loss)
+
+
+def variants(rank: int, world: int, model: str) -> None:
+    pairs = scored_pairs(model)
+    plain = build(model)
+    expected = [step(*plain, pairs, rank, world, n) for n in (1, 2, 3)]
+    assert expected[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert expected[2] < expected[0] - 1e-3
+    for options in ({"gradient_checkpointing": True}, {"gradient_checkpointing": "offload"}, {"cpu_offload": True}):
+        other = build(model, **options)
+        assert [step(*other, pairs, rank, world, n) for n in (1, 2, 3)] == pytest.approx(expected, rel=1e-6), options
+    # Frozen weights as the reference has them, beside an adapter whose small updates are kept.
+    mixed = build(model, compute_dtype="bfloat16")
+    rounded = Scorer(model, "bfloat16", "packed", 500, CPU).score([each.pair for each in pairs])
+    with adapter_off(mixed[0]):
+        own = Scorer.of(mixed[0], 500, torch.distributed.group.WORLD).score([each.pair for each in pairs])
+    for found, scores in zip(own, rounded, strict=True):
+        np.testing.assert_allclose(found, scores, rtol=2e-3)
+    rounded_pairs = [ScoredPair(each.pair, scores) for each, scores in zip(pairs, rounded, strict=True)]
+    assert [step(*mixed, rounded_pairs, rank, world, n) for n in (1, 2, 3)] == pytest.approx(expected, abs=0.02)
+    for parameter in mixed[0].parameters():
+        assert parameter.dtype == (torch.float32 if parameter.requires_grad else torch.bfloat16)
+
+
+def test_no_number_depends_on_how_it_is_computed(tmp_path: Path, tiny_model: Path) -> None:
+    """Blocks computed again, with inputs that have no gradient; weights of two dtypes in one block."""
+    run_ranks(variants, 2, tmp_path, str(tiny_model))
+
+
+def compiled(rank: int, world: int, model: str) -> None:
+    pairs = scored_pairs(model)
+    expected, found = build(model), build(model, compile=True)
+    for number in (1, 2):
+        loss = step(*expected, pairs, rank, world, number)
+        assert step(*found, pairs, rank, world, number) == pytest.approx(loss, rel=1e-6)
+    with adapter_off(found[0]):
+        off = Scorer.of(found[0], 500, torch.distributed.group.WORLD).score([each.pair for each in pairs])
+    for scores, scored in zip(off, pairs, strict=True):
+        np.testing.assert_allclose(scores, scored.ref_logps, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_compiled_adapter(tmp_path: Path, tiny_model: Path) -> None:
+    run_ranks(compiled, 1, tmp_path, str(tiny_model))
+
+
+def renamed(rank: int, world: int, model: str, expected: str) -> None:
+    """The weights come through transformers, as the files name them otherwise."""
+    policy, _ = build(model)
+    original = load_pretrained(expected, "float32", "sdpa").state_dict()
+    for name, value in whole(dict(policy.named_parameters())).items():
+        if "lora_" not in name:
+            assert torch.equal(value, original[name.replace(".base_layer", "")]), name
+        elif "lora_B" in name:
+            assert not value.any()
+
+
+def test_weights_under_other_names(tmp_path: Path, tiny_model: Path) -> None:
+    folder = tmp_path / "renamed"
+    shutil.copytree(tiny_model, folder)
+    weights = load_file(folder / "model.safetensors")
+    # As a file of the body alone has them.
+    save_file(
+        {name.removeprefix("model."): value for name, value in weights.items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    run_ranks(renamed, 2, tmp_path, str(folder), str(tiny_model))
+
+
+def refused(rank: int, world: int, model: str) -> None:
+    for target, message in (
+        (["q_proj", "p_proj"], r"adapter.target_modules is \['q_proj', 'p_proj'\], but \w+ has no layer p_proj: write"),
+        ("q_proj", "adapter.target_modules is 'q_proj': .*not found.*Write names"),
+        (["lm_head"], "but lm_head is tied to the embedding, which would not change with it: leave it out"),
+        (["embed_tokens"], "but model.embed_tokens is an embedding, and only linear layers"),
+    ):
+        with pytest.raises(ConfigError, match=message) as caught:
+            build(model, AdapterConfig(rank=2, target_modules=target))
+        assert "\n" not in str(caught.value)
+
+
+def test_layers_that_can_have_none(tmp_path: Path, tiny_model: Path) -> None:
+    run_ranks(refused, 1, tmp_path, str(tiny_model))
+
+
+NUM_PAIRS = 150
+
+
+class Listener(Watcher):
+    """Keeps warnings."""
+
+    def __init__(self) -> None:
+        self.warnings = list[str]()
+
+    def warning(self, text: str) -> None:
+        self.warnings.append(text)
+
+
+@pytest.fixture
+def pairs_file(tmp_path: Path) -> str:
+    return write_pairs(tmp_path / "pairs.jsonl", NUM_PAIRS)
+
+
+def config_of(tmp_path: Path, name: str, model: Path, pairs_file: str, **sections: dict[str, Any]) -> Config:
+    """Chunks of few pairs, so that steps come to new ones."""
+    given = {
+        "data": {"train": [pairs_file], "eval_fraction": 0.1, "chunk_pairs": 16},
+        "adapter": {"rank": 4},
+        "reference": {"place": "adapter_off"},
+        "optimizer": {"learning_rate": 1e-2, "warmup_steps": 4},
+    }
+    return tiny_config(str(tmp_path / "storage"), name, model, pairs_file, **{**given, **sections})
+
+
+def stored_scores(config: Config, pairs: PairStore) -> dict[bytes, list[float]]:
+    reference, found = open_reference_store(config, pairs.uri), dict[bytes, list[float]]()
+    for chunk in (*pairs.train, *pairs.eval):
+        ids = [pair.pair_id for pair in read_chunk(pairs.uri, chunk)]
+        found |= {pair: scores.tolist() for pair, scores in zip(ids, reference.get(chunk, ids), strict=True)}
+    return found
+
+
+def losses_of(result: Any) -> list[float]:
+    return [line["loss"] for line in steps_of(Path(result.run_uri))]
+
+
+def replicas_started() -> int:
+    return sum("ReferenceReplica" in actor["ActorClassName"] for actor in ray._private.state.actors().values())
+
+
+def test_the_policy_is_its_own_reference(local_ray: None, tmp_path: Path, tiny_model: Path, pairs_file: str) -> None:
+    """The scores of the plain model and the losses of a reference in actors, without a replica; once for all betas."""
+    before = replicas_started()
+    config = config_of(tmp_path, "own", tiny_model, pairs_file, scaling={"workers": 2})
+    result = train(config)
+    pairs = prepare(config)
+    stored = stored_scores(config, pairs)
+    assert len(stored) == NUM_PAIRS
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for chunk in (*pairs.train, *pairs.eval):
+            for pair in read_chunk(pairs.uri, chunk):
+                expected = [float(score) for score in plain_logps(plain, pair)]
+                assert stored[pair.pair_id] == pytest.approx(expected, rel=1e-5)
+    steps = steps_of(Path(result.run_uri))
+    assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert steps[-1]["loss"] < steps[0]["loss"] - 0.01
+    # The first step waits for its chunks, and later ones for theirs.
+    waited = [line["step"] for line in steps if line["perf/reference_wait_s"] > 0]
+    assert waited[0] == 1
+    assert len(waited) > 1
+    assert all(line["perf/reference_wait_s"] <= line["perf/data_wait_s"] for line in steps)
+    assert result.reference == {}
+
+    # Another beta scores nothing, to the file's time.
+    folder = Path(open_reference_store(config, pairs.uri).uri)
+    files = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.parquet")}
+    other = train(config_of(tmp_path, "beta", tiny_model, pairs_file, objective={"beta": 0.5}))
+    assert {path.name: path.stat().st_mtime_ns for path in folder.glob("*.parquet")} == files
+    assert losses_of(other)[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert sum(line["perf/reference_wait_s"] for line in steps_of(Path(other.run_uri))) == 0.0
+    assert replicas_started() == before
+
+    # The same run beside a reference in actors, which makes the scores itself.
+    shutil.rmtree(folder)
+    beside = train(config_of(tmp_path, "beside", tiny_model, pairs_file, reference={"place": "actors"}))
+    assert beside.reference["scored_pairs"] == NUM_PAIRS
+    assert losses_of(beside) == pytest.approx(losses_of(result), abs=1e-5)
+    assert beside.eval_metrics["eval_loss"] == pytest.approx(result.eval_metrics["eval_loss"], abs=1e-5)
+
+
+def test_damaged_scores_are_made_again(local_ray: None, tmp_path: Path, tiny_model: Path, pairs_file: str) -> None:
+    """Where others are missing they are found in time; where all are there, the stream finds them for the next attempt.
+
+    And a run that goes on to more steps goes on as if it had not stopped.
+    """
+    whole_run = train(config_of(tmp_path, "whole", tiny_model, pairs_file))
+    config = config_of(tmp_path, "parts", tiny_model, pairs_file)
+    folder = Path(open_reference_store(config, prepare(config).uri).uri)
+    first, second, third, *_ = sorted(folder.glob("*.parquet"))
+    scores = {path: pq.read_table(path) for path in (first, second, third)}
+    first.write_bytes(first.read_bytes()[:-20])
+    second.write_bytes(third.read_bytes())
+    listener = Listener()
+    short = {"max_steps": 12, "global_batch_pairs": 12, "tokens_per_microbatch": 600, "checkpoint_every_steps": 5}
+    train(config_of(tmp_path, "parts", tiny_model, pairs_file, train=short), listener)
+    said = "\n".join(listener.warnings)
+    assert re.search(rf"({first.name}|{second.name}): the scores are refused.*starting again", said)
+    assert f"{first.name}: damaged" in said
+    assert f"{second.name}: holds scores of other pairs" in said
+    assert not list((folder / "refused").iterdir())
+    attempts = (tmp_path / "storage" / "parts" / "attempts.jsonl").read_text().splitlines()
+    assert len(attempts) == 2  # Both are mended after the first is met.
+    result = train(config)
+    third.unlink()
+    first.write_bytes(b"")
+    again = train(config_of(tmp_path, "again", tiny_model, pairs_file))
+    for found in (result, again):
+        assert losses_of(found) == pytest.approx(losses_of(whole_run), abs=1e-5)
+    for path, table in scores.items():
+        made = pq.read_table(path)
+        assert made["pair_id"].equals(table["pair_id"])
+        for ours, theirs in zip(made["ref_logps"].to_pylist(), table["ref_logps"].to_pylist(), strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_exports(local_ray: None, tmp_path: Path, tiny_model: Path, pairs_file: str) -> None:
+    """Merged, and alone: the same log-probabilities, of the policy that was trained."""
+    steps = {"max_steps": 6, "eval_every_steps": 6}
+    one = train(config_of(tmp_path, "one", tiny_model, pairs_file, train=steps))
+    alone = {"rank": 4, "merge": False}
+    two = train(config_of(tmp_path, "two", tiny_model, pairs_file, train=steps, adapter=alone))
+    assert losses_of(one) == pytest.approx(losses_of(two), abs=1e-6)
+    assert sorted(name for name in os.listdir(two.export_uri) if "model" in name or "config" in name) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "tokenizer_config.json",
+    ]
+    described = json.loads(Path(two.export_uri, "adapter_config.json").read_text())
+    assert described["base_model_name_or_path"] == str(tiny_model)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    models = {
+        "merged": AutoModelForCausalLM.from_pretrained(one.export_uri, dtype=torch.float32),
+        "peft": PeftModel.from_pretrained(base, two.export_uri),
+        "transformers": AutoModelForCausalLM.from_pretrained(two.export_uri, dtype=torch.float32),
+    }
+    assert not any("lora" in name for name in models["merged"].state_dict())
+    start = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    config = config_of(tmp_path, "one", tiny_model, pairs_file)
+    pairs = prepare(config)
+    held = [pair for chunk in pairs.eval for pair in read_chunk(pairs.uri, chunk)]
+    found: dict[str, list[list[float]]] = {}
+    with torch.no_grad():
+        for name, model in {**models, "start": start}.items():
+            found[name] = [[float(score) for score in plain_logps(model.eval(), pair)] for pair in held]
+    for name in ("peft", "transformers"):
+        for ours, theirs in zip(found[name], found["merged"], strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-5), name
+    # The margins of the last evaluation, which the run has measured with the sharded policy.
+    margins = [
+        0.1 * (chosen - rejected - (start_chosen - start_rejected))
+        for (chosen, rejected), (start_chosen, start_rejected) in zip(found["merged"], found["start"], strict=True)
+    ]
+    assert abs(np.mean(margins)) > 1e-3
+    assert one.eval_metrics["eval_rewards/margins"] == pytest.approx(np.mean(margins), abs=1e-5)
+    assert AutoTokenizer.from_pretrained(two.export_uri).get_vocab()
+    assert "LoRA adapter | rank 4, alpha 16, on all-linear; here" in Path(two.export_uri, "README.md").read_text()
+    assert "merged into the weights" in Path(one.export_uri, "README.md").read_text()
