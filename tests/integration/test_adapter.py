@@ -310,7 +310,7 @@ def config_of(tmp_path: Path, name: str, model: Path, pairs_file: str, **section
         "data": {"train": [pairs_file], "eval_fraction": 0.1, "chunk_pairs": 16},
         "adapter": {"rank": 4},
         "reference": {"place": "adapter_off"},
-        "optimizer": {"learning_rate": 1e-2, "warmup_steps": 4},
+        "optimizer": {"learning_rate": 1e-2, "warmup_steps": 4, "schedule": "constant_with_warmup"},
     }
     return tiny_config(str(tmp_path / "storage"), name, model, pairs_file, **{**given, **sections})
 
@@ -378,33 +378,33 @@ def test_damaged_scores_are_made_again(local_ray: None, tmp_path: Path, tiny_mod
     And a run that goes on to more steps goes on as if it had not stopped.
     """
     whole_run = train(config_of(tmp_path, "whole", tiny_model, pairs_file))
-    config = config_of(tmp_path, "parts", tiny_model, pairs_file)
+    assert whole_run.steps == 12
+    config = config_of(tmp_path, "damaged", tiny_model, pairs_file)
     folder = Path(open_reference_store(config, prepare(config).uri).uri)
     first, second, third, *_ = sorted(folder.glob("*.parquet"))
     scores = {path: pq.read_table(path) for path in (first, second, third)}
     first.write_bytes(first.read_bytes()[:-20])
     second.write_bytes(third.read_bytes())
     listener = Listener()
-    short = {"max_steps": 12, "global_batch_pairs": 12, "tokens_per_microbatch": 600, "checkpoint_every_steps": 5}
-    train(config_of(tmp_path, "parts", tiny_model, pairs_file, train=short), listener)
+    result = train(config, listener)
     said = "\n".join(listener.warnings)
     assert re.search(rf"({first.name}|{second.name}): the scores are refused.*starting again", said)
     assert f"{first.name}: damaged" in said
     assert f"{second.name}: holds scores of other pairs" in said
     assert not list((folder / "refused").iterdir())
-    attempts = (tmp_path / "storage" / "parts" / "attempts.jsonl").read_text().splitlines()
+    attempts = (tmp_path / "storage" / "damaged" / "attempts.jsonl").read_text().splitlines()
     assert len(attempts) == 2  # Both are mended after the first is met.
-    result = train(config)
     third.unlink()
     first.write_bytes(b"")
-    again = train(config_of(tmp_path, "again", tiny_model, pairs_file))
-    for found in (result, again):
+    train(config_of(tmp_path, "parts", tiny_model, pairs_file, train={"max_steps": 6}))
+    parts = train(config_of(tmp_path, "parts", tiny_model, pairs_file))
+    for found in (result, parts):
         assert losses_of(found) == pytest.approx(losses_of(whole_run), abs=1e-5)
     for path, table in scores.items():
         made = pq.read_table(path)
         assert made["pair_id"].equals(table["pair_id"])
         for ours, theirs in zip(made["ref_logps"].to_pylist(), table["ref_logps"].to_pylist(), strict=True):
-            assert ours == pytest.approx(theirs, rel=1e-5)
+            assert ours == pytest.approx(theirs, rel=1e-5), path
 
 
 def test_exports(local_ray: None, tmp_path: Path, tiny_model: Path, pairs_file: str) -> None:
