@@ -126,13 +126,15 @@ def save_adapter(folder: str, model: nn.Module, base: str, state: Mapping[str, t
         folder: Of this machine.
         model: The one that has the adapter.
         base: Where the model without it is.
-        state: Whole tensors of the adapter, by their names in the model.
+        state: Whole tensors, by their names in the model; those of the adapter among them are written.
     """
     lora: Any = model.peft_config["default"]  # type: ignore[index]
     described = {**lora.to_dict(), "base_model_name_or_path": base, "inference_mode": True}
     with open(os.path.join(folder, "adapter_config.json"), "w", encoding="utf-8") as file:
         json.dump(described, file, indent=2, sort_keys=True, default=sorted)
-    named = {f"base_model.model.{name.replace(_NAME, '.')}": tensor.contiguous() for name, tensor in state.items()}
+    # Else also the other name of a tied weight, which is frozen under its first name.
+    own = {name: tensor.contiguous() for name, tensor in state.items() if is_adapters(name)}
+    named = {f"base_model.model.{name.replace(_NAME, '.')}": tensor for name, tensor in own.items()}
     save_file(named, os.path.join(folder, "adapter_model.safetensors"), metadata={"format": "pt"})
 
 

@@ -419,6 +419,9 @@ def test_exports(local_ray: None, tmp_path: Path, tiny_model: Path, pairs_file: 
         "adapter_model.safetensors",
         "tokenizer_config.json",
     ]
+    saved = load_file(f"{two.export_uri}/adapter_model.safetensors")
+    assert len(saved) == MATRICES
+    assert all("lora_A" in name or "lora_B" in name for name in saved)
     described = json.loads(Path(two.export_uri, "adapter_config.json").read_text())
     assert described["base_model_name_or_path"] == str(tiny_model)
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
