@@ -298,6 +298,11 @@ class Listener(Watcher):
     def warning(self, text: str) -> None:
         self.warnings.append(text)
 
+    def line(self, line: dict[str, Any]) -> None:
+        """Those of workers come among the metrics."""
+        if "warning" in line:
+            self.warnings.append(line["warning"])
+
 
 @pytest.fixture
 def pairs_file(tmp_path: Path) -> str:
