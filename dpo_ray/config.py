@@ -88,6 +88,45 @@ class ModelConfig(Section):
     )
 
 
+class AdapterConfig(Section):
+    """A LoRA adapter, trained in place of the policy's weights."""
+
+    rank: PositiveInt | None = Field(None, description="rank of a LoRA adapter; null: all weights are trained")
+    alpha: PositiveFloat = Field(16.0, description="the adapter's product is scaled by alpha / rank")
+    target_modules: str | list[str] = Field(
+        "all-linear",
+        description="layers that get one, as peft understands it: all-linear (but the output layer), names, or a "
+        "regular expression",
+    )
+    merge: bool = Field(
+        True,
+        description="export the model with the adapter merged into it; false: the adapter alone, as peft writes it",
+    )
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _text_or_names(cls, value: Any) -> Any:
+        names = value if isinstance(value, list) else [value]
+        if not names or not all(isinstance(name, str) and name for name in names):
+            raise ValueError(
+                f"adapter.target_modules is {value!r}: write all-linear, names such as [q_proj, v_proj], or a regular "
+                "expression"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _nothing_without_a_rank(self) -> AdapterConfig:
+        if self.rank is None:
+            for name in ("alpha", "target_modules", "merge"):
+                value = getattr(self, name)
+                if value != type(self).model_fields[name].default:
+                    raise ValueError(
+                        f"adapter.{name} is {value!r}, which does nothing without adapter.rank: set that, e.g. to 16, "
+                        f"or leave adapter.{name} out"
+                    )
+        return self
+
+
 class DataConfig(Section):
     """Preference pairs."""
 
@@ -147,10 +186,11 @@ class ReferenceConfig(Section):
 
     path: Uri | None = Field(None, description="transformers directory of the reference; model.path when null")
     dtype: Dtype | None = Field(None, description="dtype of the scoring; model.compute_dtype when null")
-    place: Literal["actors", "store_only", "none"] = Field(
+    place: Literal["actors", "adapter_off", "store_only", "none"] = Field(
         "actors",
-        description="actors: what has no scores is scored beside training; store_only: refuse to start where scores "
-        "are missing; none: no reference at all, for objectives that need none",
+        description="actors: what has no scores is scored beside training; adapter_off: by the policy without its "
+        "adapter, between steps; store_only: refuse to start where scores are missing; none: no reference at all, for "
+        "objectives that need none",
     )
     columns: list[str] | None = Field(
         None,
@@ -417,6 +457,7 @@ class Config(Section):
     )
     seed: int = Field(0, ge=0, description="decides the order of the pairs")
     model: ModelConfig
+    adapter: AdapterConfig = AdapterConfig()
     data: DataConfig
     reference: ReferenceConfig = ReferenceConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
@@ -478,7 +519,42 @@ class Config(Section):
                 f"train.keep_best is {self.train.keep_best}, but objective.loss: {self.objective.loss} has no "
                 "reference and so no rewards: use keep_best: eval_loss"
             )
+        if self.reference.sync_steps and self.adapter.rank is not None:
+            raise ValueError(
+                f"reference.sync_steps is {self.reference.sync_steps}, but adapter.rank {self.adapter.rank}: a mixture "
+                "of two adapters' matrices is not the mixture of the two models; leave one of them out"
+            )
+        if self.reference.place == "adapter_off":
+            self._check_own_reference()
         return self
+
+    def _check_own_reference(self) -> None:
+        own, mend = self.reference, "leave it out, or set reference.place: actors"
+        if self.adapter.rank is None:
+            raise ValueError(
+                "reference.place is adapter_off, but adapter.rank is null: the policy has no adapter, without which it "
+                "would be the reference; set adapter.rank, or reference.place: actors"
+            )
+        if not self.needs_reference:
+            raise ValueError(
+                f"reference.place is adapter_off, but objective.loss: {self.objective.loss} has no reference: leave it "
+                "out"
+            )
+        if own.path not in (None, self.model.path):
+            raise ValueError(
+                f"reference.path is {own.path!r}, but with reference.place: adapter_off the reference is the policy's "
+                f"start, {self.model.path}: {mend}"
+            )
+        if own.dtype not in (None, self.model.compute_dtype):
+            raise ValueError(
+                f"reference.dtype is {own.dtype}, but with reference.place: adapter_off the policy scores, in "
+                f"model.compute_dtype: {self.model.compute_dtype}: {mend}"
+            )
+        if own.columns:
+            raise ValueError(
+                f"reference.columns is {own.columns}, but nobody checks a sample of them with reference.place: "
+                f"adapter_off: {mend}"
+            )
 
     @property
     def reference_path(self) -> str:
@@ -513,6 +589,7 @@ MAY_CHANGE = (
     "recovery",
     "checks",
     "tracking",
+    "adapter.merge",
     "reference.place",
     "reference.replicas",
     "reference.devices_per_replica",

@@ -41,6 +41,10 @@ class ReferenceMismatchError(FinalError):
     """Stored reference scores do not belong to the pairs they were asked for."""
 
 
+class ScoresLostError(DpoRayError):
+    """Scores were damaged after they had been looked at; the next attempt has them made again."""
+
+
 class ReferenceFillError(FinalError):
     """The reference filler stopped before all chunks were scored."""
 

@@ -204,6 +204,7 @@ class WorkerContext:
         total_steps: Where training ends.
         steps_per_epoch: Global batches of one epoch.
         sources: Where the pairs of a step come from, by id, for people to read.
+        feeds: What is behind `batches` and `eval_batches`: see `training.feed`.
     """
 
     rank: int
@@ -218,3 +219,4 @@ class WorkerContext:
     total_steps: int
     steps_per_epoch: int
     sources: Callable[[int], dict[bytes, str]]
+    feeds: tuple[Any, Any]

@@ -1,20 +1,29 @@
-"""The trained model as a transformers directory: safetensors, tokenizer, generation config, model card."""
+"""The trained model as a transformers directory: safetensors, tokenizer, generation config, model card.
+
+Of a run with an adapter it is the model with the adapter merged into it, or the adapter alone, as peft reads it.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Callable
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from transformers import GenerationConfig
 
 from dpo_ray import storage
 from dpo_ray.config import Config
+from dpo_ray.model.adapter import merged, save_adapter
 from dpo_ray.model.files import load_tokenizer, localize
-from dpo_ray.model.load import DTYPES, empty_model
+from dpo_ray.model.load import DTYPES, empty_model, load_pretrained
 from dpo_ray.model.shard import gathered_state_dict
+
+# Files that an export of the other kind may have left.
+_KINDS = ("config.json", ".safetensors", ".safetensors.index.json")
 
 
 def export(model: nn.Module, config: Config, step: int, rank: int, fence: Callable[[], None]) -> None:
@@ -31,19 +40,17 @@ def export(model: nn.Module, config: Config, step: int, rank: int, fence: Callab
     """
     state = gathered_state_dict(model)
     if rank == 0:
-        whole = empty_model(config.model.path, config.model.weights_dtype, config.model.attention)
-        whole.config.dtype = DTYPES[config.model.weights_dtype]
         with tempfile.TemporaryDirectory(prefix="dpo_ray-export-") as folder:
-            whole.save_pretrained(folder, state_dict=state)
+            _write_model(folder, model, config, state)
             load_tokenizer(config.model.tokenizer or config.model.path).save_pretrained(folder)
-            source = localize(config.model.path)
-            if os.path.exists(os.path.join(source, "generation_config.json")):
-                GenerationConfig.from_pretrained(source).save_pretrained(folder)
             with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as card:
                 card.write(model_card(config, step))
             target = storage.join(config.run_uri, "export")
             fence()
             storage.remove(storage.join(target, "exported.json"))
+            for name in storage.list_names(target):
+                if name.endswith(_KINDS) and not os.path.exists(os.path.join(folder, name)):
+                    storage.remove_file(storage.join(target, name))
             for name in sorted(os.listdir(folder)):
                 storage.upload(os.path.join(folder, name), storage.join(target, name))
             fence()
@@ -51,14 +58,42 @@ def export(model: nn.Module, config: Config, step: int, rank: int, fence: Callab
     dist.barrier()
 
 
+def _write_model(folder: str, model: nn.Module, config: Config, state: dict[str, torch.Tensor]) -> None:
+    path, dtype, attention = config.model.path, config.model.weights_dtype, config.model.attention
+    if config.adapter.rank is not None and not config.adapter.merge:
+        save_adapter(folder, model, path, state)
+        return
+    if config.adapter.rank is None:
+        whole = empty_model(path, dtype, attention)
+        whole.config.dtype = DTYPES[dtype]
+        whole.save_pretrained(folder, state_dict=state)
+    else:
+        with tempfile.TemporaryDirectory(prefix="dpo_ray-adapter-") as alone:
+            save_adapter(alone, model, path, state)
+            merged(load_pretrained(path, dtype, attention), alone).save_pretrained(folder)
+    source = localize(path)
+    if os.path.exists(os.path.join(source, "generation_config.json")):
+        GenerationConfig.from_pretrained(source).save_pretrained(folder)
+
+
 def model_card(config: Config, step: int) -> str:
     """A short model card."""
-    objective = config.objective
+    objective, adapter = config.objective, config.adapter
+    alone = adapter.rank is not None and not adapter.merge
+    about = (
+        f"library_name: peft\nbase_model: {json.dumps(config.model.path)}" if alone else "library_name: transformers"
+    )
+    lora = ""
+    if adapter.rank is not None:
+        where = adapter.target_modules if isinstance(adapter.target_modules, str) else ", ".join(adapter.target_modules)
+        here = "merged into the weights" if adapter.merge else "here, without the model"
+        lora = f"| LoRA adapter | rank {adapter.rank}, alpha {adapter.alpha:g}, on {where}; {here} |\n"
     return (
-        "---\nlibrary_name: transformers\ntags: [dpo, dpo_ray]\n---\n\n"
+        f"---\n{about}\ntags: [dpo, dpo_ray]\n---\n\n"
         f"# {config.name}\n\n"
         f"Trained with dpo_ray from `{os.path.basename(config.model.path.rstrip('/'))}` by preference optimization.\n\n"
         "| | |\n| --- | --- |\n"
+        f"{lora}"
         f"| objective | {objective.loss}, beta {objective.beta:g}, label smoothing {objective.label_smoothing:g} |\n"
         f"| optimizer | {config.optimizer.name}, learning rate {config.optimizer.learning_rate:g}, "
         f"{config.optimizer.schedule}, warm-up {config.optimizer.warmup_steps} steps |\n"

@@ -29,8 +29,9 @@ from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface, PreTrainedModel
 
-from dpo_ray.config import ModelConfig
+from dpo_ray.config import AdapterConfig, ModelConfig
 from dpo_ray.errors import ConfigError
+from dpo_ray.model.adapter import add_adapter, is_adapters, name_in_files, start_adapter
 from dpo_ray.model.attention import PACKED, packed_attention
 from dpo_ray.model.files import first_line, localize, weights_as_named
 from dpo_ray.model.forward import settle_layout, with_token_scores
@@ -38,27 +39,43 @@ from dpo_ray.model.load import DTYPES, empty_model, load_pretrained
 from dpo_ray.model.malloc import keep_freed_memory, return_freed_memory
 
 
-def sharded_policy(config: ModelConfig, device: torch.device) -> PreTrainedModel:
+def sharded_policy(
+    config: ModelConfig, device: torch.device, adapter: AdapterConfig | None = None, seed: int = 0
+) -> PreTrainedModel:
     """The policy at its start, every parameter a DTensor sharded over all ranks.
 
     Args:
         config: Where the weights are, and their dtypes: those of the sharded (trained) weights and of forward and
             backward; gradients are reduced in float32.
         device: This rank's device.
+        adapter: With a rank: the weights are frozen, and an adapter beside them is trained.
+        seed: Decides the adapter's start.
+
+    Raises:
+        ConfigError: The model cannot be read, or cannot have this adapter.
 
     Collective: all ranks.
     """
     warnings.filterwarnings("ignore", "torch.distributed is disabled")  # DCP, where one rank is alone.
-    model = empty_model(config.path, config.weights_dtype, config.attention)
+    adapted = adapter is not None and adapter.rank is not None
+    # Frozen weights are never updated, and those of the reference: without the adapter it is the same function.
+    model = empty_model(config.path, config.compute_dtype if adapted else config.weights_dtype, config.attention)
+    if adapter is not None and adapted:
+        add_adapter(model, adapter, DTYPES[config.weights_dtype])
     if config.gradient_checkpointing:
         # Only reentrant checkpoints keep a block's input as a saved tensor, which can be kept elsewhere.
         warnings.filterwarnings("ignore", "None of the inputs have requires_grad")  # In evaluation they have not.
-        model.gradient_checkpointing_enable({"use_reentrant": config.gradient_checkpointing == "offload"})
+        reentrant = config.gradient_checkpointing == "offload"
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        if adapted and reentrant:
+            # They give no gradient where their input has none, as it has not behind a frozen embedding.
+            model.enable_input_require_grads()
     shard(model, config.compute_dtype, device, config.cpu_offload)
     model.saves_on_host = config.gradient_checkpointing == "offload"
     if config.compile:
         compile_blocks(model)
     _read_weights(model, config.path, device, torch.device("cpu") if config.cpu_offload else device)
+    start_adapter(model, seed)
     settle_layout(model)
     release_gathered(model)
     _assert_sharded(model)
@@ -109,7 +126,7 @@ def _read_weights(model: PreTrainedModel, uri: str, device: torch.device, kept_o
     and the others get theirs from it.
 
     Args:
-        model: Parameters on the meta device, real buffers.
+        model: Parameters on the meta device, real buffers. An adapter's get storage alone.
         uri: transformers directory.
         device: Where it computes.
         kept_on: Where the shards stay.
@@ -124,11 +141,15 @@ def _read_weights(model: PreTrainedModel, uri: str, device: torch.device, kept_o
     for name, buffer in buffers.items():
         owner, _, own_name = name.rpartition(".")
         setattr(model.get_submodule(owner), own_name, buffer.to(device))
-    tensors: dict[str, torch.Tensor] = dict(model.named_parameters())
-    persistent = model.state_dict().keys() & buffers.keys()
-    tensors |= {name: buffer for name, buffer in model.named_buffers() if name in persistent}
+    names = {name: name_in_files(name) for name in model.state_dict() if not is_adapters(name)}
+    tensors: dict[str, torch.Tensor] = {
+        names[name]: parameter for name, parameter in model.named_parameters() if name in names
+    }
+    tensors |= {names[name]: buffer for name, buffer in model.named_buffers() if name in names}
     name_of = {id(tensor): name for name, tensor in tensors.items()}
-    everything = model.named_parameters(remove_duplicate=False)
+    everything = [
+        (names[name], tensor) for name, tensor in model.named_parameters(remove_duplicate=False) if name in names
+    ]
     aliases = {name: name_of[id(tensor)] for name, tensor in everything if name_of[id(tensor)] != name}
     as_named = weights_as_named(uri, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, aliases)
     # Of a folder on each node's own disk one may differ: all go the same way.
@@ -147,7 +168,12 @@ def _read_weights(model: PreTrainedModel, uri: str, device: torch.device, kept_o
     whole = {}
     if dist.get_rank() == 0:
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-        whole = load_pretrained(uri, dtype, "eager").state_dict()
+        found = load_pretrained(uri, dtype, "eager").state_dict()
+        whole = {name: found[named] for name, named in names.items()}
+        # They are started afterwards.
+        whole |= {
+            name: torch.zeros(p.shape, dtype=p.dtype) for name, p in model.named_parameters() if is_adapters(name)
+        }
     set_model_state_dict(model, whole, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
 
 
@@ -256,9 +282,10 @@ def clip_grad_norm(model: nn.Module, max_norm: float | None) -> torch.Tensor:
 
 
 def gathered_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The whole state on rank 0, on the CPU; empty on the other ranks.
+    """The whole state on rank 0, on the CPU, without what is frozen; empty on the other ranks.
 
     Collective: all ranks.
     """
-    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    state = get_model_state_dict(model, options=options)
     return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}

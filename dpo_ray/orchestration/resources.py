@@ -106,7 +106,7 @@ def demands(config: Config, workers: bool = True, references: bool = True) -> li
         asked.append(
             ("scaling.workers", scaling.min_workers, {"CPU": scaling.cpus_per_worker, "GPU": scaling.gpus_per_worker})
         )
-    if references and config.needs_reference:
+    if references and config.needs_reference and reference.place != "adapter_off":
         devices = reference.least_replicas * reference.devices_per_replica
         asked.append(("reference.replicas", devices, needs_of_device(config)))
     return [(key, count, {name: amount for name, amount in each.items() if amount}) for key, count, each in asked]

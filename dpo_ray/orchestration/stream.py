@@ -68,7 +68,7 @@ def make_feed(config: Config, places: Places, attempt: Attempt) -> tuple[Feed, P
         raise DataError(f"{places.pairs_uri}: the pair store is gone; run `dpo-ray prepare`")
     references = None
     if places.reference_uri:
-        start = ReferenceStore(places.reference_uri)
+        start = ReferenceStore(places.reference_uri, filled_beside=config.reference.place != "adapter_off")
         references = References(start, config.run_uri, config.reference.sync_steps, attempt)
     return Feed(make_plan(config, pairs), pairs.uri, references, fill_check(places.fill_error), places.costs), pairs
 

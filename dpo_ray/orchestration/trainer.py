@@ -153,7 +153,8 @@ def _train(config: Config, watcher: Watcher, found: Survey, lease: RunLease) -> 
         watcher.planned(plan, position)
         if reference is not None:
             note_use(reference, config.run_uri, pairs.uri)
-            filler = _filler(config, pairs, plan, reference, lease.generation, position)
+            if config.reference.place != "adapter_off":
+                filler = _filler(config, pairs, plan, reference, lease.generation, position)
         supervise(
             config,
             Places(

@@ -6,7 +6,7 @@ import gc
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import ray
@@ -21,6 +21,8 @@ from dpo_ray.orchestration.watch import warnings_to
 from dpo_ray.pairs import pack
 from dpo_ray.training.attempts import Fence
 from dpo_ray.types import Attempt, GlobalBatch, WorkerContext
+
+E = TypeVar("E", bound=errors.DpoRayError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,18 +77,26 @@ def _failure(error: BaseException) -> Failure:
         final, kind = None, "storage"
     elif isinstance(error, errors.OutOfMemoryError):
         kind = "memory"
-    return Failure(final, kind, "".join(traceback.format_exception(error)))
+    text = "".join(traceback.format_exception(error))
+    if lost := _behind(error, errors.ScoresLostError):
+        # The last line is the reason that people see; Ray's advice stands there.
+        text += str(lost).splitlines()[0]
+    return Failure(final, kind, text)
 
 
 def final_error(error: BaseException | None) -> errors.FinalError | None:
     """The error that would come again behind an exception, through the layers that Ray wraps around it."""
+    return _behind(error, errors.FinalError)
+
+
+def _behind(error: BaseException | None, kind: type[E]) -> E | None:
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
-        if isinstance(error, errors.FinalError):
+        if isinstance(error, kind):
             # Ray's own class of it carries a traceback in its message.
             original = getattr(error, "cause", None)
-            return original if isinstance(original, errors.FinalError) else error
+            return original if isinstance(original, kind) else error
         error = getattr(error, "cause", None) or error.__cause__ or error.__context__
     return None
 
@@ -130,6 +140,7 @@ def _context(assignment: Assignment, reporter: Reporter) -> WorkerContext:
         total_steps=feed.plan.total_steps,
         steps_per_epoch=feed.plan.steps_per_epoch,
         sources=feed.sources,
+        feeds=(feed, held),
     )
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from transformers import PreTrainedModel
 
 from dpo_ray.model.forward import answer_scores, empty_pass, settle_layout, with_token_scores
 from dpo_ray.model.load import load_pretrained
@@ -58,6 +59,20 @@ class Scorer:
         self.model = with_token_scores(model, device)
         settle_layout(self.model)
         keep_freed_memory()
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, tokens_per_microbatch: int, group: dist.ProcessGroup) -> Scorer:
+        """A scorer over a model that is there, sharded over all ranks.
+
+        Args:
+            model: Prepared by `with_token_scores`.
+            tokens_per_microbatch: Tokens of one forward pass.
+            group: Of all ranks, with a backend for the CPU.
+        """
+        scorer = cls.__new__(cls)
+        scorer.tokens_per_microbatch, scorer.sharded = tokens_per_microbatch, True
+        scorer.model, scorer.device, scorer._gather = model, model.runs_on, group
+        return scorer
 
     @torch.no_grad()
     def score(self, pairs: Sequence[TokenizedPair], moved: Callable[[], None] = lambda: None) -> list[np.ndarray]:

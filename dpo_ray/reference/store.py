@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dpo_ray import storage
-from dpo_ray.errors import ReferenceFillError, ReferenceMismatchError
+from dpo_ray.errors import ReferenceFillError, ReferenceMismatchError, ScoresLostError
 from dpo_ray.pairs.store import Chunk
 
 FORMAT_VERSION = 1
@@ -43,9 +43,14 @@ def brought_fingerprint(weights_digest: str, pairs_uri: str) -> str:
 class ReferenceStore:
     """Scores of one reference model, by chunk."""
 
-    def __init__(self, uri: str) -> None:
-        """Args: uri: `<storage_path>/store/reference/<fingerprint>`."""
-        self.uri = uri
+    def __init__(self, uri: str, filled_beside: bool = True) -> None:
+        """Names the store.
+
+        Args:
+            uri: `<storage_path>/store/reference/<fingerprint>`.
+            filled_beside: Whether somebody scores again, meanwhile, what a reader has refused.
+        """
+        self.uri, self._filled_beside = uri, filled_beside
 
     def put(self, chunk: Chunk, pair_ids: Sequence[bytes], ref_logps: Sequence[np.ndarray]) -> None:
         """Commits the scores of a chunk.
@@ -93,6 +98,9 @@ class ReferenceStore:
 
         Returns:
             The scores, and the seconds waited.
+
+        Raises:
+            ScoresLostError: They are refused, and nobody scores them again while this waits.
         """
         refused: list[str | None] = []
         began, waited_s = time.monotonic(), 0.0
@@ -110,6 +118,9 @@ class ReferenceStore:
                     if identity not in refused:
                         self._refuse(chunk.key, identity, str(error))
                         refused.append(identity)
+            if not self._filled_beside and any(refused):
+                # Not within the handler: what it handles is an error that would end the run.
+                raise ScoresLostError(f"{self.place(chunk.key)}: the scores are refused, and are to be made again")
             check()
             time.sleep(poll_s)
             poll_s = min(5.0, poll_s * 1.5)
@@ -143,6 +154,11 @@ class ReferenceStore:
             storage.remove_file(self._refusal(key))
             return None
         return str(refusal["reason"])
+
+    def damaged(self, chunks: Sequence[Chunk]) -> bool:
+        """Whether a reader has refused scores of one of `chunks` that are there, and still are."""
+        keys = self.refused() & {chunk.key for chunk in chunks}
+        return any(self.refusal(key) is not None and storage.exists(self.place(key)) for key in keys)
 
     def has(self, chunk: Chunk) -> bool:
         """Whether a chunk has scores that nobody has refused."""

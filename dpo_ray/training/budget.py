@@ -81,12 +81,13 @@ class Budget:
         """
         if self._context.device.type == "cuda":
             # Until it is summed, a gradient is in float32.
-            gradient_bytes = 4 * sum(parameter.numel() for parameter in model.parameters())
+            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            gradient_bytes = 4 * sum(parameter.numel() for parameter in trained)
             large = torch.tensor(gradient_bytes > GRADIENT_SHARE * _memory_bytes(self._context.device))
             large = large.to(self._context.device, torch.int32)
             dist.all_reduce(large, op=dist.ReduceOp.MAX)
             self.reduce_each |= bool(large)
-            if self.reduce_each and next(model.parameters()).dtype == torch.bfloat16 and self._context.rank == 0:
+            if self.reduce_each and trained[0].dtype == torch.bfloat16 and self._context.rank == 0:
                 log.warning(
                     "gradients are summed over workers after each microbatch, to save memory, and added up in "
                     "bfloat16, the dtype of the weights; model.weights_dtype: float32 adds them up in float32"

@@ -353,7 +353,8 @@ def tensors_of(model: nn.Module, optimizer: Optimizer) -> dict[str, torch.Tensor
     names: dict[torch.Tensor, str] = {}
     # FSDP2 takes this call as the sign to put its sharded parameters in place. A tied weight is saved once.
     for name, tensor in model.state_dict(keep_vars=True).items():
-        names.setdefault(tensor, name)
+        if tensor.requires_grad or not isinstance(tensor, nn.Parameter):
+            names.setdefault(tensor, name)
     tensors: dict[str, Any] = {f"model.{name}": tensor for tensor, name in names.items()}
     for parameter, state in optimizer.state.items():
         tensors |= {f"optimizer.{names[parameter]}.{key}": value for key, value in state.items()}
@@ -634,7 +635,8 @@ def _check_fit(place: str, layout: Metadata, tensors: dict[str, torch.Tensor]) -
     for name in sorted(saved.keys() | needed.keys()):
         if saved.get(name) != needed.get(name):
             raise CheckpointError(
-                f"{place} is of another model or optimizer: {name} is {saved.get(name)} there, {needed.get(name)} here"
+                f"{place} is of another model, adapter or optimizer: {name} is {saved.get(name)} there, "
+                f"{needed.get(name)} here"
             )
 
 

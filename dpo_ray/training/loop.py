@@ -16,6 +16,7 @@ from dpo_ray.training.evaluate import evaluate
 from dpo_ray.training.metrics import Stopwatch, check_first_step, step_line
 from dpo_ray.training.moving import MovingReference
 from dpo_ray.training.optimizer import build_optimizer, learning_rate_at, set_learning_rate
+from dpo_ray.training.own_reference import with_own_reference
 from dpo_ray.training.record import Recorder
 from dpo_ray.training.step import objective_of, train_step
 from dpo_ray.types import WAITING, TrainState, WorkerContext
@@ -39,7 +40,7 @@ def train(config: Config, context: WorkerContext) -> None:
 def _train(config: Config, context: WorkerContext, recorder: Recorder | None) -> None:
     doing, attempt = context.control.doing, context.attempt
     doing("loading the model")
-    model = sharded_policy(config.model, context.device)
+    model = sharded_policy(config.model, context.device, config.adapter, config.seed)
     budget = Budget(config, context)
     tokens_per_microbatch = budget.settle(model)
     optimizer = build_optimizer(model, config.optimizer)
@@ -50,11 +51,10 @@ def _train(config: Config, context: WorkerContext, recorder: Recorder | None) ->
     about = attempt.attempt, config.train.keep_checkpoints, config.train.keep_best
     reference = MovingReference(model, config.reference, attempt.attempt)
     with Checkpointer(config.run_uri, model, optimizer, *about, promise, reference.tensors) as checkpoints:
-        state = TrainState()
-        if attempt.checkpoint is not None:
-            doing("loading the checkpoint")
-            state = checkpoints.load(attempt.checkpoint)
+        doing("loading the checkpoint")
+        state = checkpoints.load(attempt.checkpoint) if attempt.checkpoint else TrainState()
 
+        context = with_own_reference(config, context, model, tokens_per_microbatch, budget)
         watch = Stopwatch(model, config, context)
         doing(WAITING)
         watch.asked()

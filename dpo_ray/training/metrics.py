@@ -79,7 +79,8 @@ class Stopwatch:
             config: Says in which dtype it computes.
             context: This rank's device, and how many there are.
         """
-        self._parameters = sum(parameter.numel() for parameter in model.parameters())
+        # Forward, and backward by the gradient of the states and, where a weight is trained, of the weight.
+        self._operations = sum((6 if each.requires_grad else 4) * each.numel() for each in model.parameters())
         dtype = getattr(torch, config.model.compute_dtype)
         self._peak_flops = peak_flops(context.device, dtype) * context.world_size
         self._ended = self._asked = self._got = time.perf_counter()
@@ -98,7 +99,7 @@ class Stopwatch:
         Its time runs from the end of the step before: waiting for data, evaluation and checkpoint in between included.
 
         Returns:
-            Throughput. `perf/mfu` counts 6 operations per parameter and different token.
+            Throughput. `perf/mfu` counts 6 operations per parameter and different token, 4 where it is frozen.
         """
         before, self._ended = self._ended, time.perf_counter()
         step_s, num_tokens = self._ended - before, int(result.num_tokens)
@@ -108,7 +109,7 @@ class Stopwatch:
             "perf/reference_wait_s": min(batch.reference_wait_s, self._got - self._asked),
             "perf/pairs_per_s": batch.num_pairs / step_s,
             "perf/tokens_per_s": num_tokens / step_s,
-            "perf/mfu": 6 * self._parameters * num_tokens / (step_s * self._peak_flops),
+            "perf/mfu": self._operations * num_tokens / (step_s * self._peak_flops),
         }
 
 

@@ -251,7 +251,7 @@ def damaged(rank: int, world: int, model: str, run: str) -> None:
 
     # One that does not fit says so, and stays.
     other = torch.optim.RMSprop(policy.parameters())
-    with pytest.raises(CheckpointError, match="of another model or optimizer: optimizer.*exp_avg"):
+    with pytest.raises(CheckpointError, match="of another model, adapter or optimizer: optimizer.*exp_avg"):
         Checkpointer(run, policy, other, 1, keep=99).load("step-00000001")
     assert newest(run) == "step-00000001"
 

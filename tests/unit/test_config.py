@@ -73,6 +73,31 @@ def with_values(**sections: dict[str, Any]) -> dict[str, Any]:
         (with_values(model={"cpu_offload": True}), "does nothing without scaling.gpus_per_worker: 1.*use false"),
         (with_values(train={"eval_every_steps": 5}), "nothing is held out"),
         (with_values(data={"eval": ["x"], "eval_fraction": 0.1}), "keep one of them"),
+        (with_values(adapter={"rank": 0}), "adapter.rank is 0: Input should be greater than 0"),
+        (with_values(adapter={"rank": 4, "dropout": 0.1}), "unknown key adapter.dropout"),
+        (with_values(adapter={"alpha": 8}), "adapter.alpha is 8.0, which does nothing without adapter.rank: set that"),
+        (with_values(adapter={"merge": False}), "adapter.merge is False, which does nothing without adapter.rank"),
+        (with_values(adapter={"rank": 4, "target_modules": []}), r"adapter.target_modules is \[\]: write all-linear"),
+        (
+            with_values(reference={"place": "adapter_off"}),
+            "reference.place is adapter_off, but adapter.rank is null.*set adapter.rank, or reference.place: actors",
+        ),
+        (
+            with_values(adapter={"rank": 4}, reference={"place": "adapter_off", "path": "/other"}),
+            "reference.path is '/other', but .* the reference is the policy's start.*leave it out",
+        ),
+        (
+            with_values(adapter={"rank": 4}, reference={"place": "adapter_off", "dtype": "float32"}),
+            "reference.dtype is float32, but .* model.compute_dtype: bfloat16",
+        ),
+        (
+            with_values(adapter={"rank": 4}, reference={"place": "adapter_off", "columns": ["a", "b"]}),
+            r"reference.columns is \['a', 'b'\], but nobody checks",
+        ),
+        (
+            with_values(adapter={"rank": 4}, reference={"place": "adapter_off"}, objective={"loss": "sft"}),
+            "objective.loss: sft has no reference",
+        ),
         (with_values(optimizer={"schedule": "constant", "warmup_steps": 3}), "constant_with_warmup"),
         ({key: value for key, value in MINIMAL.items() if key != "model"}, "model is required"),
         ({**MINIMAL, "name": "a/b"}, "name is 'a/b'"),
@@ -137,6 +162,10 @@ def test_what_may_change_when_a_run_goes_on(tmp_path: Path) -> None:
     assert changed_keys(before, allowed) == []
     allowed = tiny_config("s", "run", tmp_path, "/pairs.jsonl", reference={"label_selector": {"ray.io/zone": "x"}})
     assert changed_keys(before, allowed) == []
+    adapted = tiny_config("s", "run", tmp_path, "/pairs.jsonl", adapter={"rank": 4}).model_dump(mode="json")
+    alone = tiny_config("s", "run", tmp_path, "/pairs.jsonl", adapter={"rank": 4, "merge": False})
+    assert changed_keys(adapted, alone) == []
+    assert changed_keys(before, alone) == ["adapter.rank: None -> 4"]
     changed = tiny_config(
         "s", "run", tmp_path, "s3://other.jsonl", train={"global_batch_pairs": 13}, objective={"loss": "ipo"}
     )

@@ -3,11 +3,16 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers import tiny_config
 from safetensors.torch import load_file, save_file
 
+from dpo_ray.errors import ScoresLostError
 from dpo_ray.orchestration.reference_filler import open_reference_store
+from dpo_ray.pairs.store import Chunk
+from dpo_ray.reference import store as module
+from dpo_ray.reference.store import ReferenceStore
 
 
 def place(storage_path: Path, model: Path, **sections: Any) -> str:
@@ -47,3 +52,28 @@ def test_what_matters_misses(tmp_path: Path, tiny_model: Path) -> None:
         open_reference_store(eager, "pairs").uri,
     }
     assert len(places) == 4
+
+
+def test_who_waits_for_what_nobody_mends_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Damaged scores end the wait where no filler makes them again; scores that are still to come do not."""
+    monkeypatch.setattr(module, "MISSING_S", 0.0)
+    chunk, ids = Chunk("train-000000.parquet", "key", "", 1, 1), [b"0" * 16]
+    reference = ReferenceStore(str(tmp_path), filled_beside=False)
+    looks = list[int]()
+
+    def check() -> None:
+        looks.append(1)
+        if len(looks) == 3:
+            reference.put(chunk, ids, [np.array([-1.0, -2.0], dtype=np.float32)])
+
+    (scores,), _ = reference.wait(chunk, ids, check, poll_s=0.01)
+    assert scores.tolist() == [-1.0, -2.0]
+    assert not reference.damaged([chunk])
+    Path(reference.place("key")).write_bytes(b"damaged")
+    with pytest.raises(ScoresLostError, match="key.parquet: the scores are refused"):
+        reference.wait(chunk, ids, check, poll_s=0.01)
+    assert reference.damaged([chunk])
+    assert not reference.damaged([Chunk("train-000001.parquet", "other", "", 1, 1)])
+    assert reference.missing([chunk]) == [chunk]
+    reference.put(chunk, ids, scores[None])
+    assert not reference.damaged([chunk])

@@ -11,6 +11,20 @@ from dpo_ray.training import metrics
 from dpo_ray.training.metrics import Stopwatch
 
 
+def test_frozen_weights_have_no_gradient_to_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 30 numbers 25 are frozen: 4 x 25 + 6 x 5 operations for a token."""
+    clock = iter([0.0, 4.0])
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(metrics, "peak_flops", lambda device, dtype: 5000.0)
+    model = nn.Linear(5, 5)
+    model.weight.requires_grad_(False)
+    config: Any = SimpleNamespace(model=SimpleNamespace(compute_dtype="bfloat16"))
+    watch = Stopwatch(model, config, SimpleNamespace(device=torch.device("cpu"), world_size=1))  # type: ignore[arg-type]
+    batch: Any = SimpleNamespace(num_pairs=8, reference_wait_s=0.0)
+    found = watch.step(batch, SimpleNamespace(num_tokens=torch.tensor(200.0)))  # type: ignore[arg-type]
+    assert found["perf/mfu"] == pytest.approx((4 * 25 + 6 * 5) * 200 / (4 * 5000))
+
+
 def test_stopwatch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two steps that end at 10 s and 14 s; for the second, the batch is asked for at 11 s and there at 11.5 s.
 
