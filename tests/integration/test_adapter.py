@@ -32,6 +32,7 @@ from dpo_ray.model.shard import sharded_policy
 from dpo_ray.objective.losses import LOSSES
 from dpo_ray.orchestration.prepare import prepare
 from dpo_ray.orchestration.reference_filler import open_reference_store
+from dpo_ray.orchestration.stream import make_plan
 from dpo_ray.orchestration.watch import Watcher
 from dpo_ray.pairs import pack
 from dpo_ray.pairs.store import PairStore, read_chunk
@@ -378,16 +379,13 @@ def test_the_policy_is_its_own_reference(local_ray: None, tmp_path: Path, tiny_m
 
 
 def test_damaged_scores_are_made_again(local_ray: None, tmp_path: Path, tiny_model: Path, pairs_file: str) -> None:
-    """Where others are missing they are found in time; where all are there, the stream finds them for the next attempt.
-
-    And a run that goes on to more steps goes on as if it had not stopped.
-    """
+    """Where all are there, the stream finds the damaged ones for the next attempt."""
     whole_run = train(config_of(tmp_path, "whole", tiny_model, pairs_file))
     assert whole_run.steps == 12
     config = config_of(tmp_path, "damaged", tiny_model, pairs_file)
     folder = Path(open_reference_store(config, prepare(config).uri).uri)
     first, second, third, *_ = sorted(folder.glob("*.parquet"))
-    scores = {path: pq.read_table(path) for path in (first, second, third)}
+    scores = {path: pq.read_table(path) for path in (first, second)}
     first.write_bytes(first.read_bytes()[:-20])
     second.write_bytes(third.read_bytes())
     listener = Listener()
@@ -399,17 +397,29 @@ def test_damaged_scores_are_made_again(local_ray: None, tmp_path: Path, tiny_mod
     assert not list((folder / "refused").iterdir())
     attempts = (tmp_path / "storage" / "damaged" / "attempts.jsonl").read_text().splitlines()
     assert len(attempts) == 2  # Both are mended after the first is met.
-    third.unlink()
-    first.write_bytes(b"")
-    train(config_of(tmp_path, "parts", tiny_model, pairs_file, train={"max_steps": 6}))
-    parts = train(config_of(tmp_path, "parts", tiny_model, pairs_file))
-    for found in (result, parts):
-        assert losses_of(found) == pytest.approx(losses_of(whole_run), abs=1e-5)
+    assert losses_of(result) == pytest.approx(losses_of(whole_run), abs=1e-5)
     for path, table in scores.items():
         made = pq.read_table(path)
         assert made["pair_id"].equals(table["pair_id"])
         for ours, theirs in zip(made["ref_logps"].to_pylist(), table["ref_logps"].to_pylist(), strict=True):
             assert ours == pytest.approx(theirs, rel=1e-5), path
+
+
+def test_a_run_goes_on(local_ray: None, tmp_path: Path, tiny_model: Path, pairs_file: str) -> None:
+    """With more steps, in a store where some of the scores that are still to come have been lost meanwhile."""
+    train(config_of(tmp_path, "parts", tiny_model, pairs_file, train={"max_steps": 6}))
+    config = config_of(tmp_path, "parts", tiny_model, pairs_file)
+    pairs = prepare(config)
+    reference = open_reference_store(config, pairs.uri)
+    last = make_plan(config, pairs).chunk_order(0)[-1]
+    Path(reference.place(last.key)).unlink(missing_ok=True)
+    Path(reference.place(pairs.eval[0].key)).write_bytes(b"")
+    parts = train(config)
+    assert reference.has(last)
+    whole_run = train(config_of(tmp_path, "whole", tiny_model, pairs_file))
+    assert (parts.steps, whole_run.steps) == (12, 12)
+    assert losses_of(parts) == pytest.approx(losses_of(whole_run), abs=1e-5)
+    assert parts.eval_metrics["eval_loss"] == pytest.approx(whole_run.eval_metrics["eval_loss"], abs=1e-5)
 
 
 def test_exports(local_ray: None, tmp_path: Path, tiny_model: Path, pairs_file: str) -> None:
