@@ -91,6 +91,7 @@ def test_one_takes_over_from_the_dead(tmp_path: Path) -> None:
 def test_the_next_driver_of_a_run_need_not_wait(tmp_path: Path) -> None:
     before = Claims(str(tmp_path), "run", 3)
     assert before.take("a")
+    die(before)
     after = Claims(str(tmp_path), "run", 4)
     assert after.take("a")
     assert storage.list_names(str(tmp_path / "fillers")) == ["run.00000004"]
