@@ -5,6 +5,7 @@ Every field's description is the comment that `dpo-ray config --template` prints
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import math
@@ -710,9 +711,10 @@ def changed_keys(old: Mapping[str, Any], new: Config) -> list[str]:
     Returns:
         Lines such as `optimizer.learning_rate: 1e-06 -> 1e-05`.
     """
+    with contextlib.suppress(ValidationError):  # A key that has gone since will be told of.
+        # A key that has come since has had its default so far.
+        old = Config.model_validate(old).model_dump(mode="json")
     before, after = dict(_leaves(dict(old))), dict(_leaves(new.model_dump(mode="json")))
-    # A key that came with a later version has had its default so far.
-    before = {**dict(_leaves({"adapter": AdapterConfig().model_dump(mode="json")})), **before}
     different = [key for key in {**before, **after} if before.get(key) != after.get(key)]
     frozen = [key for key in different if not any(key == may or key.startswith(may + ".") for may in MAY_CHANGE)]
     return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in frozen]

@@ -11,7 +11,7 @@ from typing import Any
 
 from dpo_ray.config import Config
 from dpo_ray.errors import ReferenceFillError, StorageError
-from dpo_ray.orchestration.reference_filler import LOOK_S, ReferenceFiller, chunks_in_order_of_need
+from dpo_ray.orchestration.reference_filler import LOOK_S, STOP_S, ReferenceFiller, chunks_in_order_of_need
 from dpo_ray.orchestration.replicas import Version
 from dpo_ray.pairs.plan import Plan
 from dpo_ray.pairs.store import PairStore
@@ -92,7 +92,7 @@ class MovingFiller:
     def stop(self) -> None:
         """Ends, whatever is still to be scored."""
         self._stopped.set()
-        self._thread.join()
+        self._thread.join(timeout=STOP_S)
         if self._filler is not None:
             self._filler.stop()
 

@@ -22,7 +22,7 @@ from dpo_ray.errors import CheckpointError, FencedError, VersionError
 from dpo_ray.types import TrainState
 
 _log = logging.getLogger(__name__)
-FORMAT_VERSION = 2
+FORMAT_VERSION, READ_VERSIONS = 3, (2, 3)
 _MANIFEST, _ASIDE, _ATTEMPT = "manifest.json", "set-aside-", "attempt-"
 _UNREADABLE = f"{_ASIDE}unreadable.json"
 
@@ -101,7 +101,7 @@ def read_manifest(run_uri: str, name: str) -> Manifest:
     place = storage.join(checkpoint_uri(run_uri, name), _MANIFEST)
     try:
         raw = storage.read_json(place)
-        if int(raw["format"]) != FORMAT_VERSION:
+        if int(raw["format"]) not in READ_VERSIONS:
             raise VersionError(
                 f"{place}: a checkpoint of format {raw['format']}, this version of dpo_ray reads {FORMAT_VERSION}: "
                 "go on with the version that wrote it, or choose another name for a new run"

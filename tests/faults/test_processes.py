@@ -196,6 +196,28 @@ def test_the_reference_outlives_a_worker(place: Place, twin: str, drivers: Any) 
     assert (filled["started_replicas"], filled["lost_replicas"], filled["scored_pairs"]) == (1, 0, 200)
 
 
+@pytest.mark.slow
+def test_a_reference_that_moves(place: Place, drivers: Any) -> None:
+    """A replica dies over a chunk, a worker before what the reference becomes is committed, and one after it was."""
+    faults = [
+        {"point": "score", "do": "kill"},
+        {"point": "commit", "rank": 0, "step": 10, "do": "kill"},
+        {"point": "step", "rank": 1, "step": 17, "do": "kill"},
+    ]
+    moving = {"sync_steps": 5, "mixup_alpha": 0.6}
+    for name, planted in (("moving-twin", []), ("moving", faults)):
+        drivers.append(place.start(place.config(name, reference=moving), *planted, pace_s=0.0))
+        drivers[-1].finish()
+        place.forget_scores()
+    place.assert_like_twin("moving", "moving-twin")
+    assert [attempt["position"] for attempt in place.attempts("moving")] == [0, 8, 16]
+    assert place.filled("moving")["lost_replicas"] == 1
+    # Each version by the attempt that made it; the second had nothing of its own before step 10.
+    stores = storage.list_names(storage.join(place.uri("moving"), "reference"))
+    made = [(1, 0), (2, 1), (3, 1), (4, 2)]
+    assert sorted(stores) == [f"version-{version:06d}-attempt-{attempt:04d}" for version, attempt in made]
+
+
 def test_a_failure_that_comes_again(place: Place, drivers: Any) -> None:
     """Without a new checkpoint between, the budget is used up, and the last error is told."""
     faults = [{"point": "step", "rank": 0, "step": 2, "do": "raise"}] * 2

@@ -125,9 +125,10 @@ def in_checkpoint(module: ModuleType) -> None:
     write = module._Writer._write
 
     def planted(self: Any, name: str, *arguments: Any) -> Any:
-        happen("shard", self._state.step, int(name[5:9]))
+        rank = int(name.partition("-")[2][:4])
+        happen("shard", self._state.step, rank)
         record = write(self, name, *arguments)
-        happen("uploaded", self._state.step, int(name[5:9]))
+        happen("uploaded", self._state.step, rank)
         return record
 
     module._Writer._write = planted
