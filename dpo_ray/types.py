@@ -134,18 +134,18 @@ class TrainState:
     Attributes:
         step: Global batches done: the one integer that says where training stands.
         num_tokens: Unique tokens trained on so far.
-        reference_attempt: The attempt that made the reference as it is, where it follows the policy.
         best_metric: The metric that the next two are about; None before the first evaluation that counts.
         best_step: The step whose evaluation was the best so far.
         best_value: Its value.
+        reference_attempt: The attempt that made the reference as it is, where it follows the policy.
     """
 
     step: int = 0
     num_tokens: int = 0
-    reference_attempt: int = 0
     best_metric: str | None = None
     best_step: int | None = None
     best_value: float | None = None
+    reference_attempt: int = 0
 
 
 @dataclass(frozen=True, slots=True)
