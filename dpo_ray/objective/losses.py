@@ -96,8 +96,25 @@ def sigmoid(stats: AnswerStats, *, beta: float, label_smoothing: float) -> torch
 
     Source: arXiv 2305.18290 eq. 7; smoothing: https://ericmitchell.ai/cdpo.pdf.
     """
-    z = beta * _margins(stats)
-    return -(1 - label_smoothing) * F.logsigmoid(z) - label_smoothing * F.logsigmoid(-z)
+    return _smoothed_logistic(beta * _margins(stats), label_smoothing)
+
+
+def sigmoid_norm(stats: AnswerStats, *, beta: float) -> torch.Tensor:
+    """Length-normalized DPO: -log sigma(beta (h_chosen / |y_chosen| - h_rejected / |y_rejected|)).
+
+    Margins are per token and so much smaller than DPO's: beta is larger, 5 in the paper.
+
+    Args:
+        stats: The answers, two per pair, with reference scores.
+        beta: Strength of the pull towards the reference, per token; > 0.
+
+    Returns:
+        Shape (P,), the dtype of the log-probabilities.
+
+    Source: arXiv 2411.15124 (Tulu 3), the length-normalized DPO loss.
+    """
+    chosen, rejected = stats.pairwise(stats.log_ratios() / stats.num_tokens)
+    return -F.logsigmoid(beta * (chosen - rejected))
 
 
 def ipo(stats: AnswerStats, *, beta: float) -> torch.Tensor:
@@ -154,6 +171,164 @@ def robust(stats: AnswerStats, *, beta: float, label_smoothing: float) -> torch.
     return ((1 - label_smoothing) * kept - label_smoothing * flipped) / (1 - 2 * label_smoothing)
 
 
+def exo_pair(stats: AnswerStats, *, beta: float, label_smoothing: float) -> torch.Tensor:
+    """EXO: KL of (sigma(z), sigma(-z)), the policy's preference, from the labels' (1 - eps, eps).
+
+    sigma(z) [log sigma(z) - log(1 - eps)] + sigma(-z) [log sigma(-z) - log eps]. Hard labels would make it infinite.
+
+    Args:
+        stats: The answers, two per pair, with reference scores.
+        beta: Strength of the pull towards the reference, > 0.
+        label_smoothing: eps, in (0, 0.5); the paper's is 0.001.
+
+    Returns:
+        Shape (P,), the dtype of the log-probabilities.
+
+    Source: arXiv 2402.00856 eq. 16, for two answers.
+    """
+    z = beta * _margins(stats)
+    chosen = torch.sigmoid(z) * (F.logsigmoid(z) - math.log1p(-label_smoothing))
+    return chosen + torch.sigmoid(-z) * (F.logsigmoid(-z) - math.log(label_smoothing))
+
+
+def nca_pair(stats: AnswerStats, *, beta: float) -> torch.Tensor:
+    """NCA: -log sigma(beta h_chosen) - 1/2 log sigma(-beta h_chosen) - 1/2 log sigma(-beta h_rejected).
+
+    Unlike DPO it holds the chosen answer's own log-ratio, not only the difference of the two.
+
+    Args:
+        stats: The answers, two per pair, with reference scores.
+        beta: Strength of the pull towards the reference, > 0.
+
+    Returns:
+        Shape (P,), the dtype of the log-probabilities.
+
+    Source: arXiv 2402.05369, the NCA loss for pairwise preferences.
+    """
+    chosen, rejected = stats.pairwise(beta * stats.log_ratios())
+    return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
+
+
+def sppo_hard(stats: AnswerStats, *, beta: float) -> torch.Tensor:
+    """SPPO with hard labels: (h_chosen - 1 / (2 beta))^2 + (h_rejected + 1 / (2 beta))^2.
+
+    The paper's winning probabilities are 1 for the chosen answer and 0 for the rejected one; beta is 1 / eta.
+
+    Args:
+        stats: The answers, two per pair, with reference scores.
+        beta: The log-ratios' targets are +-1 / (2 beta) nats; > 0.
+
+    Returns:
+        Shape (P,), the dtype of the log-probabilities.
+
+    Source: arXiv 2405.00675 eq. 4.7.
+    """
+    chosen, rejected = stats.pairwise(stats.log_ratios())
+    return (chosen - 1 / (2 * beta)) ** 2 + (rejected + 1 / (2 * beta)) ** 2
+
+
+def apo_zero(stats: AnswerStats, *, beta: float) -> torch.Tensor:
+    """APO-zero: 1 - sigma(beta h_chosen) + sigma(beta h_rejected).
+
+    For chosen answers that are better than the policy's own: their probability is to rise, the rejected one's to fall.
+    As in TRL, 1 is added to the paper's loss, which makes it positive and changes no gradient.
+
+    Args:
+        stats: The answers, two per pair, with reference scores.
+        beta: Strength of the pull towards the reference, > 0.
+
+    Returns:
+        Shape (P,), in (0, 2), the dtype of the log-probabilities.
+
+    Source: arXiv 2408.06266 eq. 7.
+    """
+    chosen, rejected = stats.pairwise(beta * stats.log_ratios())
+    return torch.sigmoid(-chosen) + torch.sigmoid(rejected)
+
+
+def apo_down(stats: AnswerStats, *, beta: float) -> torch.Tensor:
+    """APO-down: sigma(beta h_chosen) + 1 - sigma(z).
+
+    For chosen answers that are worse than the policy's own: both probabilities are to fall, the rejected one's more.
+    As in TRL, 1 is added to the paper's loss, which makes it positive and changes no gradient.
+
+    Args:
+        stats: The answers, two per pair, with reference scores.
+        beta: Strength of the pull towards the reference, > 0.
+
+    Returns:
+        Shape (P,), in (0, 2), the dtype of the log-probabilities.
+
+    Source: arXiv 2408.06266 eq. 8.
+    """
+    chosen, rejected = stats.pairwise(beta * stats.log_ratios())
+    return torch.sigmoid(chosen) + torch.sigmoid(rejected - chosen)
+
+
+def discopop(stats: AnswerStats, *, beta: float) -> torch.Tensor:
+    """DiscoPOP: -(1 - m) log sigma(z) + m exp(-z) with m = sigma(z / 0.05).
+
+    The discovered mixture of a logistic and an exponential loss. It is not convex: a z far below 0 has the slope of
+    DPO, with a local minimum just below 0. The temperature of m is the paper's.
+
+    Args:
+        stats: The answers, two per pair, with reference scores.
+        beta: Strength of the pull towards the reference, > 0.
+
+    Returns:
+        Shape (P,), the dtype of the log-probabilities.
+
+    Source: arXiv 2406.08414 eq. 5 (log-ratio modulated loss).
+    """
+    z, tau = beta * _margins(stats), 0.05
+    m = torch.sigmoid(z / tau)
+    # Below -40 m is 0 in any dtype, and exp(-z) may be infinite.
+    return -(1 - m) * F.logsigmoid(z) + m * torch.exp(-z.clamp(min=-40))
+
+
+def aot(stats: AnswerStats, *, beta: float, label_smoothing: float) -> torch.Tensor:
+    """AOT, paired: the distribution of the policy's margins is to lie above that of the reference's.
+
+    d is a pair's log pi(y_chosen|x) - log pi(y_rejected|x) less the reference's margin of the same rank in the global
+    batch, whichever pair has it; the loss is -(1 - eps) log sigma(beta d) - eps log sigma(-beta d). TRL sorts each
+    process's microbatch alone; here all pairs of the step are sorted, however many workers and microbatches.
+
+    Args:
+        stats: All answers of a global batch, two per pair, with reference scores.
+        beta: Strength of the pull towards the reference, > 0.
+        label_smoothing: eps, in [0, 0.5).
+
+    Returns:
+        Shape (P,), each pair's at its own place, the dtype of the log-probabilities.
+
+    Source: arXiv 2406.05882, AOT paired with the logistic loss; smoothing as in TRL.
+    """
+    chosen, rejected = stats.pairwise(stats.policy_logps)
+    margins = chosen - rejected
+    reference = margins - _margins(stats)
+    return _smoothed_logistic(beta * (margins - _of_same_rank(reference, margins)), label_smoothing)
+
+
+def aot_unpaired(stats: AnswerStats, *, beta: float, label_smoothing: float) -> torch.Tensor:
+    """AOT, unpaired: the distribution of chosen log-ratios is to lie above that of rejected ones.
+
+    d is a pair's h_chosen less the h_rejected of the same rank in the global batch, whichever pair has it; the loss is
+    -(1 - eps) log sigma(beta d) - eps log sigma(-beta d). Sorted over the global batch, see `aot`.
+
+    Args:
+        stats: All answers of a global batch, two per pair, with reference scores.
+        beta: Strength of the pull towards the reference, > 0.
+        label_smoothing: eps, in [0, 0.5).
+
+    Returns:
+        Shape (P,), at the place of the chosen answer's pair, the dtype of the log-probabilities.
+
+    Source: arXiv 2406.05882, AOT unpaired with the logistic loss; smoothing as in TRL.
+    """
+    chosen, rejected = stats.pairwise(stats.log_ratios())
+    return _smoothed_logistic(beta * (chosen - _of_same_rank(rejected, chosen)), label_smoothing)
+
+
 def sft(stats: AnswerStats) -> torch.Tensor:
     """Mean negative log-likelihood per token of the chosen answer: -log pi(y_chosen|x) / |y_chosen|.
 
@@ -177,6 +352,17 @@ def _margins(stats: AnswerStats) -> torch.Tensor:
     return chosen - rejected
 
 
+def _smoothed_logistic(z: torch.Tensor, eps: float) -> torch.Tensor:
+    """-(1 - eps) log sigma(z) - eps log sigma(-z), Shape as z."""
+    return -(1 - eps) * F.logsigmoid(z) - eps * F.logsigmoid(-z)
+
+
+def _of_same_rank(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """`values` in the order of `like`: the smallest where `like` is smallest, and so on; Shape (P,)."""
+    ranks = like.detach().argsort(stable=True).argsort()
+    return torch.sort(values, stable=True).values[ranks]
+
+
 class Interval(NamedTuple):
     """Where a hyperparameter may lie; the upper end never belongs to it."""
 
@@ -195,6 +381,7 @@ class Interval(NamedTuple):
 
 BETA = Interval(0.0, math.inf, includes_low=False)
 LABEL_SMOOTHING = Interval(0.0, 0.5, includes_low=True)
+SOFT_LABELS = Interval(0.0, 0.5, includes_low=False)
 
 # A hyperparameter that a loss does not use must be at this value: nothing that is set goes unused in silence.
 _NEUTRAL = {"label_smoothing": 0.0}
@@ -247,8 +434,19 @@ class LossSpec:
 
 LOSSES: dict[str, LossSpec] = {
     "sigmoid": LossSpec(sigmoid, "arXiv 2305.18290", {"beta": BETA, "label_smoothing": LABEL_SMOOTHING}),
+    "sigmoid_norm": LossSpec(sigmoid_norm, "arXiv 2411.15124", {"beta": BETA}),
     "ipo": LossSpec(ipo, "arXiv 2310.12036", {"beta": BETA}),
     "hinge": LossSpec(hinge, "arXiv 2309.06657", {"beta": BETA}),
     "robust": LossSpec(robust, "arXiv 2403.00409", {"beta": BETA, "label_smoothing": LABEL_SMOOTHING}),
+    "exo_pair": LossSpec(exo_pair, "arXiv 2402.00856", {"beta": BETA, "label_smoothing": SOFT_LABELS}),
+    "nca_pair": LossSpec(nca_pair, "arXiv 2402.05369", {"beta": BETA}),
+    "sppo_hard": LossSpec(sppo_hard, "arXiv 2405.00675", {"beta": BETA}),
+    "apo_zero": LossSpec(apo_zero, "arXiv 2408.06266", {"beta": BETA}),
+    "apo_down": LossSpec(apo_down, "arXiv 2408.06266", {"beta": BETA}),
+    "discopop": LossSpec(discopop, "arXiv 2406.08414", {"beta": BETA}),
+    "aot": LossSpec(aot, "arXiv 2406.05882", {"beta": BETA, "label_smoothing": LABEL_SMOOTHING}, couples_pairs=True),
+    "aot_unpaired": LossSpec(
+        aot_unpaired, "arXiv 2406.05882", {"beta": BETA, "label_smoothing": LABEL_SMOOTHING}, couples_pairs=True
+    ),
     "sft": LossSpec(sft, "arXiv 2305.18290", needs_reference=False),
 }

@@ -9,6 +9,7 @@ Where the two differ on purpose:
 - TRL ignores `label_smoothing` for sigmoid; ours is cDPO then, which `test_losses.py` holds to its closed form.
 - TRL's sft is the mean over the chosen tokens of a microbatch, ours the mean over pairs of each pair's mean, so that it
   does not depend on how pairs fall into microbatches. The two are one for a batch of one pair.
+- TRL's aot and aot_unpaired sort each process's microbatch, ours the global batch. Here the one is the other.
 """
 
 import pytest
@@ -147,7 +148,20 @@ def assert_same(theirs, ours):
 @pytest.mark.parametrize("beta", [0.1, 0.5])
 @pytest.mark.parametrize(
     ("name", "label_smoothing"),
-    [("sigmoid", 0.0), ("ipo", 0.0), ("hinge", 0.0), ("robust", 0.0), ("robust", 0.1), ("robust", 0.3)],
+    [
+        ("sigmoid", 0.0),
+        ("sigmoid_norm", 0.0),
+        ("ipo", 0.0),
+        ("hinge", 0.0),
+        *(("robust", smoothing) for smoothing in (0.0, 0.1, 0.3)),
+        *(("exo_pair", smoothing) for smoothing in (1e-3, 0.1)),
+        ("nca_pair", 0.0),
+        ("sppo_hard", 0.0),
+        ("apo_zero", 0.0),
+        ("apo_down", 0.0),
+        ("discopop", 0.0),
+        *((name, smoothing) for name in ("aot", "aot_unpaired") for smoothing in (0.0, 0.1)),
+    ],
 )
 def test_loss_gradient_and_metrics_equal_trl(make_trainer, name, label_smoothing, beta):
     trainer = make_trainer(loss_type=[name], beta=beta, label_smoothing=label_smoothing)
