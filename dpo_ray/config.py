@@ -302,8 +302,14 @@ class ObjectiveConfig(Section):
     """The loss."""
 
     loss: str = Field("sigmoid", description="one of: " + ", ".join(LOSSES))
-    beta: PositiveFloat = Field(0.1, description="strength of the pull towards the reference")
+    beta: PositiveFloat = Field(
+        0.1,
+        description="strength of the pull towards the reference; cpo, simpo: factor of the log-probabilities, orpo: "
+        "weight of the odds ratio",
+    )
     label_smoothing: float = Field(0.0, ge=0.0, description="assumed share of flipped labels")
+    nll_weight: float = Field(0.0, ge=0.0, description="cpo: weight of the chosen answer's likelihood, 1 in its paper")
+    target_margin: float = Field(0.0, ge=0.0, description="simpo: gamma, the margin to reach, 0.3 to 1.6 in its paper")
 
     @model_validator(mode="after")
     def _known_loss(self) -> ObjectiveConfig:
@@ -311,7 +317,7 @@ class ObjectiveConfig(Section):
             near = difflib.get_close_matches(self.loss, LOSSES, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"objective.loss is {self.loss!r}, known are {', '.join(LOSSES)}{hint}")
-        LOSSES[self.loss].check(beta=self.beta, label_smoothing=self.label_smoothing)
+        LOSSES[self.loss].check(**self.model_dump(exclude={"loss"}))
         return self
 
 

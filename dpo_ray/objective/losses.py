@@ -346,6 +346,63 @@ def sft(stats: AnswerStats) -> torch.Tensor:
     return -chosen
 
 
+def cpo(stats: AnswerStats, *, beta: float, nll_weight: float) -> torch.Tensor:
+    """CPO: -log sigma(beta (log pi(y_chosen|x) - log pi(y_rejected|x))) + w (-log pi(y_chosen|x) / |y_chosen|).
+
+    DPO whose reference says the same of all answers, held by the likelihood of the chosen one. That is per token here,
+    as in TRL, where the paper's is of the whole answer.
+
+    Args:
+        stats: The answers, two per pair; reference scores are not used.
+        beta: Factor of the log-probabilities, > 0.
+        nll_weight: w, > 0; 1 in the paper.
+
+    Returns:
+        Shape (P,), the dtype of the log-probabilities.
+
+    Source: arXiv 2401.08417 eq. 3, and the likelihood term added to it.
+    """
+    chosen, rejected = stats.pairwise(beta * stats.policy_logps)
+    return -F.logsigmoid(chosen - rejected) + nll_weight * sft(stats)
+
+
+def simpo(stats: AnswerStats, *, beta: float, target_margin: float) -> torch.Tensor:
+    """SimPO: -log sigma(beta (log pi(y_chosen|x) / |y_chosen| - log pi(y_rejected|x) / |y_rejected|) - gamma).
+
+    Args:
+        stats: The answers, two per pair; reference scores are not used.
+        beta: Factor of the log-probabilities per token, > 0; 2 to 10 in the paper.
+        target_margin: gamma, > 0; 0.3 to 1.6 in the paper.
+
+    Returns:
+        Shape (P,), the dtype of the log-probabilities.
+
+    Source: arXiv 2405.14734 eq. 6.
+    """
+    chosen, rejected = stats.pairwise(stats.policy_logps / stats.num_tokens)
+    return -F.logsigmoid(beta * (chosen - rejected) - target_margin)
+
+
+def orpo(stats: AnswerStats, *, beta: float) -> torch.Tensor:
+    """ORPO: -log p_chosen - beta log sigma(log odds(p_chosen) - log odds(p_rejected)), odds(p) = p / (1 - p).
+
+    p is pi(y|x)^(1 / |y|), the geometric mean of an answer's token probabilities: the first term is `sft`.
+
+    Args:
+        stats: The answers, two per pair; reference scores are not used.
+        beta: Weight of the odds ratio, the paper's lambda; > 0.
+
+    Returns:
+        Shape (P,), the dtype of the log-probabilities.
+
+    Source: arXiv 2403.07691 eq. 6 and 7.
+    """
+    # The odds of certain tokens are infinite.
+    log_p = (stats.policy_logps / stats.num_tokens).clamp(max=-torch.finfo(stats.policy_logps.dtype).eps)
+    chosen, rejected = stats.pairwise(log_p - torch.log(-torch.expm1(log_p)))
+    return sft(stats) - beta * F.logsigmoid(chosen - rejected)
+
+
 def _margins(stats: AnswerStats) -> torch.Tensor:
     """h_chosen - h_rejected, Shape (P,), nats."""
     chosen, rejected = stats.pairwise(stats.log_ratios())
@@ -379,12 +436,12 @@ class Interval(NamedTuple):
         return f"{'[' if self.includes_low else '('}{self.low:g}, {self.high:g})"
 
 
-BETA = Interval(0.0, math.inf, includes_low=False)
+POSITIVE = Interval(0.0, math.inf, includes_low=False)
 LABEL_SMOOTHING = Interval(0.0, 0.5, includes_low=True)
 SOFT_LABELS = Interval(0.0, 0.5, includes_low=False)
 
 # A hyperparameter that a loss does not use must be at this value: nothing that is set goes unused in silence.
-_NEUTRAL = {"label_smoothing": 0.0}
+_NEUTRAL = {"label_smoothing": 0.0, "nll_weight": 0.0, "target_margin": 0.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -433,20 +490,25 @@ class LossSpec:
 
 
 LOSSES: dict[str, LossSpec] = {
-    "sigmoid": LossSpec(sigmoid, "arXiv 2305.18290", {"beta": BETA, "label_smoothing": LABEL_SMOOTHING}),
-    "sigmoid_norm": LossSpec(sigmoid_norm, "arXiv 2411.15124", {"beta": BETA}),
-    "ipo": LossSpec(ipo, "arXiv 2310.12036", {"beta": BETA}),
-    "hinge": LossSpec(hinge, "arXiv 2309.06657", {"beta": BETA}),
-    "robust": LossSpec(robust, "arXiv 2403.00409", {"beta": BETA, "label_smoothing": LABEL_SMOOTHING}),
-    "exo_pair": LossSpec(exo_pair, "arXiv 2402.00856", {"beta": BETA, "label_smoothing": SOFT_LABELS}),
-    "nca_pair": LossSpec(nca_pair, "arXiv 2402.05369", {"beta": BETA}),
-    "sppo_hard": LossSpec(sppo_hard, "arXiv 2405.00675", {"beta": BETA}),
-    "apo_zero": LossSpec(apo_zero, "arXiv 2408.06266", {"beta": BETA}),
-    "apo_down": LossSpec(apo_down, "arXiv 2408.06266", {"beta": BETA}),
-    "discopop": LossSpec(discopop, "arXiv 2406.08414", {"beta": BETA}),
-    "aot": LossSpec(aot, "arXiv 2406.05882", {"beta": BETA, "label_smoothing": LABEL_SMOOTHING}, couples_pairs=True),
+    "sigmoid": LossSpec(sigmoid, "arXiv 2305.18290", {"beta": POSITIVE, "label_smoothing": LABEL_SMOOTHING}),
+    "sigmoid_norm": LossSpec(sigmoid_norm, "arXiv 2411.15124", {"beta": POSITIVE}),
+    "ipo": LossSpec(ipo, "arXiv 2310.12036", {"beta": POSITIVE}),
+    "hinge": LossSpec(hinge, "arXiv 2309.06657", {"beta": POSITIVE}),
+    "robust": LossSpec(robust, "arXiv 2403.00409", {"beta": POSITIVE, "label_smoothing": LABEL_SMOOTHING}),
+    "exo_pair": LossSpec(exo_pair, "arXiv 2402.00856", {"beta": POSITIVE, "label_smoothing": SOFT_LABELS}),
+    "nca_pair": LossSpec(nca_pair, "arXiv 2402.05369", {"beta": POSITIVE}),
+    "sppo_hard": LossSpec(sppo_hard, "arXiv 2405.00675", {"beta": POSITIVE}),
+    "apo_zero": LossSpec(apo_zero, "arXiv 2408.06266", {"beta": POSITIVE}),
+    "apo_down": LossSpec(apo_down, "arXiv 2408.06266", {"beta": POSITIVE}),
+    "discopop": LossSpec(discopop, "arXiv 2406.08414", {"beta": POSITIVE}),
+    "aot": LossSpec(
+        aot, "arXiv 2406.05882", {"beta": POSITIVE, "label_smoothing": LABEL_SMOOTHING}, couples_pairs=True
+    ),
     "aot_unpaired": LossSpec(
-        aot_unpaired, "arXiv 2406.05882", {"beta": BETA, "label_smoothing": LABEL_SMOOTHING}, couples_pairs=True
+        aot_unpaired, "arXiv 2406.05882", {"beta": POSITIVE, "label_smoothing": LABEL_SMOOTHING}, couples_pairs=True
     ),
     "sft": LossSpec(sft, "arXiv 2305.18290", needs_reference=False),
+    "cpo": LossSpec(cpo, "arXiv 2401.08417", {"beta": POSITIVE, "nll_weight": POSITIVE}, needs_reference=False),
+    "simpo": LossSpec(simpo, "arXiv 2405.14734", {"beta": POSITIVE, "target_margin": POSITIVE}, needs_reference=False),
+    "orpo": LossSpec(orpo, "arXiv 2403.07691", {"beta": POSITIVE}, needs_reference=False),
 }

@@ -9,6 +9,7 @@ Where the two differ on purpose:
 - TRL ignores `label_smoothing` for sigmoid; ours is cDPO then, which `test_losses.py` holds to its closed form.
 - TRL's sft is the mean over the chosen tokens of a microbatch, ours the mean over pairs of each pair's mean, so that it
   does not depend on how pairs fall into microbatches. The two are one for a batch of one pair.
+- The likelihood in TRL's CPO and ORPO is a mean over tokens too, and ORPO's goes over the prompt as well.
 - TRL's aot and aot_unpaired sort each process's microbatch, ours the global batch. Here the one is the other.
 """
 
@@ -93,6 +94,38 @@ def make_trainer(tmp_path):
     return make
 
 
+@pytest.fixture
+def make_reference_free_trainer(tmp_path):
+    """TRL's trainers of CPO, SimPO and ORPO; they call the token ids by other names."""
+    experimental = {name: pytest.importorskip(f"trl.experimental.{name.lower()}") for name in ("CPO", "ORPO")}
+
+    def make(kind, **objective):
+        args = getattr(experimental[kind], f"{kind}Config")(
+            output_dir=str(tmp_path),
+            report_to="none",
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            max_length=64,
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            **objective,
+        )
+        return getattr(experimental[kind], f"{kind}Trainer")(
+            model=tiny_model(seed=1),
+            args=args,
+            train_dataset=datasets.Dataset.from_list(pairs()),
+            processing_class=tiny_tokenizer(),
+        )
+
+    return make
+
+
+def with_our_names(row):
+    answers = {f"{key}_ids": [i for i in row[f"{key}_labels"] if i != -100] for key in ("chosen", "rejected")}
+    return {"prompt_ids": row["prompt_input_ids"], **answers}
+
+
 def trl_side(trainer, rows):
     """TRL's loss, gradient and metrics, with the model in training mode as `training_step` has it."""
     model = trainer.model.train()
@@ -100,7 +133,7 @@ def trl_side(trainer, rows):
     batch = trainer._prepare_inputs(trainer.data_collator(rows))
     loss = trainer.compute_loss(model, batch)
     loss.backward()
-    metrics = {name: values[-1] for name, values in trainer._metrics["train"].items()}
+    metrics = {name: values[-1] for name, values in getattr(trainer, "_metrics", {"train": {}})["train"].items()}
     return loss.item(), {name: p.grad for name, p in model.named_parameters()}, metrics
 
 
@@ -179,6 +212,36 @@ def test_sft_equals_trl_on_each_pair(make_trainer):
     for row in trainer.train_dataset:
         assert_same(trl_side(trainer, [row]), our_side([row], "sft", 0.1, {}))
         trainer._metrics["train"].clear()
+
+
+def test_simpo_equals_trl(make_reference_free_trainer):
+    trainer = make_reference_free_trainer("CPO", loss_type="simpo", cpo_alpha=0.0, beta=2.0, simpo_gamma=0.5)
+    rows = list(trainer.train_dataset)
+    ours = our_side(list(map(with_our_names, rows)), "simpo", 2.0, {"beta": 2.0, "target_margin": 0.5})
+    assert_same(trl_side(trainer, rows), (*ours[:2], {}))
+
+
+@pytest.mark.parametrize("weight", [0.3, 1.0])
+def test_cpo_equals_trl_on_each_pair(make_reference_free_trainer, weight):
+    trainer = make_reference_free_trainer("CPO", loss_type="sigmoid", cpo_alpha=weight, beta=0.1)
+    for row in trainer.train_dataset:
+        ours = our_side([with_our_names(row)], "cpo", 0.1, {"beta": 0.1, "nll_weight": weight})
+        assert_same(trl_side(trainer, [row]), (*ours[:2], {}))
+
+
+def test_the_odds_ratio_of_orpo_equals_trl(make_reference_free_trainer):
+    """What more of beta adds, which the likelihood has no part in."""
+    theirs, ours = [], []
+    for beta in (0.5, 20.5):
+        trainer = make_reference_free_trainer("ORPO", beta=beta)
+        rows = list(trainer.train_dataset)
+        theirs.append(trl_side(trainer, rows))
+        ours.append(our_side(list(map(with_our_names, rows)), "orpo", beta, {"beta": beta}))
+    theirs, ours = (
+        (more[0] - less[0], {name: more[1][name] - less[1][name] for name in less[1]}, {})
+        for less, more in (theirs, ours)
+    )
+    assert_same(theirs, ours)
 
 
 def test_trl_still_ignores_smoothing_for_sigmoid(make_trainer):

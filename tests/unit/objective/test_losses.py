@@ -7,7 +7,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dpo_ray.objective.losses import LOSSES, AnswerStats, aot, discopop, exo_pair, hinge, ipo, robust, sft, sigmoid
+from dpo_ray.objective.losses import (
+    LOSSES,
+    AnswerStats,
+    aot,
+    discopop,
+    exo_pair,
+    hinge,
+    ipo,
+    orpo,
+    robust,
+    sft,
+    sigmoid,
+)
 
 # Summed log-probabilities and lengths of six pairs: a large margin of either sign, a small one, none, a long answer,
 # and one whose margin has another rank among the policy's than among the reference's.
@@ -33,6 +45,9 @@ SETTINGS = {
     "aot": SMOOTHED,
     "aot_unpaired": SMOOTHED,
     "sft": [{}],
+    "cpo": [{**beta, "nll_weight": w} for beta in BETAS for w in (0.2, 1.0)],
+    "simpo": [{"beta": b, "target_margin": g} for b in (0.1, 2.0, 10.0) for g in (0.3, 1.6)],
+    "orpo": BETAS,
 }
 CASES = [(name, setting) for name, settings in SETTINGS.items() for setting in settings]
 
@@ -57,11 +72,26 @@ def softplus(x: float) -> float:
     return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
 
 
-def closed_form(name, policy, reference, num_tokens, beta=0.0, label_smoothing=0.0):
+def closed_form(name, policy, reference, num_tokens, beta=0.0, label_smoothing=0.0, nll_weight=0.0, target_margin=0.0):
     """Loss, d loss / d chosen policy logp, d loss / d rejected policy logp of one pair."""
     (chosen, rejected), (n_chosen, n_rejected), eps = policy, num_tokens, label_smoothing
-    if name == "sft":
-        return -chosen / n_chosen, -1 / n_chosen, 0.0
+    match name:
+        case "sft":
+            return -chosen / n_chosen, -1 / n_chosen, 0.0
+        case "cpo":
+            z = beta * (chosen - rejected)
+            slope = -beta * logistic(-z)
+            return softplus(-z) - nll_weight * chosen / n_chosen, slope - nll_weight / n_chosen, -slope
+        case "simpo":
+            z = beta * (chosen / n_chosen - rejected / n_rejected) - target_margin
+            return softplus(-z), -beta * logistic(-z) / n_chosen, beta * logistic(-z) / n_rejected
+        case "orpo":
+            # p / (1 - p) = 1 / (1 / p - 1), and d log odds / d log p = 1 / (1 - p)
+            p_chosen, p_rejected = math.exp(chosen / n_chosen), math.exp(rejected / n_rejected)
+            z = math.log(1 / p_rejected - 1) - math.log(1 / p_chosen - 1)
+            slope = -beta * logistic(-z)
+            d_chosen = (slope / (1 - p_chosen) - 1) / n_chosen
+            return -math.log(p_chosen) + beta * softplus(-z), d_chosen, -slope / (1 - p_rejected) / n_rejected
     h_chosen, h_rejected = chosen - reference[0], rejected - reference[1]
     z = beta * (h_chosen - h_rejected)
     match name:
@@ -198,6 +228,16 @@ def test_sft_of_one_token_of_probability_one_half():
     assert sft(stats).item() == pytest.approx(math.log(2), abs=1e-12)
 
 
+def test_orpo_of_certain_tokens_is_finite():
+    """Odds of 1 / 0, up to the rounding of log-probabilities: no NaN in loss or gradient."""
+    stats = make_stats([(0.0, 0.0), (0.0, -3.0), (-3.0, 0.0)], None, [(2, 3)] * 3, dtype=torch.float32)
+    losses = orpo(stats, beta=0.1)
+    losses.sum().backward()
+    assert losses[0].item() == pytest.approx(0.1 * math.log(2))
+    assert losses.isfinite().all()
+    assert stats.policy_logps.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("beta", [0.05, 0.5])
 def test_robust_without_smoothing_is_sigmoid(beta):
     stats = make_stats()
@@ -318,6 +358,9 @@ def test_pairwise_gives_views():
             "hinge does not use it: set it to 0, or choose one of aot, .*robust, sigmoid",
         ),
         ("sft", {"label_smoothing": 0.1}, "sft does not use it"),
+        ("cpo", {"nll_weight": 0.0}, r"nll_weight is 0\.0, but cpo needs it in \(0, inf\)"),
+        ("simpo", {"target_margin": 0.0}, r"target_margin is 0\.0, but simpo needs it in \(0, inf\)"),
+        ("orpo", {"nll_weight": 1.0}, "nll_weight is 1.0, but orpo does not use it: set it to 0, or choose one of cpo"),
         ("exo_pair", {"label_smoothing": 0.0}, r"label_smoothing is 0\.0, but exo_pair needs it in \(0, 0\.5\)"),
     ],
 )
@@ -328,4 +371,4 @@ def test_check_refuses_what_is_out_of_range_or_unused(name, values, message):
 
 @pytest.mark.parametrize(("name", "setting"), CASES, ids=str)
 def test_check_accepts_what_is_in_range(name, setting):
-    LOSSES[name].check(**{"beta": 0.1, "label_smoothing": 0.0, **setting})
+    LOSSES[name].check(**{"beta": 0.1, "label_smoothing": 0.0, "nll_weight": 0.0, "target_margin": 0.0, **setting})
