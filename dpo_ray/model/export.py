@@ -86,6 +86,8 @@ def model_card(config: Config, step: int) -> str:
     )
     used = sorted(LOSSES[objective.loss].parameters)
     hyperparameters = [f"{name.replace('_', ' ')} {getattr(objective, name):g}" for name in used]
+    if objective.f_divergence != "reverse_kl":
+        hyperparameters.append(f"divergence {objective.f_divergence} {objective.f_alpha or ''}".rstrip())
     lora = ""
     if adapter.rank is not None:
         where = adapter.target_modules if isinstance(adapter.target_modules, str) else ", ".join(adapter.target_modules)

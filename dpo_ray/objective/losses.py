@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -81,6 +81,43 @@ class AnswerStats:
             raise ValueError(f"{message}; pairs {self.pair_index.tolist()}, answers {self.answer_index.tolist()}")
         by_pair = values.view(-1, 2)
         return by_pair[:, 0], by_pair[:, 1]
+
+
+def under_divergence(stats: AnswerStats, f_divergence: str, f_alpha: float | None = None) -> AnswerStats:
+    """The answers for a loss whose policy is held to the reference by another divergence than reverse KL.
+
+    f-DPO has s = f'(pi / pi_ref) where DPO has h:
+
+        reverse_kl  s = h
+        forward_kl  s = 1 - exp(-h)
+        js          s = log 2 + log sigma(h)
+        alpha       s = (exp((alpha - 1) h) - 1) / (alpha - 1): forward_kl at 0, reverse_kl towards 1
+
+    Only for losses that go by differences of log-ratios (`LossSpec.any_divergence`): what f adds to both answers of a
+    prompt cancels in them alone. exp's argument ends at 80, which float32 can still hold; further out s has no slope.
+
+    Args:
+        stats: The answers, with reference scores.
+        f_divergence: reverse_kl, forward_kl, js, or alpha.
+        f_alpha: alpha, in (0, 1), as in TRL; the paper's is 1 - alpha. Only for alpha.
+
+    Returns:
+        Answers whose log-ratios, Shape (A,), are s.
+
+    Raises:
+        ValueError: There are no reference scores.
+
+    Source: arXiv 2309.16240 table 1 (f-DPO).
+    """
+    if f_divergence == "reverse_kl":
+        return stats
+    h = stats.log_ratios()
+    if f_divergence == "js":
+        scores = math.log(2) + F.logsigmoid(h)
+    else:
+        power = 1.0 if f_alpha is None else 1 - f_alpha
+        scores = -torch.expm1((-power * h).clamp(max=80)) / power
+    return replace(stats, policy_logps=scores, ref_logps=torch.zeros_like(h))
 
 
 def sigmoid(stats: AnswerStats, *, beta: float, label_smoothing: float) -> torch.Tensor:
@@ -455,6 +492,8 @@ class LossSpec:
         needs_reference: Whether it reads `ref_logps`.
         couples_pairs: Whether a pair's loss depends on other pairs, so that `fn` must see the whole global batch at
             once; else it may be called on any part of it.
+        any_divergence: Whether it goes by the difference of a pair's log-ratios, so that they may be those of
+            `under_divergence`.
     """
 
     fn: Callable[..., torch.Tensor]
@@ -462,6 +501,7 @@ class LossSpec:
     bounds: Mapping[str, Interval] = field(default_factory=dict)
     needs_reference: bool = True
     couples_pairs: bool = False
+    any_divergence: bool = False
 
     @property
     def parameters(self) -> frozenset[str]:
@@ -490,17 +530,23 @@ class LossSpec:
 
 
 LOSSES: dict[str, LossSpec] = {
-    "sigmoid": LossSpec(sigmoid, "arXiv 2305.18290", {"beta": POSITIVE, "label_smoothing": LABEL_SMOOTHING}),
-    "sigmoid_norm": LossSpec(sigmoid_norm, "arXiv 2411.15124", {"beta": POSITIVE}),
-    "ipo": LossSpec(ipo, "arXiv 2310.12036", {"beta": POSITIVE}),
-    "hinge": LossSpec(hinge, "arXiv 2309.06657", {"beta": POSITIVE}),
-    "robust": LossSpec(robust, "arXiv 2403.00409", {"beta": POSITIVE, "label_smoothing": LABEL_SMOOTHING}),
-    "exo_pair": LossSpec(exo_pair, "arXiv 2402.00856", {"beta": POSITIVE, "label_smoothing": SOFT_LABELS}),
+    "sigmoid": LossSpec(
+        sigmoid, "arXiv 2305.18290", {"beta": POSITIVE, "label_smoothing": LABEL_SMOOTHING}, any_divergence=True
+    ),
+    "sigmoid_norm": LossSpec(sigmoid_norm, "arXiv 2411.15124", {"beta": POSITIVE}, any_divergence=True),
+    "ipo": LossSpec(ipo, "arXiv 2310.12036", {"beta": POSITIVE}, any_divergence=True),
+    "hinge": LossSpec(hinge, "arXiv 2309.06657", {"beta": POSITIVE}, any_divergence=True),
+    "robust": LossSpec(
+        robust, "arXiv 2403.00409", {"beta": POSITIVE, "label_smoothing": LABEL_SMOOTHING}, any_divergence=True
+    ),
+    "exo_pair": LossSpec(
+        exo_pair, "arXiv 2402.00856", {"beta": POSITIVE, "label_smoothing": SOFT_LABELS}, any_divergence=True
+    ),
     "nca_pair": LossSpec(nca_pair, "arXiv 2402.05369", {"beta": POSITIVE}),
     "sppo_hard": LossSpec(sppo_hard, "arXiv 2405.00675", {"beta": POSITIVE}),
     "apo_zero": LossSpec(apo_zero, "arXiv 2408.06266", {"beta": POSITIVE}),
     "apo_down": LossSpec(apo_down, "arXiv 2408.06266", {"beta": POSITIVE}),
-    "discopop": LossSpec(discopop, "arXiv 2406.08414", {"beta": POSITIVE}),
+    "discopop": LossSpec(discopop, "arXiv 2406.08414", {"beta": POSITIVE}, any_divergence=True),
     "aot": LossSpec(
         aot, "arXiv 2406.05882", {"beta": POSITIVE, "label_smoothing": LABEL_SMOOTHING}, couples_pairs=True
     ),

@@ -18,7 +18,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dpo_ray.objective.logps import Scores, completion_positions, sum_by_answer, token_scores
-from dpo_ray.objective.losses import LOSSES, AnswerStats
+from dpo_ray.objective.losses import LOSSES, AnswerStats, under_divergence
 from dpo_ray.objective.rewards import finish_metrics, metric_sums
 
 trl = pytest.importorskip("trl", reason="needs the extra `bench`")
@@ -137,7 +137,7 @@ def trl_side(trainer, rows):
     return loss.item(), {name: p.grad for name, p in model.named_parameters()}, metrics
 
 
-def our_side(rows, name, beta, setting):
+def our_side(rows, name, beta, setting, f_divergence="reverse_kl", f_alpha=None):
     """Loss, gradient and metrics of this package over the token ids that TRL made."""
     model, reference = tiny_model(seed=1), tiny_model(seed=2).requires_grad_(False)
     answers = [(row["prompt_ids"], row[key]) for row in rows for key in ("chosen_ids", "rejected_ids")]
@@ -151,7 +151,7 @@ def our_side(rows, name, beta, setting):
         entropy=torch.cat([each.entropy for each in scores]),
         mean_logits=torch.cat([each.mean_logits for each in scores]),
     )
-    losses = LOSSES[name].fn(stats, **setting)
+    losses = LOSSES[name].fn(under_divergence(stats, f_divergence, f_alpha), **setting)
     (losses.sum() / len(rows)).backward()
     metrics = finish_metrics(metric_sums(stats, losses, beta))
     return metrics["loss"], {name: p.grad for name, p in model.named_parameters()}, metrics
@@ -164,16 +164,16 @@ def answer_scores(model, prompt, answer):
     return Scores(*(sum_by_answer(each, owners, 1) for each in token_scores(logits[predicting], sequence[targets])))
 
 
-def assert_same(theirs, ours):
-    """Loss and metrics within 1e-6 relative; gradients within 1e-6 of the largest entry of the whole gradient."""
+def assert_same(theirs, ours, tolerance=TOLERANCE):
+    """Loss and metrics within `tolerance` relative; gradients within it of the whole gradient's largest entry."""
     (their_loss, their_gradient, their_metrics), (our_loss, our_gradient, our_metrics) = theirs, ours
-    assert our_loss == pytest.approx(their_loss, rel=TOLERANCE)
+    assert our_loss == pytest.approx(their_loss, rel=tolerance)
     scale = max(gradient.abs().max().item() for gradient in their_gradient.values())
     assert scale > 1e-3
     assert our_gradient.keys() == their_gradient.keys()
     for name, gradient in their_gradient.items():
         difference = (our_gradient[name] - gradient).abs().max().item() / scale
-        assert difference <= TOLERANCE, name
+        assert difference <= tolerance, name
     for name in our_metrics.keys() - {"loss"}:
         assert our_metrics[name] == pytest.approx(their_metrics[name], rel=TOLERANCE, abs=TOLERANCE), name
 
@@ -205,6 +205,21 @@ def test_loss_gradient_and_metrics_equal_trl(make_trainer, name, label_smoothing
         (prompt, chosen + 1, rejected + 1) for prompt, chosen, rejected in LENGTHS
     ]
     assert_same(trl_side(trainer, rows), our_side(rows, name, beta, setting))
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "ipo"])
+@pytest.mark.parametrize(
+    ("theirs", "ours", "alpha"),
+    [("forward_kl", "forward_kl", None), ("js_divergence", "js", None)]
+    + [("alpha_divergence", "alpha", alpha) for alpha in (0.2, 0.5)],
+)
+def test_divergences_equal_trl(make_trainer, name, theirs, ours, alpha):
+    """Rewards too: in TRL and here they are beta times the log-ratio, whatever the divergence. The exponential makes
+    the rounding of log-ratios of several nats a relative error."""
+    trainer = make_trainer(loss_type=[name], beta=0.5, f_divergence_type=theirs, f_alpha_divergence_coef=alpha or 0.5)
+    rows = list(trainer.train_dataset)
+    setting = {"beta": 0.5, **({"label_smoothing": 0.0} if name == "sigmoid" else {})}
+    assert_same(trl_side(trainer, rows), our_side(rows, name, 0.5, setting, ours, alpha), tolerance=5e-6)
 
 
 def test_sft_equals_trl_on_each_pair(make_trainer):

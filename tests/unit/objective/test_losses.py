@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dpo_ray.config import ObjectiveConfig
 from dpo_ray.objective.losses import (
     LOSSES,
     AnswerStats,
@@ -19,7 +20,9 @@ from dpo_ray.objective.losses import (
     robust,
     sft,
     sigmoid,
+    under_divergence,
 )
+from dpo_ray.training.step import objective_of
 
 # Summed log-probabilities and lengths of six pairs: a large margin of either sign, a small one, none, a long answer,
 # and one whose margin has another rank among the policy's than among the reference's.
@@ -170,6 +173,64 @@ def test_loss_and_gradient_equal_the_closed_form(name, setting):
     gradient = torch.tensor([row[1:] for row in expected], dtype=torch.float64).flatten()
     torch.testing.assert_close(losses.detach(), values, rtol=0, atol=1e-9)
     torch.testing.assert_close(stats.policy_logps.grad, gradient, rtol=0, atol=1e-9)
+
+
+def link(h, f_divergence, f_alpha=None):
+    """f'(exp(h)) and its slope in h."""
+    match f_divergence:
+        case "reverse_kl":
+            return h, 1.0
+        case "forward_kl":
+            return 1 - math.exp(-h), math.exp(-h)
+        case "js":
+            return math.log(2 / (1 + math.exp(-h))), logistic(-h)
+        case "alpha":
+            return (math.exp(h * (f_alpha - 1)) - 1) / (f_alpha - 1), math.exp(h * (f_alpha - 1))
+
+
+DIVERGENCES = [
+    {"f_divergence": "reverse_kl"},
+    {"f_divergence": "forward_kl"},
+    {"f_divergence": "js"},
+    *({"f_divergence": "alpha", "f_alpha": alpha} for alpha in (0.1, 0.5, 0.8)),
+]
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+@pytest.mark.parametrize("name", [name for name, spec in LOSSES.items() if spec.any_divergence])
+def test_the_configured_divergence_equals_the_closed_form(name, divergence):
+    """As configured, over log-ratios of up to 4 nats: f' for h, and the chain rule."""
+    tenth = [
+        tuple(r + (p - r) / 10 for p, r in zip(*pair, strict=True)) for pair in zip(POLICY, REFERENCE, strict=True)
+    ]
+    stats, setting = make_stats(tenth), SETTINGS[name][-1]
+    losses = objective_of(ObjectiveConfig(loss=name, **setting, **divergence)).loss(stats)
+    losses.sum().backward()
+    expected = []
+    for policy, reference, num_tokens in zip(tenth, REFERENCE, NUM_TOKENS, strict=True):
+        scores, slopes = zip(*(link(p - r, **divergence) for p, r in zip(policy, reference, strict=True)), strict=True)
+        loss, *gradient = closed_form(name, scores, (0.0, 0.0), num_tokens, **setting)
+        expected.append([loss, *(g * slope for g, slope in zip(gradient, slopes, strict=True))])
+    expected = torch.tensor(expected, dtype=torch.float64)
+    torch.testing.assert_close(losses.detach(), expected[:, 0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(stats.policy_logps.grad, expected[:, 1:].flatten(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+def test_divergences_are_zero_at_the_reference_and_never_overflow(divergence):
+    """The slope there is f''(1): 1, or 1/2 for js."""
+    stats = make_stats([(0.0, 0.0), (-1e4, 1e4)], [(0.0, 0.0)] * 2, [(1, 1)] * 2, dtype=torch.float32)
+    scores = under_divergence(stats, **divergence).log_ratios()
+    (slopes,) = torch.autograd.grad(scores.sum(), stats.policy_logps)
+    assert scores[:2].tolist() == pytest.approx([0.0, 0.0], abs=1e-7)
+    assert slopes[:2].tolist() == pytest.approx([0.5 if divergence["f_divergence"] == "js" else 1.0] * 2)
+    assert scores.isfinite().all()
+    assert slopes.isfinite().all()
+
+
+def test_a_divergence_needs_reference_scores():
+    with pytest.raises(ValueError, match="reference scores"):
+        under_divergence(replace(make_stats(), ref_logps=None), "js")
 
 
 def test_every_entry_is_tried_and_agrees_with_its_function():
