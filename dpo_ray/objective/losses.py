@@ -3,7 +3,8 @@
 1. Write a pure function here. It takes an `AnswerStats` and, keyword-only, the hyperparameters it uses, and returns
    one loss per pair, Shape (P,), not reduced: the train loop divides the sum by the pairs of the global batch.
 2. Add its entry to `LOSSES`: the paper, the interval of each hyperparameter, and whether it needs reference scores
-   or all pairs of the global batch at once. Configuration, train loop and metrics go by that entry.
+   or all pairs of the global batch at once, or allows other divergences. Configuration, train loop and metrics go by
+   that entry. A new hyperparameter is a field of `ObjectiveConfig` too, its neutral value stands in `_NEUTRAL`.
 3. Write its closed form, loss and gradient, in `tests/unit/objective/test_losses.py`, which fails for an entry
    without one.
 
