@@ -302,8 +302,20 @@ class ObjectiveConfig(Section):
     """The loss."""
 
     loss: str = Field("sigmoid", description="one of: " + ", ".join(LOSSES))
-    beta: PositiveFloat = Field(0.1, description="strength of the pull towards the reference")
+    beta: PositiveFloat = Field(
+        0.1,
+        description="strength of the pull towards the reference; cpo, simpo: factor of the log-probabilities, orpo: "
+        "weight of the odds ratio",
+    )
     label_smoothing: float = Field(0.0, ge=0.0, description="assumed share of flipped labels")
+    nll_weight: float = Field(0.0, ge=0.0, description="cpo: weight of the chosen answer's likelihood, 1 in its paper")
+    target_margin: float = Field(0.0, ge=0.0, description="simpo: gamma, the margin to reach, 0.3 to 1.6 in its paper")
+    f_divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = Field(
+        "reverse_kl", description="what holds the policy to the reference: reverse_kl (DPO), forward_kl, js, alpha"
+    )
+    f_alpha: float | None = Field(
+        None, gt=0.0, lt=1.0, description="f_divergence alpha: between forward_kl (0) and reverse_kl (1), such as 0.5"
+    )
 
     @model_validator(mode="after")
     def _known_loss(self) -> ObjectiveConfig:
@@ -311,7 +323,20 @@ class ObjectiveConfig(Section):
             near = difflib.get_close_matches(self.loss, LOSSES, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"objective.loss is {self.loss!r}, known are {', '.join(LOSSES)}{hint}")
-        LOSSES[self.loss].check(beta=self.beta, label_smoothing=self.label_smoothing)
+        LOSSES[self.loss].check(**self.model_dump(exclude={"loss", "f_divergence", "f_alpha"}))
+        if self.f_divergence != "reverse_kl" and not LOSSES[self.loss].any_divergence:
+            others = ", ".join(name for name, spec in LOSSES.items() if spec.any_divergence)
+            raise ValueError(
+                f"objective.f_divergence is {self.f_divergence}, but {self.loss} is for reverse_kl alone: leave it "
+                f"out, or choose one of {others}"
+            )
+        if self.f_divergence == "alpha" and self.f_alpha is None:
+            raise ValueError("objective.f_divergence is alpha, but f_alpha is null: set it in (0, 1), such as 0.5")
+        if self.f_divergence != "alpha" and self.f_alpha is not None:
+            raise ValueError(
+                f"objective.f_alpha is {self.f_alpha}, but f_divergence: {self.f_divergence} does not use it: leave it "
+                "out, or use f_divergence: alpha"
+            )
         return self
 
 

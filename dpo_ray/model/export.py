@@ -21,6 +21,7 @@ from dpo_ray.model.adapter import merged, save_adapter
 from dpo_ray.model.files import load_tokenizer, localize
 from dpo_ray.model.load import DTYPES, empty_model, load_pretrained
 from dpo_ray.model.shard import gathered_state_dict
+from dpo_ray.objective.losses import LOSSES
 
 # Files that an export of the other kind may have left.
 _KINDS = ("config.json", ".safetensors", ".safetensors.index.json")
@@ -83,6 +84,10 @@ def model_card(config: Config, step: int) -> str:
     about = (
         f"library_name: peft\nbase_model: {json.dumps(config.model.path)}" if alone else "library_name: transformers"
     )
+    used = sorted(LOSSES[objective.loss].parameters)
+    hyperparameters = [f"{name.replace('_', ' ')} {getattr(objective, name):g}" for name in used]
+    if objective.f_divergence != "reverse_kl":
+        hyperparameters.append(f"divergence {objective.f_divergence} {objective.f_alpha or ''}".rstrip())
     lora = ""
     if adapter.rank is not None:
         where = adapter.target_modules if isinstance(adapter.target_modules, str) else ", ".join(adapter.target_modules)
@@ -94,7 +99,7 @@ def model_card(config: Config, step: int) -> str:
         f"Trained with dpo_ray from `{os.path.basename(config.model.path.rstrip('/'))}` by preference optimization.\n\n"
         "| | |\n| --- | --- |\n"
         f"{lora}"
-        f"| objective | {objective.loss}, beta {objective.beta:g}, label smoothing {objective.label_smoothing:g} |\n"
+        f"| objective | {', '.join([objective.loss, *hyperparameters])} |\n"
         f"| optimizer | {config.optimizer.name}, learning rate {config.optimizer.learning_rate:g}, "
         f"{config.optimizer.schedule}, warm-up {config.optimizer.warmup_steps} steps |\n"
         f"| pairs per step | {config.train.global_batch_pairs} |\n"

@@ -3,7 +3,8 @@
 1. Write a pure function here. It takes an `AnswerStats` and, keyword-only, the hyperparameters it uses, and returns
    one loss per pair, Shape (P,), not reduced: the train loop divides the sum by the pairs of the global batch.
 2. Add its entry to `LOSSES`: the paper, the interval of each hyperparameter, and whether it needs reference scores
-   or all pairs of the global batch at once. Configuration, train loop and metrics go by that entry.
+   or all pairs of the global batch at once, or allows other divergences. Configuration, train loop and metrics go by
+   that entry. A new hyperparameter is a field of `ObjectiveConfig` too, its neutral value stands in `_NEUTRAL`.
 3. Write its closed form, loss and gradient, in `tests/unit/objective/test_losses.py`, which fails for an entry
    without one.
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -83,6 +84,43 @@ class AnswerStats:
         return by_pair[:, 0], by_pair[:, 1]
 
 
+def under_divergence(stats: AnswerStats, f_divergence: str, f_alpha: float | None = None) -> AnswerStats:
+    """The answers for a loss whose policy is held to the reference by another divergence than reverse KL.
+
+    f-DPO has s = f'(pi / pi_ref) where DPO has h:
+
+        reverse_kl  s = h
+        forward_kl  s = 1 - exp(-h)
+        js          s = log 2 + log sigma(h)
+        alpha       s = (exp((alpha - 1) h) - 1) / (alpha - 1): forward_kl at 0, reverse_kl towards 1
+
+    Only for losses that go by differences of log-ratios (`LossSpec.any_divergence`): what f adds to both answers of a
+    prompt cancels in them alone. exp's argument ends at 80, which float32 can still hold; further out s has no slope.
+
+    Args:
+        stats: The answers, with reference scores.
+        f_divergence: reverse_kl, forward_kl, js, or alpha.
+        f_alpha: alpha, in (0, 1), as in TRL; the paper's is 1 - alpha. Only for alpha.
+
+    Returns:
+        Answers whose log-ratios, Shape (A,), are s.
+
+    Raises:
+        ValueError: There are no reference scores.
+
+    Source: arXiv 2309.16240 table 1 (f-DPO).
+    """
+    if f_divergence == "reverse_kl":
+        return stats
+    h = stats.log_ratios()
+    if f_divergence == "js":
+        scores = math.log(2) + F.logsigmoid(h)
+    else:
+        power = 1.0 if f_alpha is None else 1 - f_alpha
+        scores = -torch.expm1((-power * h).clamp(max=80)) / power
+    return replace(stats, policy_logps=scores, ref_logps=torch.zeros_like(h))
+
+
 def sigmoid(stats: AnswerStats, *, beta: float, label_smoothing: float) -> torch.Tensor:
     """DPO, with label smoothing cDPO: -(1 - eps) log sigma(z) - eps log sigma(-z).
 
@@ -96,8 +134,25 @@ def sigmoid(stats: AnswerStats, *, beta: float, label_smoothing: float) -> torch
 
     Source: arXiv 2305.18290 eq. 7; smoothing: https://ericmitchell.ai/cdpo.pdf.
     """
-    z = beta * _margins(stats)
-    return -(1 - label_smoothing) * F.logsigmoid(z) - label_smoothing * F.logsigmoid(-z)
+    return _smoothed_logistic(beta * _margins(stats), label_smoothing)
+
+
+def sigmoid_norm(stats: AnswerStats, *, beta: float) -> torch.Tensor:
+    """Length-normalized DPO: -log sigma(beta (h_chosen / |y_chosen| - h_rejected / |y_rejected|)).
+
+    Margins are per token and so much smaller than DPO's: beta is larger, 5 in the paper.
+
+    Args:
+        stats: The answers, two per pair, with reference scores.
+        beta: Strength of the pull towards the reference, per token; > 0.
+
+    Returns:
+        Shape (P,), the dtype of the log-probabilities.
+
+    Source: arXiv 2411.15124 (Tulu 3), the length-normalized DPO loss.
+    """
+    chosen, rejected = stats.pairwise(stats.log_ratios() / stats.num_tokens)
+    return -F.logsigmoid(beta * (chosen - rejected))
 
 
 def ipo(stats: AnswerStats, *, beta: float) -> torch.Tensor:
@@ -154,6 +209,164 @@ def robust(stats: AnswerStats, *, beta: float, label_smoothing: float) -> torch.
     return ((1 - label_smoothing) * kept - label_smoothing * flipped) / (1 - 2 * label_smoothing)
 
 
+def exo_pair(stats: AnswerStats, *, beta: float, label_smoothing: float) -> torch.Tensor:
+    """EXO: KL of (sigma(z), sigma(-z)), the policy's preference, from the labels' (1 - eps, eps).
+
+    sigma(z) [log sigma(z) - log(1 - eps)] + sigma(-z) [log sigma(-z) - log eps]. Hard labels would make it infinite.
+
+    Args:
+        stats: The answers, two per pair, with reference scores.
+        beta: Strength of the pull towards the reference, > 0.
+        label_smoothing: eps, in (0, 0.5); the paper's is 0.001.
+
+    Returns:
+        Shape (P,), the dtype of the log-probabilities.
+
+    Source: arXiv 2402.00856 eq. 16, for two answers.
+    """
+    z = beta * _margins(stats)
+    chosen = torch.sigmoid(z) * (F.logsigmoid(z) - math.log1p(-label_smoothing))
+    return chosen + torch.sigmoid(-z) * (F.logsigmoid(-z) - math.log(label_smoothing))
+
+
+def nca_pair(stats: AnswerStats, *, beta: float) -> torch.Tensor:
+    """NCA: -log sigma(beta h_chosen) - 1/2 log sigma(-beta h_chosen) - 1/2 log sigma(-beta h_rejected).
+
+    Unlike DPO it holds the chosen answer's own log-ratio, not only the difference of the two.
+
+    Args:
+        stats: The answers, two per pair, with reference scores.
+        beta: Strength of the pull towards the reference, > 0.
+
+    Returns:
+        Shape (P,), the dtype of the log-probabilities.
+
+    Source: arXiv 2402.05369, the NCA loss for pairwise preferences.
+    """
+    chosen, rejected = stats.pairwise(beta * stats.log_ratios())
+    return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
+
+
+def sppo_hard(stats: AnswerStats, *, beta: float) -> torch.Tensor:
+    """SPPO with hard labels: (h_chosen - 1 / (2 beta))^2 + (h_rejected + 1 / (2 beta))^2.
+
+    The paper's winning probabilities are 1 for the chosen answer and 0 for the rejected one; beta is 1 / eta.
+
+    Args:
+        stats: The answers, two per pair, with reference scores.
+        beta: The log-ratios' targets are +-1 / (2 beta) nats; > 0.
+
+    Returns:
+        Shape (P,), the dtype of the log-probabilities.
+
+    Source: arXiv 2405.00675 eq. 4.7.
+    """
+    chosen, rejected = stats.pairwise(stats.log_ratios())
+    return (chosen - 1 / (2 * beta)) ** 2 + (rejected + 1 / (2 * beta)) ** 2
+
+
+def apo_zero(stats: AnswerStats, *, beta: float) -> torch.Tensor:
+    """APO-zero: 1 - sigma(beta h_chosen) + sigma(beta h_rejected).
+
+    For chosen answers that are better than the policy's own: their probability is to rise, the rejected one's to fall.
+    As in TRL, 1 is added to the paper's loss, which makes it positive and changes no gradient.
+
+    Args:
+        stats: The answers, two per pair, with reference scores.
+        beta: Strength of the pull towards the reference, > 0.
+
+    Returns:
+        Shape (P,), in (0, 2), the dtype of the log-probabilities.
+
+    Source: arXiv 2408.06266 eq. 7.
+    """
+    chosen, rejected = stats.pairwise(beta * stats.log_ratios())
+    return torch.sigmoid(-chosen) + torch.sigmoid(rejected)
+
+
+def apo_down(stats: AnswerStats, *, beta: float) -> torch.Tensor:
+    """APO-down: sigma(beta h_chosen) + 1 - sigma(z).
+
+    For chosen answers that are worse than the policy's own: both probabilities are to fall, the rejected one's more.
+    As in TRL, 1 is added to the paper's loss, which makes it positive and changes no gradient.
+
+    Args:
+        stats: The answers, two per pair, with reference scores.
+        beta: Strength of the pull towards the reference, > 0.
+
+    Returns:
+        Shape (P,), in (0, 2), the dtype of the log-probabilities.
+
+    Source: arXiv 2408.06266 eq. 8.
+    """
+    chosen, rejected = stats.pairwise(beta * stats.log_ratios())
+    return torch.sigmoid(chosen) + torch.sigmoid(rejected - chosen)
+
+
+def discopop(stats: AnswerStats, *, beta: float) -> torch.Tensor:
+    """DiscoPOP: -(1 - m) log sigma(z) + m exp(-z) with m = sigma(z / 0.05).
+
+    The discovered mixture of a logistic and an exponential loss. It is not convex: a z far below 0 has the slope of
+    DPO, with a local minimum just below 0. The temperature of m is the paper's.
+
+    Args:
+        stats: The answers, two per pair, with reference scores.
+        beta: Strength of the pull towards the reference, > 0.
+
+    Returns:
+        Shape (P,), the dtype of the log-probabilities.
+
+    Source: arXiv 2406.08414 eq. 5 (log-ratio modulated loss).
+    """
+    z, tau = beta * _margins(stats), 0.05
+    m = torch.sigmoid(z / tau)
+    # Below -40 m is 0 in any dtype, and exp(-z) may be infinite.
+    return -(1 - m) * F.logsigmoid(z) + m * torch.exp(-z.clamp(min=-40))
+
+
+def aot(stats: AnswerStats, *, beta: float, label_smoothing: float) -> torch.Tensor:
+    """AOT, paired: the distribution of the policy's margins is to lie above that of the reference's.
+
+    d is a pair's log pi(y_chosen|x) - log pi(y_rejected|x) less the reference's margin of the same rank in the global
+    batch, whichever pair has it; the loss is -(1 - eps) log sigma(beta d) - eps log sigma(-beta d). TRL sorts each
+    process's microbatch alone; here all pairs of the step are sorted, however many workers and microbatches.
+
+    Args:
+        stats: All answers of a global batch, two per pair, with reference scores.
+        beta: Strength of the pull towards the reference, > 0.
+        label_smoothing: eps, in [0, 0.5).
+
+    Returns:
+        Shape (P,), each pair's at its own place, the dtype of the log-probabilities.
+
+    Source: arXiv 2406.05882, AOT paired with the logistic loss; smoothing as in TRL.
+    """
+    chosen, rejected = stats.pairwise(stats.policy_logps)
+    margins = chosen - rejected
+    reference = margins - _margins(stats)
+    return _smoothed_logistic(beta * (margins - _of_same_rank(reference, margins)), label_smoothing)
+
+
+def aot_unpaired(stats: AnswerStats, *, beta: float, label_smoothing: float) -> torch.Tensor:
+    """AOT, unpaired: the distribution of chosen log-ratios is to lie above that of rejected ones.
+
+    d is a pair's h_chosen less the h_rejected of the same rank in the global batch, whichever pair has it; the loss is
+    -(1 - eps) log sigma(beta d) - eps log sigma(-beta d). Sorted over the global batch, see `aot`.
+
+    Args:
+        stats: All answers of a global batch, two per pair, with reference scores.
+        beta: Strength of the pull towards the reference, > 0.
+        label_smoothing: eps, in [0, 0.5).
+
+    Returns:
+        Shape (P,), at the place of the chosen answer's pair, the dtype of the log-probabilities.
+
+    Source: arXiv 2406.05882, AOT unpaired with the logistic loss; smoothing as in TRL.
+    """
+    chosen, rejected = stats.pairwise(stats.log_ratios())
+    return _smoothed_logistic(beta * (chosen - _of_same_rank(rejected, chosen)), label_smoothing)
+
+
 def sft(stats: AnswerStats) -> torch.Tensor:
     """Mean negative log-likelihood per token of the chosen answer: -log pi(y_chosen|x) / |y_chosen|.
 
@@ -171,10 +384,78 @@ def sft(stats: AnswerStats) -> torch.Tensor:
     return -chosen
 
 
+def cpo(stats: AnswerStats, *, beta: float, nll_weight: float) -> torch.Tensor:
+    """CPO: -log sigma(beta (log pi(y_chosen|x) - log pi(y_rejected|x))) + w (-log pi(y_chosen|x) / |y_chosen|).
+
+    DPO whose reference says the same of all answers, held by the likelihood of the chosen one. That is per token here,
+    as in TRL, where the paper's is of the whole answer.
+
+    Args:
+        stats: The answers, two per pair; reference scores are not used.
+        beta: Factor of the log-probabilities, > 0.
+        nll_weight: w, > 0; 1 in the paper.
+
+    Returns:
+        Shape (P,), the dtype of the log-probabilities.
+
+    Source: arXiv 2401.08417 eq. 3, and the likelihood term added to it.
+    """
+    chosen, rejected = stats.pairwise(beta * stats.policy_logps)
+    return -F.logsigmoid(chosen - rejected) + nll_weight * sft(stats)
+
+
+def simpo(stats: AnswerStats, *, beta: float, target_margin: float) -> torch.Tensor:
+    """SimPO: -log sigma(beta (log pi(y_chosen|x) / |y_chosen| - log pi(y_rejected|x) / |y_rejected|) - gamma).
+
+    Args:
+        stats: The answers, two per pair; reference scores are not used.
+        beta: Factor of the log-probabilities per token, > 0; 2 to 10 in the paper.
+        target_margin: gamma, > 0; 0.3 to 1.6 in the paper.
+
+    Returns:
+        Shape (P,), the dtype of the log-probabilities.
+
+    Source: arXiv 2405.14734 eq. 6.
+    """
+    chosen, rejected = stats.pairwise(stats.policy_logps / stats.num_tokens)
+    return -F.logsigmoid(beta * (chosen - rejected) - target_margin)
+
+
+def orpo(stats: AnswerStats, *, beta: float) -> torch.Tensor:
+    """ORPO: -log p_chosen - beta log sigma(log odds(p_chosen) - log odds(p_rejected)), odds(p) = p / (1 - p).
+
+    p is pi(y|x)^(1 / |y|), the geometric mean of an answer's token probabilities: the first term is `sft`.
+
+    Args:
+        stats: The answers, two per pair; reference scores are not used.
+        beta: Weight of the odds ratio, the paper's lambda; > 0.
+
+    Returns:
+        Shape (P,), the dtype of the log-probabilities.
+
+    Source: arXiv 2403.07691 eq. 6 and 7.
+    """
+    # The odds of certain tokens are infinite.
+    log_p = (stats.policy_logps / stats.num_tokens).clamp(max=-torch.finfo(stats.policy_logps.dtype).eps)
+    chosen, rejected = stats.pairwise(log_p - torch.log(-torch.expm1(log_p)))
+    return sft(stats) - beta * F.logsigmoid(chosen - rejected)
+
+
 def _margins(stats: AnswerStats) -> torch.Tensor:
     """h_chosen - h_rejected, Shape (P,), nats."""
     chosen, rejected = stats.pairwise(stats.log_ratios())
     return chosen - rejected
+
+
+def _smoothed_logistic(z: torch.Tensor, eps: float) -> torch.Tensor:
+    """-(1 - eps) log sigma(z) - eps log sigma(-z), Shape as z."""
+    return -(1 - eps) * F.logsigmoid(z) - eps * F.logsigmoid(-z)
+
+
+def _of_same_rank(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """`values` in the order of `like`: the smallest where `like` is smallest, and so on; Shape (P,)."""
+    ranks = like.detach().argsort(stable=True).argsort()
+    return torch.sort(values, stable=True).values[ranks]
 
 
 class Interval(NamedTuple):
@@ -193,11 +474,12 @@ class Interval(NamedTuple):
         return f"{'[' if self.includes_low else '('}{self.low:g}, {self.high:g})"
 
 
-BETA = Interval(0.0, math.inf, includes_low=False)
+POSITIVE = Interval(0.0, math.inf, includes_low=False)
 LABEL_SMOOTHING = Interval(0.0, 0.5, includes_low=True)
+SOFT_LABELS = Interval(0.0, 0.5, includes_low=False)
 
 # A hyperparameter that a loss does not use must be at this value: nothing that is set goes unused in silence.
-_NEUTRAL = {"label_smoothing": 0.0}
+_NEUTRAL = {"label_smoothing": 0.0, "nll_weight": 0.0, "target_margin": 0.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +493,8 @@ class LossSpec:
         needs_reference: Whether it reads `ref_logps`.
         couples_pairs: Whether a pair's loss depends on other pairs, so that `fn` must see the whole global batch at
             once; else it may be called on any part of it.
+        any_divergence: Whether it goes by the difference of a pair's log-ratios, so that they may be those of
+            `under_divergence`.
     """
 
     fn: Callable[..., torch.Tensor]
@@ -218,6 +502,7 @@ class LossSpec:
     bounds: Mapping[str, Interval] = field(default_factory=dict)
     needs_reference: bool = True
     couples_pairs: bool = False
+    any_divergence: bool = False
 
     @property
     def parameters(self) -> frozenset[str]:
@@ -246,9 +531,31 @@ class LossSpec:
 
 
 LOSSES: dict[str, LossSpec] = {
-    "sigmoid": LossSpec(sigmoid, "arXiv 2305.18290", {"beta": BETA, "label_smoothing": LABEL_SMOOTHING}),
-    "ipo": LossSpec(ipo, "arXiv 2310.12036", {"beta": BETA}),
-    "hinge": LossSpec(hinge, "arXiv 2309.06657", {"beta": BETA}),
-    "robust": LossSpec(robust, "arXiv 2403.00409", {"beta": BETA, "label_smoothing": LABEL_SMOOTHING}),
+    "sigmoid": LossSpec(
+        sigmoid, "arXiv 2305.18290", {"beta": POSITIVE, "label_smoothing": LABEL_SMOOTHING}, any_divergence=True
+    ),
+    "sigmoid_norm": LossSpec(sigmoid_norm, "arXiv 2411.15124", {"beta": POSITIVE}, any_divergence=True),
+    "ipo": LossSpec(ipo, "arXiv 2310.12036", {"beta": POSITIVE}, any_divergence=True),
+    "hinge": LossSpec(hinge, "arXiv 2309.06657", {"beta": POSITIVE}, any_divergence=True),
+    "robust": LossSpec(
+        robust, "arXiv 2403.00409", {"beta": POSITIVE, "label_smoothing": LABEL_SMOOTHING}, any_divergence=True
+    ),
+    "exo_pair": LossSpec(
+        exo_pair, "arXiv 2402.00856", {"beta": POSITIVE, "label_smoothing": SOFT_LABELS}, any_divergence=True
+    ),
+    "nca_pair": LossSpec(nca_pair, "arXiv 2402.05369", {"beta": POSITIVE}),
+    "sppo_hard": LossSpec(sppo_hard, "arXiv 2405.00675", {"beta": POSITIVE}),
+    "apo_zero": LossSpec(apo_zero, "arXiv 2408.06266", {"beta": POSITIVE}),
+    "apo_down": LossSpec(apo_down, "arXiv 2408.06266", {"beta": POSITIVE}),
+    "discopop": LossSpec(discopop, "arXiv 2406.08414", {"beta": POSITIVE}, any_divergence=True),
+    "aot": LossSpec(
+        aot, "arXiv 2406.05882", {"beta": POSITIVE, "label_smoothing": LABEL_SMOOTHING}, couples_pairs=True
+    ),
+    "aot_unpaired": LossSpec(
+        aot_unpaired, "arXiv 2406.05882", {"beta": POSITIVE, "label_smoothing": LABEL_SMOOTHING}, couples_pairs=True
+    ),
     "sft": LossSpec(sft, "arXiv 2305.18290", needs_reference=False),
+    "cpo": LossSpec(cpo, "arXiv 2401.08417", {"beta": POSITIVE, "nll_weight": POSITIVE}, needs_reference=False),
+    "simpo": LossSpec(simpo, "arXiv 2405.14734", {"beta": POSITIVE, "target_margin": POSITIVE}, needs_reference=False),
+    "orpo": LossSpec(orpo, "arXiv 2403.07691", {"beta": POSITIVE}, needs_reference=False),
 }

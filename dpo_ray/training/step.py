@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from dpo_ray.config import ObjectiveConfig
 from dpo_ray.model.forward import answer_scores, empty_pass
 from dpo_ray.model.shard import clip_grad_norm, set_gradient_sync
-from dpo_ray.objective.losses import LOSSES, AnswerStats
+from dpo_ray.objective.losses import LOSSES, AnswerStats, under_divergence
 from dpo_ray.objective.rewards import METRIC_SUMS, metric_sums
 from dpo_ray.types import GlobalBatch, Microbatch
 
@@ -39,7 +39,8 @@ def objective_of(config: ObjectiveConfig) -> Objective:
     """The configured loss."""
     spec, values = LOSSES[config.loss], config.model_dump()
     loss = partial(spec.fn, **{name: values[name] for name in sorted(spec.parameters)})
-    return Objective(loss, spec.couples_pairs, config.beta)
+    divergence = config.f_divergence, config.f_alpha
+    return Objective(lambda stats: loss(under_divergence(stats, *divergence)), spec.couples_pairs, config.beta)
 
 
 @dataclass(frozen=True, slots=True)

@@ -191,12 +191,7 @@ def test_whole_weights_come_to_rank_0_only(tmp_path: Path, tiny_model: Path) -> 
 
 
 def sorted_margins(stats: AnswerStats) -> torch.Tensor:
-    """A loss that couples pairs: each margin against the reference's margin of the same rank in the batch."""
-    chosen, rejected = stats.pairwise(stats.policy_logps)
-    assert stats.ref_logps is not None
-    ref_chosen, ref_rejected = stats.pairwise(stats.ref_logps)
-    difference = torch.sort(chosen - rejected).values - torch.sort(ref_chosen - ref_rejected).values
-    return -torch.nn.functional.logsigmoid(0.1 * difference)
+    return LOSSES["aot"].fn(stats, beta=0.1, label_smoothing=0.0)
 
 
 def coupled(rank: int, world: int, model: str, folder: str) -> None:

@@ -36,6 +36,18 @@ def with_values(**sections: dict[str, Any]) -> dict[str, Any]:
         (with_values(objective={"loss": "sigmod"}), "objective.loss is 'sigmod', known are .*; did you mean 'sigmoid'"),
         (with_values(objective={"beta": -1}), "objective.beta is -1: Input should be greater than 0"),
         (with_values(objective={"loss": "hinge", "label_smoothing": 0.1}), "hinge does not use it"),
+        (with_values(objective={"target_margin": 0.5}), "target_margin is 0.5, but sigmoid .* or choose one of simpo"),
+        (
+            with_values(objective={"loss": "nca_pair", "f_divergence": "js"}),
+            "objective.f_divergence is js, but nca_pair is for reverse_kl alone: leave it out, or choose one of sigm",
+        ),
+        (with_values(objective={"f_divergence": "alpha"}), r"f_alpha is null: set it in \(0, 1\)"),
+        (
+            with_values(objective={"f_alpha": 0.5}),
+            "objective.f_alpha is 0.5, but f_divergence: reverse_kl does not use",
+        ),
+        (with_values(objective={"f_divergence": "alpha", "f_alpha": 1}), "objective.f_alpha is 1: .* less than 1"),
+        (with_values(objective={"loss": "cpo"}), r"nll_weight is 0.0, but cpo needs it in \(0, inf\)"),
         (
             with_values(objective={"label_smoothing": 0.6}),
             r"is 0.6, but sigmoid needs it in \[0, 0.5\)",

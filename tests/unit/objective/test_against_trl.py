@@ -9,6 +9,8 @@ Where the two differ on purpose:
 - TRL ignores `label_smoothing` for sigmoid; ours is cDPO then, which `test_losses.py` holds to its closed form.
 - TRL's sft is the mean over the chosen tokens of a microbatch, ours the mean over pairs of each pair's mean, so that it
   does not depend on how pairs fall into microbatches. The two are one for a batch of one pair.
+- The likelihood in TRL's CPO and ORPO is a mean over tokens too, and ORPO's goes over the prompt as well.
+- TRL's aot and aot_unpaired sort each process's microbatch, ours the global batch. Here the one is the other.
 """
 
 import pytest
@@ -16,7 +18,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dpo_ray.objective.logps import Scores, completion_positions, sum_by_answer, token_scores
-from dpo_ray.objective.losses import LOSSES, AnswerStats
+from dpo_ray.objective.losses import LOSSES, AnswerStats, under_divergence
 from dpo_ray.objective.rewards import finish_metrics, metric_sums
 
 trl = pytest.importorskip("trl", reason="needs the extra `bench`")
@@ -92,6 +94,38 @@ def make_trainer(tmp_path):
     return make
 
 
+@pytest.fixture
+def make_reference_free_trainer(tmp_path):
+    """TRL's trainers of CPO, SimPO and ORPO; they call the token ids by other names."""
+    experimental = {name: pytest.importorskip(f"trl.experimental.{name.lower()}") for name in ("CPO", "ORPO")}
+
+    def make(kind, **objective):
+        args = getattr(experimental[kind], f"{kind}Config")(
+            output_dir=str(tmp_path),
+            report_to="none",
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            max_length=64,
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            **objective,
+        )
+        return getattr(experimental[kind], f"{kind}Trainer")(
+            model=tiny_model(seed=1),
+            args=args,
+            train_dataset=datasets.Dataset.from_list(pairs()),
+            processing_class=tiny_tokenizer(),
+        )
+
+    return make
+
+
+def with_our_names(row):
+    answers = {f"{key}_ids": [i for i in row[f"{key}_labels"] if i != -100] for key in ("chosen", "rejected")}
+    return {"prompt_ids": row["prompt_input_ids"], **answers}
+
+
 def trl_side(trainer, rows):
     """TRL's loss, gradient and metrics, with the model in training mode as `training_step` has it."""
     model = trainer.model.train()
@@ -99,11 +133,11 @@ def trl_side(trainer, rows):
     batch = trainer._prepare_inputs(trainer.data_collator(rows))
     loss = trainer.compute_loss(model, batch)
     loss.backward()
-    metrics = {name: values[-1] for name, values in trainer._metrics["train"].items()}
+    metrics = {name: values[-1] for name, values in getattr(trainer, "_metrics", {"train": {}})["train"].items()}
     return loss.item(), {name: p.grad for name, p in model.named_parameters()}, metrics
 
 
-def our_side(rows, name, beta, setting):
+def our_side(rows, name, beta, setting, f_divergence="reverse_kl", f_alpha=None):
     """Loss, gradient and metrics of this package over the token ids that TRL made."""
     model, reference = tiny_model(seed=1), tiny_model(seed=2).requires_grad_(False)
     answers = [(row["prompt_ids"], row[key]) for row in rows for key in ("chosen_ids", "rejected_ids")]
@@ -117,7 +151,7 @@ def our_side(rows, name, beta, setting):
         entropy=torch.cat([each.entropy for each in scores]),
         mean_logits=torch.cat([each.mean_logits for each in scores]),
     )
-    losses = LOSSES[name].fn(stats, **setting)
+    losses = LOSSES[name].fn(under_divergence(stats, f_divergence, f_alpha), **setting)
     (losses.sum() / len(rows)).backward()
     metrics = finish_metrics(metric_sums(stats, losses, beta))
     return metrics["loss"], {name: p.grad for name, p in model.named_parameters()}, metrics
@@ -130,16 +164,16 @@ def answer_scores(model, prompt, answer):
     return Scores(*(sum_by_answer(each, owners, 1) for each in token_scores(logits[predicting], sequence[targets])))
 
 
-def assert_same(theirs, ours):
-    """Loss and metrics within 1e-6 relative; gradients within 1e-6 of the largest entry of the whole gradient."""
+def assert_same(theirs, ours, tolerance=TOLERANCE):
+    """Loss and metrics within `tolerance` relative; gradients within it of the whole gradient's largest entry."""
     (their_loss, their_gradient, their_metrics), (our_loss, our_gradient, our_metrics) = theirs, ours
-    assert our_loss == pytest.approx(their_loss, rel=TOLERANCE)
+    assert our_loss == pytest.approx(their_loss, rel=tolerance)
     scale = max(gradient.abs().max().item() for gradient in their_gradient.values())
     assert scale > 1e-3
     assert our_gradient.keys() == their_gradient.keys()
     for name, gradient in their_gradient.items():
         difference = (our_gradient[name] - gradient).abs().max().item() / scale
-        assert difference <= TOLERANCE, name
+        assert difference <= tolerance, name
     for name in our_metrics.keys() - {"loss"}:
         assert our_metrics[name] == pytest.approx(their_metrics[name], rel=TOLERANCE, abs=TOLERANCE), name
 
@@ -147,7 +181,20 @@ def assert_same(theirs, ours):
 @pytest.mark.parametrize("beta", [0.1, 0.5])
 @pytest.mark.parametrize(
     ("name", "label_smoothing"),
-    [("sigmoid", 0.0), ("ipo", 0.0), ("hinge", 0.0), ("robust", 0.0), ("robust", 0.1), ("robust", 0.3)],
+    [
+        ("sigmoid", 0.0),
+        ("sigmoid_norm", 0.0),
+        ("ipo", 0.0),
+        ("hinge", 0.0),
+        *(("robust", smoothing) for smoothing in (0.0, 0.1, 0.3)),
+        *(("exo_pair", smoothing) for smoothing in (1e-3, 0.1)),
+        ("nca_pair", 0.0),
+        ("sppo_hard", 0.0),
+        ("apo_zero", 0.0),
+        ("apo_down", 0.0),
+        ("discopop", 0.0),
+        *((name, smoothing) for name in ("aot", "aot_unpaired") for smoothing in (0.0, 0.1)),
+    ],
 )
 def test_loss_gradient_and_metrics_equal_trl(make_trainer, name, label_smoothing, beta):
     trainer = make_trainer(loss_type=[name], beta=beta, label_smoothing=label_smoothing)
@@ -160,11 +207,56 @@ def test_loss_gradient_and_metrics_equal_trl(make_trainer, name, label_smoothing
     assert_same(trl_side(trainer, rows), our_side(rows, name, beta, setting))
 
 
+@pytest.mark.parametrize("name", ["sigmoid", "ipo"])
+@pytest.mark.parametrize(
+    ("theirs", "ours", "alpha"),
+    [("forward_kl", "forward_kl", None), ("js_divergence", "js", None)]
+    + [("alpha_divergence", "alpha", alpha) for alpha in (0.2, 0.5)],
+)
+def test_divergences_equal_trl(make_trainer, name, theirs, ours, alpha):
+    """Rewards too: in TRL and here they are beta times the log-ratio, whatever the divergence. The exponential makes
+    the rounding of log-ratios of several nats a relative error."""
+    trainer = make_trainer(loss_type=[name], beta=0.5, f_divergence_type=theirs, f_alpha_divergence_coef=alpha or 0.5)
+    rows = list(trainer.train_dataset)
+    setting = {"beta": 0.5, **({"label_smoothing": 0.0} if name == "sigmoid" else {})}
+    assert_same(trl_side(trainer, rows), our_side(rows, name, 0.5, setting, ours, alpha), tolerance=5e-6)
+
+
 def test_sft_equals_trl_on_each_pair(make_trainer):
     trainer = make_trainer(loss_type=["sft"])
     for row in trainer.train_dataset:
         assert_same(trl_side(trainer, [row]), our_side([row], "sft", 0.1, {}))
         trainer._metrics["train"].clear()
+
+
+def test_simpo_equals_trl(make_reference_free_trainer):
+    trainer = make_reference_free_trainer("CPO", loss_type="simpo", cpo_alpha=0.0, beta=2.0, simpo_gamma=0.5)
+    rows = list(trainer.train_dataset)
+    ours = our_side(list(map(with_our_names, rows)), "simpo", 2.0, {"beta": 2.0, "target_margin": 0.5})
+    assert_same(trl_side(trainer, rows), (*ours[:2], {}))
+
+
+@pytest.mark.parametrize("weight", [0.3, 1.0])
+def test_cpo_equals_trl_on_each_pair(make_reference_free_trainer, weight):
+    trainer = make_reference_free_trainer("CPO", loss_type="sigmoid", cpo_alpha=weight, beta=0.1)
+    for row in trainer.train_dataset:
+        ours = our_side([with_our_names(row)], "cpo", 0.1, {"beta": 0.1, "nll_weight": weight})
+        assert_same(trl_side(trainer, [row]), (*ours[:2], {}))
+
+
+def test_the_odds_ratio_of_orpo_equals_trl(make_reference_free_trainer):
+    """What more of beta adds, which the likelihood has no part in."""
+    theirs, ours = [], []
+    for beta in (0.5, 20.5):
+        trainer = make_reference_free_trainer("ORPO", beta=beta)
+        rows = list(trainer.train_dataset)
+        theirs.append(trl_side(trainer, rows))
+        ours.append(our_side(list(map(with_our_names, rows)), "orpo", beta, {"beta": beta}))
+    theirs, ours = (
+        (more[0] - less[0], {name: more[1][name] - less[1][name] for name in less[1]}, {})
+        for less, more in (theirs, ours)
+    )
+    assert_same(theirs, ours)
 
 
 def test_trl_still_ignores_smoothing_for_sigmoid(make_trainer):

@@ -7,20 +7,50 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dpo_ray.objective.losses import LOSSES, AnswerStats, hinge, ipo, robust, sft, sigmoid
+from dpo_ray.config import ObjectiveConfig
+from dpo_ray.objective.losses import (
+    LOSSES,
+    AnswerStats,
+    aot,
+    discopop,
+    exo_pair,
+    hinge,
+    ipo,
+    orpo,
+    robust,
+    sft,
+    sigmoid,
+    under_divergence,
+)
+from dpo_ray.training.step import objective_of
 
-# Summed log-probabilities and lengths of five pairs: a large margin of either sign, a small one, none, a long answer.
-POLICY = [(-20.0, -95.0), (-80.0, -31.5), (-12.25, -12.0), (-40.0, -40.0), (-300.0, -7.0)]
-REFERENCE = [(-33.0, -60.0), (-50.0, -45.0), (-12.5, -11.0), (-40.0, -40.0), (-310.0, -6.5)]
-NUM_TOKENS = [(7, 31), (24, 12), (5, 5), (16, 2), (150, 3)]
+# Summed log-probabilities and lengths of six pairs: a large margin of either sign, a small one, none, a long answer,
+# and one whose margin has another rank among the policy's than among the reference's.
+POLICY = [(-20.0, -95.0), (-80.0, -31.5), (-12.25, -12.0), (-40.0, -40.0), (-300.0, -7.0), (-50.0, -52.0)]
+REFERENCE = [(-33.0, -60.0), (-50.0, -45.0), (-12.5, -11.0), (-40.0, -40.0), (-310.0, -6.5), (-70.0, -40.0)]
+NUM_TOKENS = [(7, 31), (24, 12), (5, 5), (16, 2), (150, 3), (20, 30)]
 
 # Loss name -> hyperparameters that it is tried with.
+BETAS = [{"beta": b} for b in (0.01, 0.1, 0.7)]
+SMOOTHED = [{**beta, "label_smoothing": e} for beta in BETAS for e in (0.0, 0.1, 0.25, 0.49)]
 SETTINGS = {
-    "sigmoid": [{"beta": b, "label_smoothing": e} for b in (0.01, 0.1, 0.7) for e in (0.0, 0.1, 0.25, 0.49)],
-    "ipo": [{"beta": b} for b in (0.01, 0.1, 0.7)],
-    "hinge": [{"beta": b} for b in (0.01, 0.1, 0.7)],
-    "robust": [{"beta": b, "label_smoothing": e} for b in (0.01, 0.1, 0.7) for e in (0.0, 0.1, 0.25, 0.49)],
+    "sigmoid": SMOOTHED,
+    "sigmoid_norm": [*BETAS, {"beta": 5.0}],
+    "ipo": BETAS,
+    "hinge": BETAS,
+    "robust": SMOOTHED,
+    "exo_pair": [{**beta, "label_smoothing": e} for beta in BETAS for e in (1e-3, 0.1, 0.49)],
+    "nca_pair": BETAS,
+    "sppo_hard": BETAS,
+    "apo_zero": BETAS,
+    "apo_down": BETAS,
+    "discopop": BETAS,
+    "aot": SMOOTHED,
+    "aot_unpaired": SMOOTHED,
     "sft": [{}],
+    "cpo": [{**beta, "nll_weight": w} for beta in BETAS for w in (0.2, 1.0)],
+    "simpo": [{"beta": b, "target_margin": g} for b in (0.1, 2.0, 10.0) for g in (0.3, 1.6)],
+    "orpo": BETAS,
 }
 CASES = [(name, setting) for name, settings in SETTINGS.items() for setting in settings]
 
@@ -45,11 +75,26 @@ def softplus(x: float) -> float:
     return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
 
 
-def closed_form(name, policy, reference, num_tokens, beta=0.0, label_smoothing=0.0):
+def closed_form(name, policy, reference, num_tokens, beta=0.0, label_smoothing=0.0, nll_weight=0.0, target_margin=0.0):
     """Loss, d loss / d chosen policy logp, d loss / d rejected policy logp of one pair."""
     (chosen, rejected), (n_chosen, n_rejected), eps = policy, num_tokens, label_smoothing
-    if name == "sft":
-        return -chosen / n_chosen, -1 / n_chosen, 0.0
+    match name:
+        case "sft":
+            return -chosen / n_chosen, -1 / n_chosen, 0.0
+        case "cpo":
+            z = beta * (chosen - rejected)
+            slope = -beta * logistic(-z)
+            return softplus(-z) - nll_weight * chosen / n_chosen, slope - nll_weight / n_chosen, -slope
+        case "simpo":
+            z = beta * (chosen / n_chosen - rejected / n_rejected) - target_margin
+            return softplus(-z), -beta * logistic(-z) / n_chosen, beta * logistic(-z) / n_rejected
+        case "orpo":
+            # p / (1 - p) = 1 / (1 / p - 1), and d log odds / d log p = 1 / (1 - p)
+            p_chosen, p_rejected = math.exp(chosen / n_chosen), math.exp(rejected / n_rejected)
+            z = math.log(1 / p_rejected - 1) - math.log(1 / p_chosen - 1)
+            slope = -beta * logistic(-z)
+            d_chosen = (slope / (1 - p_chosen) - 1) / n_chosen
+            return -math.log(p_chosen) + beta * softplus(-z), d_chosen, -slope / (1 - p_rejected) / n_rejected
     h_chosen, h_rejected = chosen - reference[0], rejected - reference[1]
     z = beta * (h_chosen - h_rejected)
     match name:
@@ -62,6 +107,34 @@ def closed_form(name, policy, reference, num_tokens, beta=0.0, label_smoothing=0
             slope = -((1 - eps) * logistic(-z) + eps * logistic(z)) / (1 - 2 * eps)
         case "hinge":
             loss, slope = max(0.0, 1 - z), -1.0 if z < 1 else 0.0
+        case "exo_pair":
+            # d/dz: sigma(z) sigma(-z) [log sigma(z) - log sigma(-z) - log((1 - eps) / eps)], the first two being z
+            kept, flipped = -softplus(-z) - math.log(1 - eps), -softplus(z) - math.log(eps)
+            loss = logistic(z) * kept + logistic(-z) * flipped
+            slope = logistic(z) * logistic(-z) * (z - math.log((1 - eps) / eps))
+        case "discopop":
+            # m' = m (1 - m) / tau; d/dz: m' (exp(-z) + log sigma(z)) - (1 - m) sigma(-z) - m exp(-z)
+            m, rest, exponential = logistic(20 * z), logistic(-20 * z), math.exp(-z - softplus(-20 * z))
+            loss = rest * softplus(-z) + exponential
+            slope = 20 * rest * (exponential - m * softplus(-z)) - rest * logistic(-z) - exponential
+        case "nca_pair":
+            r_chosen, r_rejected = beta * h_chosen, beta * h_rejected
+            loss = softplus(-r_chosen) + (softplus(r_chosen) + softplus(r_rejected)) / 2
+            return loss, beta * (1.5 * logistic(r_chosen) - 1), beta * logistic(r_rejected) / 2
+        case "sppo_hard":
+            gaps = h_chosen - 0.5 / beta, h_rejected + 0.5 / beta
+            return gaps[0] ** 2 + gaps[1] ** 2, 2 * gaps[0], 2 * gaps[1]
+        case "apo_zero":
+            p_chosen, p_rejected = logistic(beta * h_chosen), logistic(beta * h_rejected)
+            loss = 1 - p_chosen + p_rejected
+            return loss, -beta * p_chosen * (1 - p_chosen), beta * p_rejected * (1 - p_rejected)
+        case "apo_down":
+            p_chosen, p = logistic(beta * h_chosen), logistic(z)
+            falling = beta * p * (1 - p)
+            return p_chosen + 1 - p, beta * p_chosen * (1 - p_chosen) - falling, falling
+        case "sigmoid_norm":
+            z = beta * (h_chosen / n_chosen - h_rejected / n_rejected)
+            return softplus(-z), -beta * logistic(-z) / n_chosen, beta * logistic(-z) / n_rejected
         case "ipo":
             gap = h_chosen / n_chosen - h_rejected / n_rejected - 0.5 / beta
             return gap * gap, 2 * gap / n_chosen, -2 * gap / n_rejected
@@ -70,16 +143,94 @@ def closed_form(name, policy, reference, num_tokens, beta=0.0, label_smoothing=0
     return loss, beta * slope, -beta * slope
 
 
+def sorted_form(name, beta, label_smoothing):
+    """The same of all pairs, for losses that match values by rank: `lower` is to lie below `upper`."""
+    if name == "aot":
+        upper, lower = ([chosen - rejected for chosen, rejected in side] for side in (POLICY, REFERENCE))
+    else:
+        upper, lower = ([p[k] - r[k] for p, r in zip(POLICY, REFERENCE, strict=True)] for k in (0, 1))
+    by_rank = [sorted(range(len(side)), key=side.__getitem__) for side in (upper, lower)]
+    rows = [[0.0, 0.0, 0.0] for _ in POLICY]
+    for i, j in zip(*by_rank, strict=True):
+        z = beta * (upper[i] - lower[j])
+        rows[i][0] = (1 - label_smoothing) * softplus(-z) + label_smoothing * softplus(z)
+        slope = beta * (logistic(z) - (1 - label_smoothing))
+        rows[i][1] = slope
+        rows[i if name == "aot" else j][2] = -slope
+    return rows
+
+
 @pytest.mark.parametrize(("name", "setting"), CASES, ids=str)
 def test_loss_and_gradient_equal_the_closed_form(name, setting):
     stats = make_stats()
     losses = LOSSES[name].fn(stats, **setting)
     losses.sum().backward()
-    expected = [closed_form(name, *row, **setting) for row in zip(POLICY, REFERENCE, NUM_TOKENS, strict=True)]
+    if name in ("aot", "aot_unpaired"):
+        expected = sorted_form(name, **setting)
+    else:
+        expected = [closed_form(name, *row, **setting) for row in zip(POLICY, REFERENCE, NUM_TOKENS, strict=True)]
     values = torch.tensor([row[0] for row in expected], dtype=torch.float64)
     gradient = torch.tensor([row[1:] for row in expected], dtype=torch.float64).flatten()
     torch.testing.assert_close(losses.detach(), values, rtol=0, atol=1e-9)
     torch.testing.assert_close(stats.policy_logps.grad, gradient, rtol=0, atol=1e-9)
+
+
+def link(h, f_divergence, f_alpha=None):
+    """f'(exp(h)) and its slope in h."""
+    match f_divergence:
+        case "reverse_kl":
+            return h, 1.0
+        case "forward_kl":
+            return 1 - math.exp(-h), math.exp(-h)
+        case "js":
+            return math.log(2 / (1 + math.exp(-h))), logistic(-h)
+        case "alpha":
+            return (math.exp(h * (f_alpha - 1)) - 1) / (f_alpha - 1), math.exp(h * (f_alpha - 1))
+
+
+DIVERGENCES = [
+    {"f_divergence": "reverse_kl"},
+    {"f_divergence": "forward_kl"},
+    {"f_divergence": "js"},
+    *({"f_divergence": "alpha", "f_alpha": alpha} for alpha in (0.1, 0.5, 0.8)),
+]
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+@pytest.mark.parametrize("name", [name for name, spec in LOSSES.items() if spec.any_divergence])
+def test_the_configured_divergence_equals_the_closed_form(name, divergence):
+    """As configured, over log-ratios of up to 4 nats: f' for h, and the chain rule."""
+    tenth = [
+        tuple(r + (p - r) / 10 for p, r in zip(*pair, strict=True)) for pair in zip(POLICY, REFERENCE, strict=True)
+    ]
+    stats, setting = make_stats(tenth), SETTINGS[name][-1]
+    losses = objective_of(ObjectiveConfig(loss=name, **setting, **divergence)).loss(stats)
+    losses.sum().backward()
+    expected = []
+    for policy, reference, num_tokens in zip(tenth, REFERENCE, NUM_TOKENS, strict=True):
+        scores, slopes = zip(*(link(p - r, **divergence) for p, r in zip(policy, reference, strict=True)), strict=True)
+        loss, *gradient = closed_form(name, scores, (0.0, 0.0), num_tokens, **setting)
+        expected.append([loss, *(g * slope for g, slope in zip(gradient, slopes, strict=True))])
+    expected = torch.tensor(expected, dtype=torch.float64)
+    torch.testing.assert_close(losses.detach(), expected[:, 0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(stats.policy_logps.grad, expected[:, 1:].flatten(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+def test_divergences_are_zero_at_the_reference_and_never_overflow(divergence):
+    """The slope there is f''(1): 1, or 1/2 for js."""
+    stats = make_stats([(0.0, 0.0), (-1e4, 1e4)], [(0.0, 0.0)] * 2, [(1, 1)] * 2, dtype=torch.float32)
+    scores = under_divergence(stats, **divergence).log_ratios()
+    (slopes,) = torch.autograd.grad(scores.sum(), stats.policy_logps)
+    assert scores[:2].tolist() == pytest.approx([0.0, 0.0], abs=1e-7)
+    assert slopes[:2].tolist() == pytest.approx([0.5 if divergence["f_divergence"] == "js" else 1.0] * 2)
+    assert scores.isfinite().all()
+    assert slopes.isfinite().all()
+
+
+def test_a_divergence_needs_reference_scores():
+    with pytest.raises(ValueError, match="reference scores"):
+        under_divergence(replace(make_stats(), ref_logps=None), "js")
 
 
 def test_every_entry_is_tried_and_agrees_with_its_function():
@@ -114,11 +265,20 @@ def test_no_loss_needs_more_than_its_entry_says(name, setting):
         ("ipo", {"beta": 0.1}, 25.0),
         ("hinge", {"beta": 0.1}, 1.0),
         ("robust", {"beta": 0.1, "label_smoothing": 0.3}, math.log(2)),
+        ("sigmoid_norm", {"beta": 0.1}, math.log(2)),
+        ("exo_pair", {"beta": 0.1, "label_smoothing": 1e-3}, -math.log(2) - math.log(1e-3 * (1 - 1e-3)) / 2),  # 2.761
+        ("nca_pair", {"beta": 0.1}, 2 * math.log(2)),
+        ("sppo_hard", {"beta": 0.1}, 2 * 25.0),
+        ("apo_zero", {"beta": 0.1}, 1.0),
+        ("apo_down", {"beta": 0.1}, 1.0),
+        ("discopop", {"beta": 0.1}, math.log(2) / 2 + 1 / 2),
+        ("aot", {"beta": 0.1, "label_smoothing": 0.3}, math.log(2)),
     ],
     ids=str,
 )
 def test_step_one_value_in_float32(name, setting, expected):
-    """Policy = reference, so z = 0: -log(1/2), (0 - 1 / 0.2)^2 and 1 - 0, whatever the smoothing."""
+    """Policy = reference, so z = 0: -log(1/2), (0 - 1 / 0.2)^2 and 1 - 0, whatever the smoothing; the KL of (1/2, 1/2)
+    from (1 - eps, eps) for exo_pair, half of each loss for discopop."""
     losses = LOSSES[name].fn(make_stats(POLICY, POLICY, dtype=torch.float32), **setting)
     assert losses.dtype == torch.float32
     assert losses.tolist() == pytest.approx([expected] * len(POLICY), rel=1e-6)
@@ -127,6 +287,16 @@ def test_step_one_value_in_float32(name, setting, expected):
 def test_sft_of_one_token_of_probability_one_half():
     stats = make_stats([(math.log(0.5), -3.0)], None, [(1, 2)])
     assert sft(stats).item() == pytest.approx(math.log(2), abs=1e-12)
+
+
+def test_orpo_of_certain_tokens_is_finite():
+    """Odds of 1 / 0, up to the rounding of log-probabilities: no NaN in loss or gradient."""
+    stats = make_stats([(0.0, 0.0), (0.0, -3.0), (-3.0, 0.0)], None, [(2, 3)] * 3, dtype=torch.float32)
+    losses = orpo(stats, beta=0.1)
+    losses.sum().backward()
+    assert losses[0].item() == pytest.approx(0.1 * math.log(2))
+    assert losses.isfinite().all()
+    assert stats.policy_logps.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("beta", [0.05, 0.5])
@@ -157,6 +327,42 @@ def test_losses_stay_finite_and_right_at_extreme_margins():
     losses.sum().backward()
     assert losses.tolist() == pytest.approx([1000.0, 0.0])
     assert stats.policy_logps.grad.tolist() == pytest.approx([-0.1, 0.1, 0.0, 0.0])
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_no_loss_or_gradient_overflows(name):
+    """Log-ratios of -1e4 and +1e4 nats in float32."""
+    stats = make_stats([(-2e4, -1e4), (-1e4, -2e4)], [(-1e4, -2e4), (-2e4, -1e4)], [(100, 100)] * 2, torch.float32)
+    losses = LOSSES[name].fn(stats, **SETTINGS[name][0])
+    losses.sum().backward()
+    assert losses.isfinite().all()
+    assert stats.policy_logps.grad.isfinite().all()
+
+
+def test_discopop_far_from_zero():
+    """z = -1000 and 1000: DPO's 1000, and exp(-1000) = 0; TRL's has 0 * inf at the first."""
+    stats = make_stats([(-1e4, 0.0), (0.0, -1e4)], [(0.0, 0.0)] * 2, [(1, 1)] * 2, dtype=torch.float32)
+    assert discopop(stats, beta=0.1).tolist() == pytest.approx([1000.0, 0.0])
+
+
+def test_exo_is_zero_where_the_policy_prefers_as_the_labels_say():
+    stats = make_stats([(10 * math.log(9), 0.0)], [(0.0, 0.0)], [(1, 1)])  # sigma(log 9) = 0.9
+    assert exo_pair(stats, beta=0.1, label_smoothing=0.1).item() == pytest.approx(0.0, abs=1e-12)
+
+
+def test_aot_compares_margins_of_the_same_rank():
+    """Margins (3, 0, -4) against the reference's (-4, 3, 0): the same distribution, so log 2 for each."""
+    stats = make_stats([(3.0, 0.0), (0.0, 0.0), (-4.0, 0.0)], [(-4.0, 0.0), (3.0, 0.0), (0.0, 0.0)], [(1, 1)] * 3)
+    assert aot(stats, beta=0.5, label_smoothing=0.0).tolist() == pytest.approx([math.log(2)] * 3)
+
+
+@pytest.mark.parametrize("name", [name for name, spec in LOSSES.items() if spec.couples_pairs])
+def test_losses_that_couple_pairs_keep_each_at_its_place(name):
+    """Whatever order the pairs come in, each has the same loss."""
+    order = [3, 0, 5, 1, 4, 2]
+    there = LOSSES[name].fn(make_stats(), **SETTINGS[name][0])
+    moved = make_stats(*([rows[i] for i in order] for rows in (POLICY, REFERENCE, NUM_TOKENS)))
+    assert LOSSES[name].fn(moved, **SETTINGS[name][0]).tolist() == there[order].tolist()
 
 
 def test_ipo_is_least_at_a_margin_of_one_over_two_beta_per_token():
@@ -190,10 +396,10 @@ def test_pairwise_refuses_any_other_layout(pair_index, answer_index):
 
 def test_pairwise_gives_views():
     stats = make_stats()
-    values = torch.arange(10.0)
+    values = torch.arange(12.0)
     chosen, rejected = stats.pairwise(values)
-    assert chosen.tolist() == [0.0, 2.0, 4.0, 6.0, 8.0]
-    assert rejected.tolist() == [1.0, 3.0, 5.0, 7.0, 9.0]
+    assert chosen.tolist() == [0.0, 2.0, 4.0, 6.0, 8.0, 10.0]
+    assert rejected.tolist() == [1.0, 3.0, 5.0, 7.0, 9.0, 11.0]
     assert chosen.data_ptr() == values.data_ptr()
     with pytest.raises(ValueError, match="values of shape"):
         stats.pairwise(values[:4])
@@ -207,8 +413,16 @@ def test_pairwise_gives_views():
         ("sigmoid", {"label_smoothing": math.nan}, "label_smoothing is nan"),
         ("robust", {"label_smoothing": -0.1}, r"robust needs it in \[0, 0\.5\)"),
         ("ipo", {"beta": math.inf}, "beta is inf"),
-        ("hinge", {"label_smoothing": 0.1}, "hinge does not use it: set it to 0, or choose one of robust, sigmoid"),
+        (
+            "hinge",
+            {"label_smoothing": 0.1},
+            "hinge does not use it: set it to 0, or choose one of aot, .*robust, sigmoid",
+        ),
         ("sft", {"label_smoothing": 0.1}, "sft does not use it"),
+        ("cpo", {"nll_weight": 0.0}, r"nll_weight is 0\.0, but cpo needs it in \(0, inf\)"),
+        ("simpo", {"target_margin": 0.0}, r"target_margin is 0\.0, but simpo needs it in \(0, inf\)"),
+        ("orpo", {"nll_weight": 1.0}, "nll_weight is 1.0, but orpo does not use it: set it to 0, or choose one of cpo"),
+        ("exo_pair", {"label_smoothing": 0.0}, r"label_smoothing is 0\.0, but exo_pair needs it in \(0, 0\.5\)"),
     ],
 )
 def test_check_refuses_what_is_out_of_range_or_unused(name, values, message):
@@ -218,4 +432,4 @@ def test_check_refuses_what_is_out_of_range_or_unused(name, values, message):
 
 @pytest.mark.parametrize(("name", "setting"), CASES, ids=str)
 def test_check_accepts_what_is_in_range(name, setting):
-    LOSSES[name].check(**{"beta": 0.1, "label_smoothing": 0.0, **setting})
+    LOSSES[name].check(**{"beta": 0.1, "label_smoothing": 0.0, "nll_weight": 0.0, "target_margin": 0.0, **setting})
