@@ -322,12 +322,13 @@ def test_patience_ends(proxy: FaultProxy, place: str, monkeypatch: pytest.Monkey
     began = time.monotonic()
     with pytest.raises(StorageError, match=r"the server failed again and again.*answered 503\); tried for [12] s"):
         storage.exists(place)
-    assert 1.5 < time.monotonic() - began < 4
+    assert 1.5 < time.monotonic() - began < 60  # And not the half hour of the default.
     proxy.clear()
+    monkeypatch.setenv("DPO_RAY_STORAGE_PATIENCE_S", "100")
     began = time.monotonic()
     with pytest.raises(StorageError, match="no such bucket"):
         storage.read_bytes("s3://no-such-bucket/object")
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 50
     monkeypatch.setenv("DPO_RAY_STORAGE_PATIENCE_S", "soon")
     proxy.refuse()
     with pytest.raises(StorageError, match="DPO_RAY_STORAGE_PATIENCE_S=soon: give a number of seconds"):
