@@ -55,7 +55,7 @@ def export(model: nn.Module, config: Config, step: int, rank: int, fence: Callab
             for name in sorted(os.listdir(folder)):
                 storage.upload(os.path.join(folder, name), storage.join(target, name))
             fence()
-            storage.write_json(storage.join(target, "exported.json"), {"step": step})
+            storage.write_json(storage.join(target, "exported.json"), {"step": step, "merged": config.adapter.merge})
     dist.barrier()
 
 
@@ -69,9 +69,10 @@ def _write_model(folder: str, model: nn.Module, config: Config, state: dict[str,
         whole.config.dtype = DTYPES[dtype]
         whole.save_pretrained(folder, state_dict=state)
     else:
+        # In bfloat16 most of what an adapter adds to a weight would round to nothing.
         with tempfile.TemporaryDirectory(prefix="dpo_ray-adapter-") as alone:
             save_adapter(alone, model, path, state)
-            merged(load_pretrained(path, dtype, attention), alone).save_pretrained(folder)
+            merged(load_pretrained(path, "float32", attention), alone).save_pretrained(folder)
     source = localize(path)
     if os.path.exists(os.path.join(source, "generation_config.json")):
         GenerationConfig.from_pretrained(source).save_pretrained(folder)

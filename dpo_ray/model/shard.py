@@ -282,10 +282,13 @@ def clip_grad_norm(model: nn.Module, max_norm: float | None) -> torch.Tensor:
 
 
 def gathered_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The whole state on rank 0, on the CPU, without what is frozen; empty on the other ranks.
+    """The whole state on rank 0, on the CPU, with an adapter without what is frozen; empty on the other ranks.
 
     Collective: all ranks.
     """
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    adapted = any(
+        is_adapters(name) for name, _ in model.named_parameters()
+    )  # Some models freeze weights by themselves.
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapted)
     state = get_model_state_dict(model, options=options)
     return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}

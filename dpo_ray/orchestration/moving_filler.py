@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from typing import Any
 
 from dpo_ray.config import Config
@@ -21,6 +22,8 @@ from dpo_ray.training import manifest
 from dpo_ray.types import Attempt
 
 log = logging.getLogger(__name__)
+
+QUIET_LOOK_S = 5.0
 
 
 class MovingFiller:
@@ -45,7 +48,7 @@ class MovingFiller:
         self._filler: ReferenceFiller | None = None
         self._version: Version | None = None
         self._attempt: Attempt | None = None
-        self._trained = 0
+        self._trained, self._looked = 0, 0.0
         self._wait: bool | None = False
         self._error: BaseException | None = None
         self._serving, self._stopped = threading.Lock(), threading.Event()
@@ -108,19 +111,30 @@ class MovingFiller:
 
     def _look(self) -> None:
         """Goes on to the next version, when training has made it."""
-        attempt, version = self._attempt, self._trained // self._every
-        if attempt is None or self._version is None or version <= self._version.number:
+        attempt, now = self._attempt, time.monotonic()
+        if attempt is None or self._version is None:
             return
+        # A line of metrics says when to look; it may have been lost.
+        if self._trained // self._every <= self._version.number and now - self._looked < QUIET_LOOK_S:
+            return
+        self._looked = now
         found = manifest.newest(self._config.run_uri)
         if found is None:
             return
         state = found[1].state
+        version = Version(state.step // self._every, state.reference_attempt)
+        # What an older attempt commits late is not this one's, and is set aside when the next one begins.
+        if version.attempt != attempt.attempt or version.number <= self._version.number:
+            return
         with self._serving:
-            if self._attempt is attempt and state.step >= version * self._every:
-                self._serve(Version(version, state.reference_attempt), state.step)
+            if self._attempt is attempt and version.number * self._every < self._plan.total_steps:
+                self._serve(version, state.step)
 
     def _serve(self, version: Version, position: int) -> None:
-        """Has scored what is needed from a position on, until the reference moves again."""
+        """Has scored what is needed from a position on, until the reference moves again.
+
+        When it raises nothing has changed but that nobody scores for the version before: it can be called again.
+        """
         if version == self._version:
             return
         done = None
@@ -130,9 +144,10 @@ class MovingFiller:
         store = version_store(self._config.run_uri, *version) if version.number else self._start
         stop = (version.number + 1) * self._every
         order = chunks_in_order_of_need(self._config, self._plan, self._pairs, position, stop)
-        self._version = version
-        self._filler = ReferenceFiller(
-            self._config, self._pairs, order, store, *self._name, position, version if version.number else None, done
-        )
-        self._filler.workers_wait(self._wait)
-        self._filler.start()
+        moved = version if version.number else None
+        filler = ReferenceFiller(self._config, self._pairs, order, store, *self._name, position, moved, done)
+        if self._stopped.is_set():
+            return
+        filler.workers_wait(self._wait)
+        self._filler, self._version = filler, version
+        filler.start()

@@ -63,6 +63,8 @@ def chunks_in_order_of_need(
         stop: Only up to this step, where it is before the end.
     """
     last = min(stop or plan.total_steps, plan.total_steps)
+    if stop is not None and position >= last:
+        return []
     order = replace(plan, total_steps=last).chunks_in_order_of_need(position)
     every = config.train.eval_every_steps
     if every is None or last // every == position // every and last < plan.total_steps:

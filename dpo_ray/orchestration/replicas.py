@@ -9,9 +9,8 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import ray
@@ -89,23 +88,29 @@ class ReferenceReplica:
             options.tokens_per_microbatch,
             device,
             sharded=devices > 1,
-            weights=self._weights() if self._version else None,
+            weights=self._read_version if self._version else None,
         )
 
-    def _weights(self) -> Callable[[Any], None]:
-        """What gives a model the weights of the version: they are in every checkpoint until the next."""
+    def _read_version(self, model: Any) -> None:
+        """Gives a model the weights of the version: they are in every checkpoint until the next."""
         from dpo_ray.training import manifest
         from dpo_ray.training.checkpoint import read_reference
 
         run_uri, every = self._config.run_uri, self._config.reference.sync_steps
         assert every is not None
         assert self._version is not None
+        failed = ""
         for name in reversed(manifest.committed(run_uri)):
-            with contextlib.suppress(FileNotFoundError, CheckpointError):  # Removed, or set aside, just now.
+            try:
                 state = manifest.read_manifest(run_uri, name).state
                 if self._version == (state.step // every, state.reference_attempt):
-                    return partial(read_reference, run_uri, name)
-        raise CheckpointError(f"{run_uri}: no checkpoint has version {self._version.number} of the reference any more")
+                    read_reference(run_uri, name, model)
+                    return
+            except FileNotFoundError:
+                continue  # Removed, or set aside, just now.
+            except CheckpointError as error:
+                failed = f": {error}"
+        raise CheckpointError(f"{run_uri}: no checkpoint has version {self._version.number} of the reference{failed}")
 
     def score(self, chunk: Chunk) -> int:
         """Scores a chunk and commits it; the first device of a replica writes.

@@ -38,6 +38,8 @@ from dpo_ray.reference.usage import note_use
 from dpo_ray.training import manifest
 from dpo_ray.training.trackers import check_trackers
 
+log = logging.getLogger(__name__)
+
 _STEP_SECONDS = ("step_s", "reference_wait_s")
 
 
@@ -191,6 +193,12 @@ def _filler(
     """
     family = storage.fingerprint(config.run_uri)
     if config.reference.sync_steps:
+        if config.reference.sync_steps >= plan.total_steps:
+            log.warning(
+                "reference.sync_steps is %d and training ends after %d steps: the reference never moves",
+                config.reference.sync_steps,
+                plan.total_steps,
+            )
         ensure_resources(config)
         return MovingFiller(config, pairs, plan, reference, family, generation)
     order = chunks_in_order_of_need(config, plan, pairs, position)
@@ -229,7 +237,8 @@ def finished_run(config: Config) -> Result | None:
     total = min(stored["about"]["steps_per_epoch"] * config.train.epochs, config.train.max_steps or 2**62)
     exported = storage.join(export_uri, "exported.json")
     step = found[1].state.step
-    if step < total or not storage.exists(exported) or storage.read_json(exported)["step"] != step:
+    there = storage.read_json(exported) if storage.exists(exported) else {}
+    if step < total or there.get("step") != step or there.get("merged", True) != config.adapter.merge:
         return None
     lines = storage.read_json_lines(storage.join(config.run_uri, "metrics.jsonl"))
     steps = [line for line in lines if "loss" in line] or [{}]

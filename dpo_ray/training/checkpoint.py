@@ -44,6 +44,7 @@ from torch.optim import Optimizer
 
 from dpo_ray import storage
 from dpo_ray.errors import CheckpointError, DpoRayError, StorageError
+from dpo_ray.model.adapter import is_adapters
 from dpo_ray.model.shard import alone
 from dpo_ray.storage_requests import full_patience_s
 from dpo_ray.training.attempts import read_attempts
@@ -352,8 +353,10 @@ def tensors_of(model: nn.Module, optimizer: Optimizer) -> dict[str, torch.Tensor
     """
     names: dict[torch.Tensor, str] = {}
     # FSDP2 takes this call as the sign to put its sharded parameters in place. A tied weight is saved once.
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if tensor.requires_grad or not isinstance(tensor, nn.Parameter):
+    state_dict = model.state_dict(keep_vars=True)
+    adapted = any(map(is_adapters, state_dict))
+    for name, tensor in state_dict.items():
+        if not adapted or tensor.requires_grad or not isinstance(tensor, nn.Parameter):
             names.setdefault(tensor, name)
     tensors: dict[str, Any] = {f"model.{name}": tensor for tensor, name in names.items()}
     for parameter, state in optimizer.state.items():

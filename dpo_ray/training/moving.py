@@ -29,7 +29,8 @@ class MovingReference:
         self._model, self._every, self._alpha, self._attempt = model, config.sync_steps, config.mixup_alpha, attempt
         self.tensors: dict[str, torch.Tensor] = {}
         for name, parameter in parameters_of(model).items() if self._every else ():
-            self.tensors[name] = torch.empty_like(parameter, device="cpu", requires_grad=False)
+            # In bfloat16 a small share of a small difference would round to nothing.
+            self.tensors[name] = torch.empty_like(parameter, dtype=torch.float32, device="cpu", requires_grad=False)
             _local(self.tensors[name]).copy_(_local(parameter))
 
     @torch.no_grad()
@@ -43,7 +44,7 @@ class MovingReference:
             return False
         for name, parameter in parameters_of(self._model).items():
             own = _local(self.tensors[name])
-            own.lerp_(_local(parameter).to(own.device), self._alpha)
+            own.lerp_(_local(parameter).to(own), self._alpha)
         state.reference_attempt = self._attempt
         return True
 
