@@ -405,6 +405,8 @@ def test_damaged_scores_are_made_again(local_ray: None, tmp_path: Path, tiny_mod
             assert ours == pytest.approx(theirs, rel=1e-5), path
 
 
+@pytest.mark.slow
+@pytest.mark.faults
 def test_a_run_goes_on(local_ray: None, tmp_path: Path, tiny_model: Path, pairs_file: str) -> None:
     """With more steps, in a store where some of the scores that are still to come have been lost meanwhile."""
     train(config_of(tmp_path, "parts", tiny_model, pairs_file, train={"max_steps": 6}))
