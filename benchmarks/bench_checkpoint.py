@@ -61,8 +61,6 @@ def batch_of(pairs: int, world: int, step: int) -> GlobalBatch:
     microbatch = Microbatch(
         tokens=tokens,
         lengths=[[PROMPT, ANSWER, ANSWER]] * pairs,
-        pair_index=torch.arange(pairs).repeat_interleave(2),
-        answer_index=torch.tensor([0, 1] * pairs),
         num_tokens=torch.full((2 * pairs,), ANSWER),
         ref_logps=torch.full((2 * pairs,), -ANSWER * 6.0),
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
 from typing import TYPE_CHECKING, Annotated
 
@@ -39,12 +41,29 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
 
     Example: dpo-ray train jobs/dpo-smollm2-135m-1n0g-fsdp2.yaml --set scaling.workers=2
     """
+    _train(configuration.load_config(config, overrides))
+
+
+@app.command()
+def sft(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Trains only the start that sft.epochs asks for, by the likelihood of the chosen answers, as the run NAME-sft.
+
+    `dpo-ray train` does so by itself, and goes on from there.
+
+    Example: dpo-ray sft my-run.yaml --set sft.epochs=1
+    """
+    parsed = configuration.load_config(config, overrides)
+    if parsed.sft.epochs is None:
+        raise ConfigError("sft.epochs is null: set how many passes the start by likelihood shall make, e.g. 1")
+    _train(parsed, only_start=True)
+
+
+def _train(parsed: configuration.Config, only_start: bool = False) -> None:
     from dpo_ray.display import ProgressBar, closing_table
     from dpo_ray.orchestration import trainer
 
-    parsed = configuration.load_config(config, overrides)
     with ProgressBar(console) as watcher:
-        result = trainer.train(parsed, watcher)
+        result = trainer.make_start(parsed, watcher) if only_start else trainer.train(parsed, watcher)
     console.print(closing_table(result))
     console.print(f"model    {result.export_uri}\nmetrics  {result.run_uri}/metrics.jsonl")
     console.print(f"curves   tensorboard --logdir {result.run_uri}/tensorboard")
@@ -68,6 +87,32 @@ def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
             start_ray(parsed)
         made = preparing.prepare(parsed, watcher, found)
     console.print(f"pair store  {made.uri}")
+
+
+@app.command()
+def data(
+    config: ConfigPath,
+    as_json: Annotated[bool, typer.Option("--json", help="Prints the numbers as JSON, whole histograms too.")] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Shows what the prepared pairs are like: counts, lengths, length bias, repeated prompts, rejects by reason.
+
+    Example: dpo-ray data jobs/dpo-smollm2-135m-1n0g-fsdp2.yaml
+    """
+    from dataclasses import asdict
+
+    from dpo_ray.display import ProgressBar, statistics_tables
+    from dpo_ray.orchestration.prepare import prepared
+    from dpo_ray.pairs.statistics import describe
+
+    pairs = prepared(configuration.load_config(config, overrides))
+    if as_json:
+        typer.echo(json.dumps(asdict(describe(pairs)), indent=1))
+        return
+    with ProgressBar(console) as watcher:
+        found = describe(pairs, lambda done, total: watcher.progress("reading chunks", done, total))
+    for table in statistics_tables(found):
+        console.print(table)
 
 
 @app.command()
@@ -99,7 +144,8 @@ def reference(
             console.print("removed")
         return
     if not parsed.needs_reference:
-        raise ConfigError(f"objective.loss: {parsed.objective.loss} uses no reference: there is nothing to score")
+        raise ConfigError(f"objective.loss: {parsed.objective.name} uses no reference: there is nothing to score")
+    parsed = reference_job.scored_config(parsed)
     if status:
         console.print(reference_table(reference_job.reference_status(parsed)))
         return
@@ -223,6 +269,9 @@ def demo(
 
 def main() -> None:
     """Entry point of `dpo-ray`."""
+    # For losses and formats of one's own: what is installed as a command does not look in the working directory.
+    with contextlib.suppress(FileNotFoundError):
+        sys.path.append(os.getcwd())
     try:
         app()
     except FinalError as error:

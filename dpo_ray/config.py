@@ -29,10 +29,18 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from dpo_ray.errors import ConfigError
-from dpo_ray.objective.losses import LOSSES
+from dpo_ray.objective.losses import LOSSES, PARAMETERS, check_parameters, loss_named
 from dpo_ray.pairs.formats import FORMATS, Role
 
 Dtype = Literal["float32", "bfloat16"]
+
+
+# Arguments of transformers' apply_chat_template that a template does not see, or that the data decide.
+_NOT_THE_TEMPLATES = {
+    *("conversation", "messages", "chat_template", "tools", "documents", "tokenizer_kwargs", "tokenize", "padding"),
+    *("add_generation_prompt", "continue_final_message", "truncation", "max_length", "return_tensors", "return_dict"),
+    *("return_assistant_tokens_mask", "sanitize_control_tokens"),
+}
 
 
 def _absolute(uri: str) -> str:
@@ -83,10 +91,25 @@ class ModelConfig(Section):
         description="FSDP's: the shards of weights, gradients and optimizer state stay in the host's memory, where the "
         "update runs; for models that would not fit",
     )
+    freeze: list[str] = Field(
+        [],
+        description="weights that are not trained, by regular expressions that occur in their names, e.g. "
+        "[embed_tokens, '^model.layers.[0-7][.]']",
+    )
     compile: bool = Field(
         False,
         description="compile what is between attention and matrix products (torch.compile); slow first steps",
     )
+
+    @field_validator("freeze")
+    @classmethod
+    def _are_expressions(cls, patterns: list[str]) -> list[str]:
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"model.freeze: {pattern!r} is no regular expression: {error}") from None
+        return patterns
 
 
 class AdapterConfig(Section):
@@ -139,12 +162,35 @@ class DataConfig(Section):
     eval_fraction: float = Field(
         0.0, ge=0.0, lt=1.0, description="share of the training pairs held out, chosen by content id, instead of eval"
     )
-    format: str = Field("auto", description="auto: recognised from the columns; or one of: " + ", ".join(FORMATS))
+    format: str = Field(
+        "auto",
+        description="auto: recognised from the columns; or one of: "
+        + ", ".join(FORMATS)
+        + "; or module:name of a Format of your own",
+    )
     columns: dict[Role, str | None] = Field(
         {}, description="columns with other names, e.g. {prompt: question, chosen: good}; null: leave the column out"
     )
+    weight_column: str | None = Field(None, description="column of numbers, 0 or more: what each pair's loss counts")
+    margin_column: str | None = Field(
+        None,
+        description="column of numbers: by how much a pair's chosen answer is to be better, in units of the reward "
+        "(ODPO's offset)",
+    )
+    ranking: Literal["all", "best_worst"] = Field(
+        "all", description="of rows with a list of answers: use all of them, or only the best and the worst"
+    )
+    min_score_gap: float = Field(
+        0.0,
+        ge=0.0,
+        description="of answers with scores: one is used where its score is lower, by more than this, than that of the "
+        "one before; a row without two such answers is left out as tied",
+    )
     chat_template: Literal["tokenizer", "none"] = Field(
         "tokenizer", description="render conversations with the tokenizer's template, or take text as it is"
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        {}, description="what the template is given besides turns, e.g. {enable_thinking: false}"
     )
     max_length: PositiveInt = Field(
         1024, description="tokens of prompt + answer: the answer is cut to fit; a prompt that long is rejected"
@@ -167,6 +213,27 @@ class DataConfig(Section):
     max_reject_fraction: float = Field(
         0.01, ge=0.0, le=1.0, description="stop when more than this share of the rows cannot become a pair"
     )
+
+    @model_validator(mode="after")
+    def _kwargs_reach_a_template(self) -> DataConfig:
+        if self.chat_template_kwargs and self.chat_template == "none":
+            raise ValueError(
+                f"data.chat_template_kwargs is {self.chat_template_kwargs}, but data.chat_template: none uses no "
+                "template: leave one of them out"
+            )
+        try:
+            json.dumps(self.chat_template_kwargs)
+        except TypeError as error:
+            raise ValueError(
+                f"data.chat_template_kwargs is {self.chat_template_kwargs}: {error}; write texts, numbers, lists and "
+                "mappings, a date in quotes"
+            ) from None
+        for name in _NOT_THE_TEMPLATES & self.chat_template_kwargs.keys():
+            raise ValueError(
+                f"data.chat_template_kwargs: {name} is not the template's but decides how it is used, which dpo_ray "
+                "does: leave it out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_held_out_source(self) -> DataConfig:
@@ -301,7 +368,11 @@ class ReferenceConfig(Section):
 class ObjectiveConfig(Section):
     """The loss."""
 
-    loss: str = Field("sigmoid", description="one of: " + ", ".join(LOSSES))
+    loss: str | dict[str, PositiveFloat] = Field(
+        "sigmoid",
+        description="one of: " + ", ".join(LOSSES) + "; or a mixture with weights, e.g. {sigmoid: 1.0, sft: 0.2}; or "
+        "module:name of a LossSpec of your own",
+    )
     beta: PositiveFloat = Field(
         0.1,
         description="strength of the pull towards the reference; cpo, simpo: factor of the log-probabilities, orpo: "
@@ -310,6 +381,15 @@ class ObjectiveConfig(Section):
     label_smoothing: float = Field(0.0, ge=0.0, description="assumed share of flipped labels")
     nll_weight: float = Field(0.0, ge=0.0, description="cpo: weight of the chosen answer's likelihood, 1 in its paper")
     target_margin: float = Field(0.0, ge=0.0, description="simpo: gamma, the margin to reach, 0.3 to 1.6 in its paper")
+    ld_alpha: float = Field(
+        1.0,
+        gt=0.0,
+        le=1.0,
+        description="LD-DPO: what a token counts that stands beyond the length of its pair's shortest answer",
+    )
+    weighting: Literal["wpo"] | None = Field(
+        None, description="wpo: a pair weighs as likely as the policy would have given both answers itself"
+    )
     f_divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = Field(
         "reverse_kl", description="what holds the policy to the reference: reverse_kl (DPO), forward_kl, js, alpha"
     )
@@ -317,18 +397,35 @@ class ObjectiveConfig(Section):
         None, gt=0.0, lt=1.0, description="f_divergence alpha: between forward_kl (0) and reverse_kl (1), such as 0.5"
     )
 
+    @field_validator("loss", mode="before")
+    @classmethod
+    def _known_losses(cls, value: Any) -> Any:
+        names = list(value) if isinstance(value, dict) else [value]
+        if not names or not all(isinstance(name, str) for name in names):
+            raise ValueError(
+                f"objective.loss is {value!r}: write the name of a loss, or names with weights such as "
+                "{sigmoid: 1.0, sft: 0.2}"
+            )
+        for name in names:
+            try:
+                loss_named(name)
+            except ValueError as error:
+                raise ValueError(f"objective.loss is {error}") from None
+        for name, share in value.items() if isinstance(value, dict) else ():
+            if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < math.inf:
+                raise ValueError(f"objective.loss gives {name} the weight {share!r}: write a number above 0, e.g. 0.2")
+        return value
+
     @model_validator(mode="after")
-    def _known_loss(self) -> ObjectiveConfig:
-        if self.loss not in LOSSES:
-            near = difflib.get_close_matches(self.loss, LOSSES, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"objective.loss is {self.loss!r}, known are {', '.join(LOSSES)}{hint}")
-        LOSSES[self.loss].check(**self.model_dump(exclude={"loss", "f_divergence", "f_alpha"}))
-        if self.f_divergence != "reverse_kl" and not LOSSES[self.loss].any_divergence:
+    def _options_fit(self) -> ObjectiveConfig:
+        check_parameters(self.shares, self.model_dump(include=set(PARAMETERS)))
+        specs = {name: loss_named(name) for name in self.shares}
+        fixed = [name for name, spec in specs.items() if spec.needs_reference and not spec.any_divergence]
+        if self.f_divergence != "reverse_kl" and (fixed or not any(spec.any_divergence for spec in specs.values())):
             others = ", ".join(name for name, spec in LOSSES.items() if spec.any_divergence)
             raise ValueError(
-                f"objective.f_divergence is {self.f_divergence}, but {self.loss} is for reverse_kl alone: leave it "
-                f"out, or choose one of {others}"
+                f"objective.f_divergence is {self.f_divergence}, but {', '.join(fixed or specs)} is for reverse_kl "
+                f"alone: leave it out, or choose one of {others}"
             )
         if self.f_divergence == "alpha" and self.f_alpha is None:
             raise ValueError("objective.f_divergence is alpha, but f_alpha is null: set it in (0, 1), such as 0.5")
@@ -337,6 +434,54 @@ class ObjectiveConfig(Section):
                 f"objective.f_alpha is {self.f_alpha}, but f_divergence: {self.f_divergence} does not use it: leave it "
                 "out, or use f_divergence: alpha"
             )
+        free = [name for name, spec in specs.items() if not spec.needs_reference]
+        if self.ld_alpha != 1.0 and free:
+            raise ValueError(
+                f"objective.ld_alpha is {self.ld_alpha:g}, but {', '.join(free)} has no log-ratios to a reference, "
+                "which it is about: leave it out, or use another loss"
+            )
+        whole = [name for name, spec in specs.items() if spec.couples_pairs or spec.of_rankings]
+        if self.weighting and whole:
+            raise ValueError(
+                f"objective.weighting is {self.weighting}, but {', '.join(whole)} has no loss of two answers alone "
+                "that a weight of theirs could go with: leave it out, or use another loss"
+            )
+        return self
+
+    @property
+    def name(self) -> str:
+        """The losses, for people."""
+        return " + ".join(self.shares)
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The weight of each loss, by name."""
+        return self.loss if isinstance(self.loss, dict) else {self.loss: 1.0}
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether some loss uses reference scores."""
+        return any(loss_named(name).needs_reference for name in self.shares)
+
+
+class SftConfig(Section):
+    """A start by the likelihood of the chosen answers, before DPO: where they are not the model's own."""
+
+    epochs: PositiveInt | None = Field(
+        None, description="passes over the pairs; null: none, and DPO starts from model.path as it is"
+    )
+    max_steps: PositiveInt | None = Field(None, description="stop after this many of its optimizer steps")
+    learning_rate: PositiveFloat = Field(1e-5, description="its peak learning rate")
+
+    @model_validator(mode="after")
+    def _nothing_without_epochs(self) -> SftConfig:
+        for name in ("max_steps", "learning_rate"):
+            value = getattr(self, name)
+            if self.epochs is None and value != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"sft.{name} is {value!r}, which does nothing without sft.epochs: set that, e.g. to 1, or leave "
+                    f"sft.{name} out"
+                )
         return self
 
 
@@ -487,6 +632,7 @@ class Config(Section):
     data: DataConfig
     reference: ReferenceConfig = ReferenceConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
+    sft: SftConfig = SftConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     scaling: ScalingConfig = ScalingConfig()
@@ -506,6 +652,11 @@ class Config(Section):
                 f"model.weights_dtype: bfloat16 with optimizer.name: {self.optimizer.name} would lose the training: at "
                 "DPO's learning rates nearly every update is smaller than half a bfloat16 step and rounds to nothing; "
                 "use optimizer.name: adamw_kahan, or model.weights_dtype: float32 (compute can stay in bfloat16)"
+            )
+        if self.model.freeze and self.adapter.rank is not None:
+            raise ValueError(
+                f"model.freeze is {self.model.freeze}, but with adapter.rank {self.adapter.rank} all of the model's "
+                "own weights are frozen: leave one of them out"
             )
         if self.model.compile and self.model.gradient_checkpointing:
             raise ValueError(
@@ -527,23 +678,40 @@ class Config(Section):
         if self.reference.place == "none" and self.needs_reference:
             without = ", ".join(name for name, loss in LOSSES.items() if not loss.needs_reference)
             raise ValueError(
-                f"reference.place is none, but objective.loss: {self.objective.loss} needs a reference: use "
+                f"reference.place is none, but objective.loss: {self.objective.name} needs a reference: use "
                 f"reference.place: actors, or an objective without one: {without}"
             )
         if self.reference.place not in ("actors", "none") and not self.needs_reference:
             raise ValueError(
-                f"reference.place is {self.reference.place}, but objective.loss: {self.objective.loss} has no "
+                f"reference.place is {self.reference.place}, but objective.loss: {self.objective.name} has no "
                 "reference: leave it out, or use none"
+            )
+        if self.reference.columns and self.needs_token_scores:
+            raise ValueError(
+                f"objective.ld_alpha is {self.objective.ld_alpha:g}, which needs the reference's scores of each token; "
+                "reference.columns brings sums over answers: leave one of them out"
             )
         for key in ("columns", "sync_steps"):
             if getattr(self.reference, key) and not self.needs_reference:
                 raise ValueError(
-                    f"reference.{key} is set, but objective.loss: {self.objective.loss} has no reference: leave it out"
+                    f"reference.{key} is set, but objective.loss: {self.objective.name} has no reference: leave it out"
                 )
         if self.train.keep_best and self.train.keep_best != "eval_loss" and not self.needs_reference:
             raise ValueError(
-                f"train.keep_best is {self.train.keep_best}, but objective.loss: {self.objective.loss} has no "
+                f"train.keep_best is {self.train.keep_best}, but objective.loss: {self.objective.name} has no "
                 "reference and so no rewards: use keep_best: eval_loss"
+            )
+        if self.sft.epochs and self.objective.shares.keys() == {"sft"}:
+            raise ValueError(
+                f"sft.epochs is {self.sft.epochs}, but objective.loss is sft already: leave one of them out"
+            )
+        self._check_margins()
+        self._check_start()
+        if self.reference.sync_steps and "bco_pair" in self.objective.shares:
+            raise ValueError(
+                f"reference.sync_steps is {self.reference.sync_steps}, but objective.loss: {self.objective.name} holds "
+                "rewards against the mean of all rewards before, which those against another reference have no part "
+                "in: leave one of them out"
             )
         if self.reference.sync_steps and self.adapter.rank is not None:
             raise ValueError(
@@ -554,6 +722,30 @@ class Config(Section):
             self._check_own_reference()
         return self
 
+    def _check_start(self) -> None:
+        if self.sft.epochs is None:
+            return
+        for key in ("path", "columns"):
+            value = getattr(self.reference, key)
+            if value is not None and (self.checks.first_step or self.reference.place == "adapter_off"):
+                raise ValueError(
+                    f"reference.{key} is {value!r}, but with sft.epochs: {self.sft.epochs} the policy starts from a "
+                    "model that this run makes, which is then the reference too: leave it out; or, for another "
+                    "reference in actors, set checks.first_step: false"
+                )
+
+    def _check_margins(self) -> None:
+        parts = {name: loss_named(name) for name in self.objective.shares}
+        without = [name for name, loss in parts.items() if loss.needs_reference and not loss.takes_margins]
+        unused = without or not any(loss.takes_margins for loss in parts.values())
+        # A start by likelihood has the pairs of what follows.
+        if self.data.margin_column and unused and parts.keys() != {"sft"}:
+            takes = ", ".join(name for name, loss in LOSSES.items() if loss.takes_margins)
+            raise ValueError(
+                f"data.margin_column is {self.data.margin_column!r}, but objective.loss: {', '.join(without or parts)} "
+                f"has no place for a margin: leave it out, or use {takes}"
+            )
+
     def _check_own_reference(self) -> None:
         own, mend = self.reference, "leave it out, or set reference.place: actors"
         if self.adapter.rank is None:
@@ -563,7 +755,7 @@ class Config(Section):
             )
         if not self.needs_reference:
             raise ValueError(
-                f"reference.place is adapter_off, but objective.loss: {self.objective.loss} has no reference: leave it "
+                f"reference.place is adapter_off, but objective.loss: {self.objective.name} has no reference: leave it "
                 "out"
             )
         if own.path not in (None, self.model.path):
@@ -595,7 +787,34 @@ class Config(Section):
     @property
     def needs_reference(self) -> bool:
         """Whether the objective uses reference scores at all."""
-        return LOSSES[self.objective.loss].needs_reference
+        return self.objective.needs_reference
+
+    @property
+    def needs_token_scores(self) -> bool:
+        """Whether it needs those of each token, and not only their sums over answers."""
+        return self.objective.ld_alpha != 1.0
+
+    def start(self) -> Config:
+        """The run that makes the start by likelihood."""
+        changes: dict[str, Any] = {
+            "name": f"{self.name}-sft",
+            "objective": {"loss": "sft"},
+            "reference": {},
+            "sft": {},
+            "optimizer": {**self.optimizer.model_dump(), "learning_rate": self.sft.learning_rate},
+            "train": {**self.train.model_dump(), "epochs": self.sft.epochs, "max_steps": self.sft.max_steps},
+        }
+        if self.train.keep_best:
+            changes["train"]["keep_best"] = "eval_loss"
+        if self.adapter.rank is not None:
+            changes["adapter"] = {**self.adapter.model_dump(), "merge": True}
+        return Config.model_validate({**self.model_dump(), **changes})
+
+    def after_start(self) -> Config:
+        """The run that goes on from there: its model is the policy's start, and the reference where none is named."""
+        path, tokenizer = f"{self.start().run_uri}/export", self.model.tokenizer or self.model.path
+        model = {**self.model.model_dump(), "path": path, "tokenizer": tokenizer}
+        return Config.model_validate({**self.model_dump(), "model": model})
 
     @property
     def run_uri(self) -> str:

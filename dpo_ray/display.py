@@ -12,6 +12,7 @@ from rich.text import Text
 
 from dpo_ray.orchestration.watch import SourcePreview, Watcher
 from dpo_ray.pairs.plan import Plan
+from dpo_ray.pairs.statistics import PERCENTILES, Statistics, bars
 from dpo_ray.pairs.store import COUNTS, PairStore
 
 if TYPE_CHECKING:  # Not every command needs Ray.
@@ -21,6 +22,7 @@ if TYPE_CHECKING:  # Not every command needs Ray.
 
 LINES_PER_PHASE = 20
 SHOWN_CHARS = 600
+HISTOGRAM_BINS, HISTOGRAM_WIDTH = 12, 40
 # Shares of the steps' time: above, more replicas would help; below, fewer might do.
 WAITED_MUCH, WAITED_LITTLE = 0.05, 0.005
 CLOSING_ROWS = (
@@ -94,7 +96,8 @@ class ProgressBar(Watcher):
         """Starts the bar of the training."""
         if position:
             self.phase(f"going on after step {position} of {plan.total_steps}")
-        self._progress.update(self._bar("training", plan.total_steps), completed=position)
+        self._progress.update(self._bar("training", plan.total_steps), total=plan.total_steps, completed=position)
+        self._told.pop("training", None)
 
     def line(self, line: dict[str, Any]) -> None:
         """Moves the bar of the training."""
@@ -136,9 +139,10 @@ def source_table(preview: SourcePreview) -> Table:
     table.add_column("as the model sees it; the answers' tokens, all of them, are trained", overflow="fold")
     for example in preview.examples:
         texts = (example.prompt, *example.answers)
-        for name, text, count in zip(("prompt", "chosen", "rejected"), texts, example.num_tokens, strict=True):
+        names = ["prompt", "chosen", *["rejected"] * (len(texts) - 2)]
+        for part, (name, text, count) in enumerate(zip(names, texts, example.num_tokens, strict=True), start=1):
             style = {"prompt": "dim", "chosen": "green", "rejected": "red"}[name]
-            table.add_row(str(count), name, Text(_shortened(text), style=style), end_section=name == "rejected")
+            table.add_row(str(count), name, Text(_shortened(text), style=style), end_section=part == len(texts))
     return table
 
 
@@ -158,6 +162,52 @@ def pairs_table(pairs: PairStore) -> Table:
             table.add_row(shown, f"{pairs.counts[name]:,}")
     chunks = (*pairs.train, *pairs.eval)
     table.add_row("tokens (prompts once per pair)", f"{sum(chunk.num_tokens for chunk in chunks):,}")
+    return table
+
+
+def statistics_tables(found: Statistics) -> list[Table]:
+    """What the pairs are like: shares, lengths, their histograms, and why rows were left out."""
+    shares = Table(title=Text(found.store_uri), title_justify="left", show_header=False)
+    shares.add_column()
+    shares.add_column(justify="right")
+    for name in COUNTS:
+        if found.counts[name]:
+            shares.add_row(name.replace("_", " "), f"{found.counts[name]:,}")
+    shares.add_row("different prompts", f"{found.prompts:,}")
+    if found.answers.keys() != {2}:
+        for num, pairs in found.answers.items():
+            shares.add_row(f"prompts with {num} answers", f"{pairs:,}")
+    shares.add_row("chosen answer longer", f"{found.chosen_longer:.1%}")
+    shares.add_row("chosen answer shorter", f"{found.chosen_shorter:.1%}")
+    shares.add_row("tokens that a chosen answer has more", f"{found.more_tokens:+.1f}")
+    lengths = Table(title="lengths in tokens", title_justify="left")
+    lengths.add_column("")
+    for name in ("mean", *(f"{percent} %" for percent in PERCENTILES[:-1]), "longest"):
+        lengths.add_column(name, justify="right")
+    for name, each in found.lengths.items():
+        lengths.add_row(name, f"{each.mean:.1f}", *(f"{length:,}" for length in each.percentiles))
+    tables = [shares, lengths]
+    for name, each in found.lengths.items():
+        tables.append(_histogram(name, each.histogram))
+    if found.rejects:
+        rejects = Table(title="rejects, the most frequent reasons", title_justify="left")
+        rejects.add_column("rows", justify="right")
+        rejects.add_column("reason, without what differs from row to row", overflow="fold")
+        for reason, rows in found.rejects.items():
+            rejects.add_row(f"{rows:,}", Text(reason))
+        tables.append(rejects)
+    return tables
+
+
+def _histogram(name: str, histogram: Sequence[int]) -> Table:
+    shown = bars(histogram, HISTOGRAM_BINS)
+    table = Table(title=f"{name}: how many have which length", title_justify="left", show_header=False, box=None)
+    table.add_column(justify="right")
+    table.add_column()
+    table.add_column(justify="right")
+    most = max(num for *_, num in shown)
+    for first, last, num in shown:
+        table.add_row(f"{first} to {last}", "\u2588" * round(HISTOGRAM_WIDTH * num / most), f"{num:,}")
     return table
 
 

@@ -37,6 +37,10 @@ class RowError(DpoRayError):
     """One row cannot become a pair; the message is the reason written to the rejects."""
 
 
+class TiedError(RowError):
+    """A row ranks no answer above another."""
+
+
 class ReferenceMismatchError(FinalError):
     """Stored reference scores do not belong to the pairs they were asked for."""
 

@@ -1,7 +1,7 @@
 """The things that walk through the pipeline.
 
 Shape legend: T tokens of a microbatch, A answers, P pairs, B pairs of a global batch, V vocabulary.
-Answers of a pair are ordered best first: index 0 is chosen, index 1 rejected.
+A pair is a prompt with two or more answers, best first: the first is chosen, the others are rejected.
 """
 
 from __future__ import annotations
@@ -53,11 +53,15 @@ class TokenizedPair:
         pair_id: 16 bytes, a digest of the token content: equal ids mean equal training data.
         prompt: Shape (prompt tokens,), int32.
         answers: Each of shape (answer tokens,), int32, never empty, best first.
+        weight: What its loss counts.
+        margin: By how much the chosen answer is to be better, in units of the reward.
     """
 
     pair_id: bytes
     prompt: np.ndarray
     answers: tuple[np.ndarray, ...]
+    weight: float = 1.0
+    margin: float = 0.0
 
     @property
     def parts(self) -> tuple[np.ndarray, ...]:
@@ -90,18 +94,18 @@ class Microbatch:
     Attributes:
         tokens: Shape (T,), int64.
         lengths: Per pair: prompt tokens, then tokens of each answer. Empty for a microbatch without pairs.
-        pair_index: Shape (A,), int64: the pair of this microbatch that an answer belongs to.
-        answer_index: Shape (A,), int64: 0 for chosen, 1 for rejected.
         num_tokens: Shape (A,), int64: completion tokens of an answer.
         ref_logps: Shape (A,), float32, nats; None where the objective needs no reference.
+        weights: Shape (P,), float32: what each pair's loss counts; None: all alike.
+        margins: Shape (P,), float32: by how much each chosen answer is to be better; None: by nothing.
     """
 
     tokens: torch.Tensor
     lengths: list[list[int]]
-    pair_index: torch.Tensor
-    answer_index: torch.Tensor
     num_tokens: torch.Tensor
     ref_logps: torch.Tensor | None
+    weights: torch.Tensor | None = None
+    margins: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +142,8 @@ class TrainState:
         best_step: The step whose evaluation was the best so far.
         best_value: Its value.
         reference_attempt: The attempt that made the reference as it is, where it follows the policy.
+        num_pairs: Pairs trained on so far.
+        mean_reward: Over their answers as they were trained on, a pair's chosen and rejected ones weighing the same.
     """
 
     step: int = 0
@@ -146,6 +152,8 @@ class TrainState:
     best_step: int | None = None
     best_value: float | None = None
     reference_attempt: int = 0
+    num_pairs: int = 0
+    mean_reward: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

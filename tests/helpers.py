@@ -19,6 +19,7 @@ from dpo_ray.demo_data import make_pairs
 from dpo_ray.errors import RowError
 from dpo_ray.pairs import store
 from dpo_ray.pairs.formats import parse_row, recognise
+from dpo_ray.pairs.store import PairStore, read_chunk
 from dpo_ray.pairs.tokenize import Limits, PairTokenizer
 from dpo_ray.types import TokenizedPair
 
@@ -89,6 +90,27 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def steps_of(run: Path) -> list[dict[str, Any]]:
     """The training steps of a run."""
     return [line for line in read_lines(run / "metrics.jsonl") if "loss" in line]
+
+
+def stored_scores(config: Config, pairs: PairStore) -> dict[bytes, list[float]]:
+    """By pair, what a run's reference store holds for it."""
+    from dpo_ray.orchestration.reference_filler import open_reference_store  # Ranks without Ray import this file too.
+
+    reference, found = open_reference_store(config, pairs.uri), dict[bytes, list[float]]()
+    for chunk in (*pairs.train, *pairs.eval):
+        ids = [pair.pair_id for pair in read_chunk(pairs.uri, chunk)]
+        found |= {pair: scores.tolist() for pair, scores in zip(ids, reference.get(chunk, ids), strict=True)}
+    return found
+
+
+def plain_logps(model: torch.nn.Module, pair: TokenizedPair) -> torch.Tensor:
+    """Summed log-probability of each answer, one at a time through the model's own forward: Shape (2,)."""
+    found = []
+    for answer in pair.answers:
+        whole = torch.tensor([*pair.prompt, *answer])
+        logps = model(whole[None]).logits[0, len(pair.prompt) - 1 : -1].log_softmax(-1)
+        found.append(logps.gather(1, whole[len(pair.prompt) :, None]).sum())
+    return torch.stack(found)
 
 
 def run_ranks(work: Callable[..., None], world_size: int, folder: Path, *arguments: Any) -> None:

@@ -9,7 +9,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
@@ -128,7 +128,7 @@ def save_adapter(folder: str, model: nn.Module, base: str, state: Mapping[str, t
         base: Where the model without it is.
         state: Whole tensors, by their names in the model; those of the adapter among them are written.
     """
-    lora: Any = model.peft_config["default"]  # type: ignore[index]
+    lora = cast(Any, model).peft_config["default"]
     described = {**lora.to_dict(), "base_model_name_or_path": base, "inference_mode": True}
     with open(os.path.join(folder, "adapter_config.json"), "w", encoding="utf-8") as file:
         json.dump(described, file, indent=2, sort_keys=True, default=sorted)

@@ -21,7 +21,7 @@ from dpo_ray.model.adapter import merged, save_adapter
 from dpo_ray.model.files import load_tokenizer, localize
 from dpo_ray.model.load import DTYPES, empty_model, load_pretrained
 from dpo_ray.model.shard import gathered_state_dict
-from dpo_ray.objective.losses import LOSSES
+from dpo_ray.objective.losses import loss_named
 
 # Files that an export of the other kind may have left.
 _KINDS = ("config.json", ".safetensors", ".safetensors.index.json")
@@ -85,10 +85,17 @@ def model_card(config: Config, step: int) -> str:
     about = (
         f"library_name: peft\nbase_model: {json.dumps(config.model.path)}" if alone else "library_name: transformers"
     )
-    used = sorted(LOSSES[objective.loss].parameters)
+    # The export of a start by likelihood is a folder of that run's.
+    start = f"{config.name}-sft" if config.sft.epochs else os.path.basename(config.model.path.rstrip("/"))
+    losses = [name if share == 1 else f"{share:g} {name}" for name, share in objective.shares.items()]
+    used = sorted(frozenset.union(*(loss_named(name).parameters for name in objective.shares)))
     hyperparameters = [f"{name.replace('_', ' ')} {getattr(objective, name):g}" for name in used]
     if objective.f_divergence != "reverse_kl":
         hyperparameters.append(f"divergence {objective.f_divergence} {objective.f_alpha or ''}".rstrip())
+    if objective.ld_alpha != 1.0:
+        hyperparameters.append(f"LD-DPO alpha {objective.ld_alpha:g}")
+    if objective.weighting:
+        hyperparameters.append("WPO's weights")
     lora = ""
     if adapter.rank is not None:
         where = adapter.target_modules if isinstance(adapter.target_modules, str) else ", ".join(adapter.target_modules)
@@ -97,10 +104,10 @@ def model_card(config: Config, step: int) -> str:
     return (
         f"---\n{about}\ntags: [dpo, dpo_ray]\n---\n\n"
         f"# {config.name}\n\n"
-        f"Trained with dpo_ray from `{os.path.basename(config.model.path.rstrip('/'))}` by preference optimization.\n\n"
+        f"Trained with dpo_ray from `{start}` by preference optimization.\n\n"
         "| | |\n| --- | --- |\n"
         f"{lora}"
-        f"| objective | {', '.join([objective.loss, *hyperparameters])} |\n"
+        f"| objective | {', '.join([' + '.join(losses), *hyperparameters])} |\n"
         f"| optimizer | {config.optimizer.name}, learning rate {config.optimizer.learning_rate:g}, "
         f"{config.optimizer.schedule}, warm-up {config.optimizer.warmup_steps} steps |\n"
         f"| pairs per step | {config.train.global_batch_pairs} |\n"

@@ -29,6 +29,7 @@ from dpo_ray.objective.logps import (
     sum_by_answer,
     token_scores,
 )
+from dpo_ray.pairs.pack import token_weights
 from dpo_ray.types import Microbatch
 
 log = logging.getLogger(__name__)
@@ -44,12 +45,13 @@ LONGEST_TRIED_WINDOW = 4096
 GPU_SHORTEST, GPU_BLOCK = 256, 128
 
 
-def answer_scores(model: nn.Module, batch: Microbatch) -> Scores:
+def answer_scores(model: nn.Module, batch: Microbatch, ld_alpha: float = 1.0) -> Scores:
     """What the model says of each answer, summed over its completion tokens.
 
     Args:
         model: A model that `with_token_scores` has prepared, sharded or not.
         batch: At least one pair, on any device.
+        ld_alpha: See `token_weights`: of the log-probabilities.
 
     Returns:
         Shape (A,) each, float32, with gradient where the model's parameters have it.
@@ -57,6 +59,9 @@ def answer_scores(model: nn.Module, batch: Microbatch) -> Scores:
     Collective: all ranks, where the model is sharded.
     """
     per_token, answers = cast(Any, model).token_scores(batch.tokens, batch.lengths)
+    if ld_alpha != 1.0:
+        weights = torch.from_numpy(token_weights([lengths[1:] for lengths in batch.lengths], ld_alpha))
+        per_token = per_token._replace(logps=per_token.logps * weights.to(per_token.logps.device))
     return Scores(*(sum_by_answer(values, answers, len(batch.num_tokens)) for values in per_token))
 
 

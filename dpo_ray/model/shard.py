@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import warnings
 from collections.abc import Sequence
 from typing import Any, cast
@@ -62,12 +63,13 @@ def sharded_policy(
     model = empty_model(config.path, config.compute_dtype if adapted else config.weights_dtype, config.attention)
     if adapter is not None and adapted:
         add_adapter(model, adapter, DTYPES[config.weights_dtype])
+    freeze(model, config.freeze)
     if config.gradient_checkpointing:
         # Only reentrant checkpoints keep a block's input as a saved tensor, which can be kept elsewhere.
         warnings.filterwarnings("ignore", "None of the inputs have requires_grad")  # In evaluation they have not.
         reentrant = config.gradient_checkpointing == "offload"
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        if adapted and reentrant:
+        if reentrant and not all(parameter.requires_grad for parameter in model.parameters()):
             # They give no gradient where their input has none, as it has not behind a frozen embedding.
             model.enable_input_require_grads()
     shard(model, config.compute_dtype, device, config.cpu_offload)
@@ -81,6 +83,30 @@ def sharded_policy(
     _assert_sharded(model)
     keep_freed_memory()
     return model.train()
+
+
+def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Has weights stay as they are.
+
+    Args:
+        model: Not sharded yet.
+        patterns: Regular expressions: a weight is frozen where one of them occurs in its name.
+
+    Raises:
+        ConfigError: One occurs in no name, or all weights would be frozen.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in patterns:
+        if not any(re.search(pattern, name) for name in names):
+            raise ConfigError(
+                f"model.freeze: {pattern!r} occurs in no name of a weight of {type(model).__name__}; the first are "
+                f"{', '.join(names[:8])}"
+            )
+    for name, parameter in model.named_parameters():
+        if any(re.search(pattern, name) for pattern in patterns):
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(f"model.freeze is {list(patterns)}: that is every weight, and nothing is left to train")
 
 
 def sharded_reference(uri: str, dtype: str, attention: str, device: torch.device) -> PreTrainedModel:

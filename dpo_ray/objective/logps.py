@@ -32,11 +32,14 @@ class Scores(NamedTuple):
         logps: Log-probability, nats, with gradient.
         entropy: Of the distribution that a token was predicted by, nats, without gradient.
         mean_logits: The mean over the vocabulary, without gradient.
+        alignment: log p - log sum_v p_v^2, which for a sampled token is the log-probability without what an expected
+            token would have of it, nats, without gradient.
     """
 
     logps: torch.Tensor
     entropy: torch.Tensor
     mean_logits: torch.Tensor
+    alignment: torch.Tensor
 
 
 def completion_positions(lengths: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -141,11 +144,9 @@ class _TokenScores(torch.autograd.Function):
     """log p(target) = logit(target) - logsumexp(logits), a block of rows at a time."""
 
     @staticmethod
-    def forward(
-        ctx: Any, logits: torch.Tensor, targets: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        log_normalizers, entropy, means = logits.new_empty((3, len(logits)), dtype=dtype)
+        log_normalizers, entropy, means, squares = logits.new_empty((4, len(logits)), dtype=dtype)
         for rows in _row_blocks(logits):
             scores = logits[rows].to(dtype)
             means[rows] = scores.mean(dim=-1)
@@ -154,9 +155,12 @@ class _TokenScores(torch.autograd.Function):
             total = weights.sum(dim=-1)
             log_normalizers[rows] = largest + total.log()
             entropy[rows] = log_normalizers[rows] - torch.linalg.vecdot(weights, scores) / total
+            squares[rows] = torch.linalg.vecdot(weights, weights).log() - 2 * total.log()
+        logps = logits.gather(-1, targets[:, None])[:, 0].to(dtype) - log_normalizers
+        alignment = logps - squares
         ctx.save_for_backward(logits, targets, log_normalizers)
-        ctx.mark_non_differentiable(entropy, means)
-        return logits.gather(-1, targets[:, None])[:, 0].to(dtype) - log_normalizers, entropy, means
+        ctx.mark_non_differentiable(entropy, means, alignment)
+        return logps, entropy, means, alignment
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator,unused-ignore]

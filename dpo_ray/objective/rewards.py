@@ -43,33 +43,50 @@ def implicit_rewards(stats: AnswerStats, beta: float) -> torch.Tensor:
 
 @torch.no_grad()
 def metric_sums(stats: AnswerStats, losses: torch.Tensor, beta: float) -> torch.Tensor:
-    """The sums behind the metrics, on the device of the answers: nothing here waits for it.
+    """The sums behind the metrics, on the device of the answers; nothing here waits for it where each pair has two.
 
     Add them over microbatches and ranks, then call `finish_metrics`. What the answers do not say (scores of a
-    reference, the policy's entropy and logits) has sum and count 0.
+    reference, the policy's entropy and logits) has sum and count 0. Where a pair has several rejected answers, their
+    mean counts, and for `rewards/accuracies` the mean over its comparisons.
 
     Args:
-        stats: The answers, two per pair.
+        stats: The answers.
         losses: Shape (P,).
         beta: Strength of the pull towards the reference.
 
     Returns:
         Shape (M,), float64: the sums named in `METRIC_SUMS`.
     """
-    ones = torch.ones_like(losses)
-    columns = {"loss": losses, "num_pairs": ones}
-    columns["logps/chosen"], columns["logps/rejected"] = stats.pairwise(stats.policy_logps)
+    chosen, rejected = stats.pairwise(stats.policy_logps.double())
+    sums = {"loss": losses.double().sum(), "num_pairs": _count(len(losses), losses)}
+    sums |= {"logps/chosen": stats.by_pair(chosen).sum(), "logps/rejected": stats.by_pair(rejected).sum()}
     if stats.ref_logps is not None:
-        chosen, rejected = stats.pairwise(implicit_rewards(stats, beta))
-        columns |= {"rewards/chosen": chosen, "rewards/rejected": rejected, "num_rewarded_pairs": ones}
-        columns |= {"rewards/margins": chosen - rejected, "rewards/accuracies": chosen > rejected}
+        chosen, rejected = stats.pairwise(implicit_rewards(stats, beta).double())
+        sums |= {"rewards/chosen": stats.by_pair(chosen).sum(), "rewards/rejected": stats.by_pair(rejected).sum()}
+        sums["rewards/margins"] = sums["rewards/chosen"] - sums["rewards/rejected"]
+        sums["rewards/accuracies"] = stats.by_pair((chosen > rejected).double()).sum()
+        sums["num_rewarded_pairs"] = sums["num_pairs"]
     if stats.entropy is not None and stats.mean_logits is not None:
-        chosen, rejected = stats.pairwise(stats.num_tokens)
-        columns |= {"num_chosen_tokens": chosen, "num_rejected_tokens": rejected}
-        columns |= {"num_completion_tokens": chosen + rejected, "entropy": torch.add(*stats.pairwise(stats.entropy))}
-        columns["logits/chosen"], columns["logits/rejected"] = stats.pairwise(stats.mean_logits)
-    nothing = torch.zeros_like(losses)
-    return torch.stack([columns.get(name, nothing).double() for name in METRIC_SUMS]).sum(dim=1)
+        (num_chosen, num_rejected), (chosen, rejected) = (
+            _apart(stats, stats.num_tokens),
+            _apart(stats, stats.mean_logits),
+        )
+        sums |= {"num_chosen_tokens": num_chosen, "num_rejected_tokens": num_rejected}
+        sums |= {"num_completion_tokens": num_chosen + num_rejected, "entropy": stats.entropy.double().sum()}
+        sums |= {"logits/chosen": chosen, "logits/rejected": rejected}
+    nothing = _count(0, losses)
+    return torch.stack([sums.get(name, nothing) for name in METRIC_SUMS])
+
+
+def _count(number: int, like: torch.Tensor) -> torch.Tensor:
+    return torch.full((), number, dtype=torch.float64, device=like.device)
+
+
+def _apart(stats: AnswerStats, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sums over all chosen and over all rejected answers."""
+    values = values.double()
+    chosen, rejected = stats.pairwise(values)
+    return stats.by_pair(chosen).sum(), rejected.sum()
 
 
 def finish_metrics(sums: torch.Tensor) -> dict[str, float]:

@@ -13,11 +13,10 @@ from typing import Any
 from dpo_ray.config import Config
 from dpo_ray.errors import ReferenceFillError, StorageError
 from dpo_ray.orchestration.reference_filler import LOOK_S, STOP_S, ReferenceFiller, chunks_in_order_of_need
-from dpo_ray.orchestration.replicas import Version
 from dpo_ray.pairs.plan import Plan
 from dpo_ray.pairs.store import PairStore
 from dpo_ray.reference.store import ReferenceStore
-from dpo_ray.reference.versions import version_store
+from dpo_ray.reference.versions import Version, version_after, version_store
 from dpo_ray.training import manifest
 from dpo_ray.types import Attempt
 
@@ -59,7 +58,7 @@ class MovingFiller:
         """Has scored what the attempt begins with; replicas that score it already go on."""
         with self._serving:
             self._attempt, self._trained = attempt, attempt.position
-            self._serve(Version(attempt.position // self._every, attempt.reference_attempt), attempt.position)
+            self._serve(version_after(attempt.position, attempt.reference_attempt, self._every), attempt.position)
 
     def trained(self, line: dict[str, Any]) -> None:
         """Takes note of a training step, by its line of metrics."""
@@ -122,7 +121,7 @@ class MovingFiller:
         if found is None:
             return
         state = found[1].state
-        version = Version(state.step // self._every, state.reference_attempt)
+        version = version_after(state.step, state.reference_attempt, self._every)
         # What an older attempt commits late is not this one's, and is set aside when the next one begins.
         if version.attempt != attempt.attempt or version.number <= self._version.number:
             return
@@ -141,7 +140,7 @@ class MovingFiller:
         if self._filler is not None:
             self._filler.stop()
             done = self._filler.filled
-        store = version_store(self._config.run_uri, *version) if version.number else self._start
+        store = version_store(self._config.run_uri, version) if version.number else self._start
         stop = (version.number + 1) * self._every
         order = chunks_in_order_of_need(self._config, self._plan, self._pairs, position, stop)
         moved = version if version.number else None

@@ -197,7 +197,8 @@ def _check_model(config: Config) -> list[Row]:
     try:
         tokenizer = load_tokenizer(tokenizer_uri)
         check_vocabulary(config.model.path, tokenizer)
-        PairTokenizer(tokenizer, config.data.chat_template, Limits(config.data.max_length))
+        data = config.data
+        PairTokenizer(tokenizer, data.chat_template, Limits(data.max_length), None, data.chat_template_kwargs)
     except ConfigError as error:
         return [*rows, Row("tokenizer", tokenizer_uri, "wrong", str(error), "as the result says")]
     return [*rows, Row("tokenizer", tokenizer_uri, "ok", f"{len(tokenizer)} tokens, as the model has or fewer")]

@@ -13,7 +13,7 @@ import json
 import pickle
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -21,13 +21,14 @@ import ray
 
 from dpo_ray import storage
 from dpo_ray.config import Config
-from dpo_ray.errors import DataError, RowError
+from dpo_ray.errors import ConfigError, DataError, RowError, TiedError
+from dpo_ray.extensions import code_digest
 from dpo_ray.model.files import check_vocabulary, load_tokenizer, vocabulary_size
 from dpo_ray.orchestration import rows
 from dpo_ray.orchestration.rows import Job, Merge, SourceFile
 from dpo_ray.orchestration.watch import Example, SourcePreview, Watcher
 from dpo_ray.pairs import runs, store
-from dpo_ray.pairs.formats import Reading, parse_row, recognise
+from dpo_ray.pairs.formats import RANKING, Reading, parse_row, recognise
 from dpo_ray.pairs.runs import Run
 from dpo_ray.pairs.store import Chunk, PairStore
 from dpo_ray.pairs.tokenize import Limits, PairTokenizer, Tokenized, tokenizer_digest
@@ -48,6 +49,13 @@ READ_BYTES = 2**20
 SAMPLE_ROWS = 100
 EXAMPLES_SHOWN = 3
 REJECTS_SHOWN = 5
+
+
+# Of the data's options those that decide no pair, or that are said with what they are about.
+_APART = {
+    *("train", "eval", "max_reject_fraction", "ranking", "min_score_gap", "chat_template_kwargs"),
+    *("weight_column", "margin_column"),
+}
 
 
 def _tokenizer_uri(config: Config) -> str:
@@ -130,24 +138,37 @@ def survey(config: Config, watcher: Watcher | None = None) -> Survey:
     tokenizer = load_tokenizer(_tokenizer_uri(config))
     check_vocabulary(config.model.path, tokenizer)
     vocab_size = vocabulary_size(config.model.path)
-    pair_tokenizer = PairTokenizer(tokenizer, data.chat_template, _limits(config), vocab_size)
+    template = data.chat_template, _limits(config), vocab_size, data.chat_template_kwargs
+    pair_tokenizer = PairTokenizer(tokenizer, *template)
     sources = _sources(config)
     about = {
         "format": store.FORMAT_VERSION,
         "tokenizer": tokenizer_digest(tokenizer),
-        **data.model_dump(exclude={"train", "eval", "max_reject_fraction"}),
+        **data.model_dump(exclude=_APART),
     }
+    if data.chat_template_kwargs:
+        about["chat_template_kwargs"] = data.chat_template_kwargs
     samples = [_sample(source) for source in sources]
     readings = [_recognised(config, source, sample) for source, sample in zip(sources, samples, strict=True)]
     files = _source_files(sources, readings)
-    about["files"] = [[file.uri, file.identity, file.split, asdict(file.reading)] for file in files]
+    about["files"] = [[file.uri, file.identity, file.split, _about(file.reading)] for file in files]
+    _check_rule(config, readings)
+    if ":" in data.format:
+        about["format_code"] = code_digest(data.format)
     if any(reading.format == "tokens" for reading in readings):
         about["vocab_size"] = vocab_size
     score_columns = tuple(config.reference.columns or ())
     if score_columns:
         about["score_columns"] = list(score_columns)
         for source, sample in zip(sources, samples, strict=True):
-            _check_columns(source, sample, score_columns)
+            _check_columns(source, sample, score_columns, "reference.columns")
+    columns = {"weight": data.weight_column, "margin": data.margin_column}
+    number_columns = {name: column for name, column in columns.items() if column is not None}
+    if number_columns:
+        about["number_columns"] = number_columns
+        for source, sample in zip(sources, samples, strict=True):
+            for name, column in number_columns.items():
+                _check_columns(source, sample, [column], f"data.{name}_column")
     uri = storage.join(config.store_uri, "pairs", storage.fingerprint(about))
     made = store.open_store(uri)
     if made is not None:
@@ -162,10 +183,25 @@ def survey(config: Config, watcher: Watcher | None = None) -> Survey:
         chat_template=data.chat_template,
         limits=_limits(config),
         vocab_size=vocab_size,
+        template_kwargs=json.dumps(data.chat_template_kwargs),
         eval_fraction=data.eval_fraction,
         score_columns=score_columns,
+        number_columns=number_columns,
     )
     return Survey(uri, about, None, job)
+
+
+def prepared(config: Config) -> PairStore:
+    """The pair store of a run; needs no Ray.
+
+    Raises:
+        ConfigError: It is not made yet.
+    """
+    check_reachable(config)
+    made = survey(config).made
+    if made is None:
+        raise ConfigError(f"{config.name}: the pairs are not prepared: run `dpo-ray prepare` first")
+    return made
 
 
 def prepare(config: Config, watcher: Watcher | None = None, found: Survey | None = None) -> PairStore:
@@ -231,17 +267,38 @@ def _recognised(config: Config, source: _Source, sample: Sample) -> Reading:
     """How a source is written."""
     written = [row for _, row in sample if isinstance(row, dict)]
     try:
-        return recognise(written, config.data.format, config.data.columns)
+        reading = recognise(written, config.data.format, config.data.columns)
     except DataError as error:
         raise DataError(f"{source.pattern}: {error}") from None
+    if reading.format != RANKING:
+        return reading
+    return replace(reading, keep=config.data.ranking, min_score_gap=config.data.min_score_gap)
 
 
-def _check_columns(source: _Source, sample: Sample, score_columns: Sequence[str]) -> None:
+def _about(reading: Reading) -> dict[str, Any]:
+    """What of a reading decides the pairs."""
+    about = asdict(reading)
+    if reading.format != RANKING:
+        del about["keep"], about["min_score_gap"]
+    return about
+
+
+def _check_rule(config: Config, readings: Sequence[Reading]) -> None:
+    for key in ("ranking", "min_score_gap"):
+        value = getattr(config.data, key)
+        if value != type(config.data).model_fields[key].default and all(each.format != RANKING for each in readings):
+            raise ConfigError(
+                f"data.{key} is {value!r}, but no source has rows with a list of answers (format {RANKING}; these are "
+                f"read as {', '.join(dict.fromkeys(each.format for each in readings))}): leave it out"
+            )
+
+
+def _check_columns(source: _Source, sample: Sample, columns: Sequence[str], key: str) -> None:
     there = {name for _, row in sample if isinstance(row, dict) for name in row}
-    for column in score_columns:
+    for column in columns:
         if column not in there:
             raise DataError(
-                f"{source.pattern}: there is no column {column!r}, which reference.columns names; the rows have "
+                f"{source.pattern}: there is no column {column!r}, which {key} names; the rows have "
                 f"{', '.join(sorted(there))}"
             )
 
@@ -300,6 +357,8 @@ def _preview(
         if len(examples) == EXAMPLES_SHOWN:
             break
         made = row if isinstance(row, RowError) else _tokenized(row, reading, tokenizer)
+        if isinstance(made, TiedError):
+            continue
         if isinstance(made, RowError):
             problem = problem or f"{place}: {made}"
             continue

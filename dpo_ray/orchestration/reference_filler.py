@@ -19,13 +19,14 @@ from dpo_ray import storage
 from dpo_ray.config import Config
 from dpo_ray.errors import ReferenceFillError, StorageError
 from dpo_ray.model.files import weights_digest
-from dpo_ray.orchestration.replicas import Lost, Replicas, Scored, Version
+from dpo_ray.orchestration.replicas import Lost, Replicas, Scored
 from dpo_ray.orchestration.resources import as_text, ensure_resources, needs_of_device
 from dpo_ray.pairs.plan import Plan
 from dpo_ray.pairs.store import Chunk, PairStore
 from dpo_ray.reference.claims import Claims
 from dpo_ray.reference.demand import Demand
 from dpo_ray.reference.store import ReferenceStore, brought_fingerprint, error_place, store_fingerprint
+from dpo_ray.reference.versions import Version
 from dpo_ray.types import Attempt
 
 log = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ NEWEST = 0.2
 def open_reference_store(config: Config, pairs_uri: str) -> ReferenceStore:
     """The store of the configured reference's scores, or of those that came with the pairs."""
     digest = weights_digest(config.reference_path, storage.join(config.store_uri, "digests"))
-    name = store_fingerprint(digest, config.reference_dtype, config.model.attention)
+    name = store_fingerprint(digest, config.reference_dtype, config.model.attention, config.needs_token_scores)
     if config.reference.columns:
         name = brought_fingerprint(digest, pairs_uri)
     return ReferenceStore(storage.join(config.store_uri, "reference", name))

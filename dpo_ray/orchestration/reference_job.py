@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from dpo_ray import storage
 from dpo_ray.config import Config
 from dpo_ray.errors import ConfigError
-from dpo_ray.orchestration.prepare import check_reachable, prepare, survey
+from dpo_ray.orchestration.prepare import check_reachable, prepare, prepared, survey
 from dpo_ray.orchestration.reference_filler import (
     LOOK_S,
     Filled,
@@ -19,10 +19,26 @@ from dpo_ray.orchestration.reference_filler import (
 )
 from dpo_ray.orchestration.resources import ensure_resources
 from dpo_ray.orchestration.stream import make_plan
-from dpo_ray.orchestration.trainer import final_errors, start_ray
+from dpo_ray.orchestration.trainer import final_errors, finished_run, start_ray
 from dpo_ray.orchestration.watch import Watcher, warnings_to
 from dpo_ray.reference.claims import living_fillers
 from dpo_ray.reference.usage import Unused, note_use, remove_unused, unused
+
+
+def scored_config(config: Config) -> Config:
+    """The configuration of the run whose pairs are scored: DPO's, where a start by likelihood comes first.
+
+    Raises:
+        ConfigError: The reference is that start, and it is not there yet.
+    """
+    if config.sft.epochs is None:
+        return config
+    if finished_run(config.start()) is None:
+        raise ConfigError(
+            f"sft.epochs is {config.sft.epochs}, so that the reference is the model that {config.start().name} makes, "
+            "which is not there yet: run `dpo-ray sft` first"
+        )
+    return config.after_start()
 
 
 def fill_reference(config: Config, watcher: Watcher | None = None) -> tuple[Filled, str]:
@@ -98,10 +114,7 @@ def reference_status(config: Config) -> Status:
     Raises:
         ConfigError: The pairs are not prepared.
     """
-    check_reachable(config)
-    pairs = survey(config).made
-    if pairs is None:
-        raise ConfigError(f"{config.name}: the pairs are not prepared: run `dpo-ray prepare` or `dpo-ray reference`")
+    pairs = prepared(config)
     reference = open_reference_store(config, pairs.uri)
     chunks = [*pairs.train, *pairs.eval]
     missing = reference.missing(chunks)

@@ -11,7 +11,7 @@ import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import ray
 from ray.exceptions import RayActorError, RayError
@@ -29,23 +29,12 @@ from dpo_ray.orchestration.worker import final_error
 from dpo_ray.pairs.store import Chunk, brought_scores, read_chunk
 from dpo_ray.reference.brought import check_brought
 from dpo_ray.reference.store import ReferenceStore
+from dpo_ray.reference.versions import Version, version_after
 
 # How often a replica that computes is asked whether it moves.
 ASK_S = 5.0
 
 Stage = Literal["waiting for room", "loading", "idle", "scoring"]
-
-
-class Version(NamedTuple):
-    """A version of a reference that moves.
-
-    Attributes:
-        number: How often it has moved.
-        attempt: The attempt of the run that has made it.
-    """
-
-    number: int
-    attempt: int
 
 
 class ReferenceReplica:
@@ -88,6 +77,7 @@ class ReferenceReplica:
             options.tokens_per_microbatch,
             device,
             sharded=devices > 1,
+            per_token=self._config.needs_token_scores,
             weights=self._read_version if self._version else None,
         )
 
@@ -103,7 +93,7 @@ class ReferenceReplica:
         for name in reversed(manifest.committed(run_uri)):
             try:
                 state = manifest.read_manifest(run_uri, name).state
-                if self._version == (state.step // every, state.reference_attempt):
+                if self._version == version_after(state.step, state.reference_attempt, every):
                     read_reference(run_uri, name, model)
                     return
             except FileNotFoundError:

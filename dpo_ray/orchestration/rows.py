@@ -11,8 +11,8 @@ import math
 import socket
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -20,19 +20,28 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dpo_ray import storage
-from dpo_ray.errors import DataError, RowError
+from dpo_ray.errors import DataError, RowError, TiedError
 from dpo_ray.model.files import load_tokenizer
 from dpo_ray.pairs import runs, store
 from dpo_ray.pairs.formats import Reading, parse_row
-from dpo_ray.pairs.tokenize import Limits, PairTokenizer, Tokenized, tokenizer_digest
-from dpo_ray.types import PreferencePair, TokenRow
+from dpo_ray.pairs.tokenize import Limits, PairTokenizer, Tokenized, pair_id, tokenizer_digest
+from dpo_ray.types import PreferencePair, TokenizedPair, TokenRow
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 ROWS_PER_READ = 1000
 RAW_SCHEMA = pa.schema(
     [("file", pa.int64()), ("row", pa.int64()), ("text", pa.large_binary()), ("num_bytes", pa.int64())]
 )
-_Good = tuple[Tokenized, str, int, list[float]]  # With source, row, and the scores that it brings.
+
+
+class _Brought(NamedTuple):
+    """What a row brings besides texts: the reference's scores, and numbers by their names in `store.PAIR_NUMBERS`."""
+
+    scores: list[float]
+    numbers: dict[str, float]
+
+
+_Good = tuple[Tokenized, str, int, _Brought]  # With source and row.
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +75,10 @@ class Job:
         chat_template: As in the configuration.
         limits: As in the configuration.
         vocab_size: Rows of the model's embedding.
+        template_kwargs: As in the configuration, as JSON.
         eval_fraction: As in the configuration.
         score_columns: Columns that bring the reference's scores, best answer first; empty where none do.
+        number_columns: Of `store.PAIR_NUMBERS`, those that some column brings, and which.
     """
 
     uri: str
@@ -77,8 +88,14 @@ class Job:
     chat_template: str
     limits: Limits
     vocab_size: int
+    template_kwargs: str
     eval_fraction: float
     score_columns: tuple[str, ...] = ()
+    number_columns: dict[str, str] = field(default_factory=dict)
+
+    def columns(self, reading: Reading) -> list[str]:
+        """The columns of a source that are read."""
+        return [*reading.columns.values(), *self.score_columns, *self.number_columns.values()]
 
 
 def open_rows(uri: str, columns: Sequence[str] | None = None) -> Iterator[tuple[list[bytes], float]]:
@@ -132,7 +149,7 @@ def read(batch: Mapping[str, Any], job: Job) -> Iterator[pa.Table]:
     for index in map(int, batch["item"]):
         file = job.files[index]
         number = told = 0
-        for texts, share in open_rows(file.uri, [*file.reading.columns.values(), *job.score_columns]):
+        for texts, share in open_rows(file.uri, job.columns(file.reading)):
             now = int(share * file.num_bytes)
             yield _raw(index, number, texts, now - told)
             number, told = number + len(texts), now
@@ -179,16 +196,19 @@ def _make_runs(block: pa.Table, job: Job, place: str) -> dict[str, Any]:
     # Arrow tables at once: as Python objects short pairs take ten times the memory of their tokens.
     for start in range(0, block.num_rows, ROWS_PER_READ):
         good: dict[str, list[_Good]] = {split: [] for split in tables}
-        for file, row, text, made, scores in _tokenize(block.slice(start, ROWS_PER_READ), job):
+        for file, row, text, made, brought in _tokenize(block.slice(start, ROWS_PER_READ), job):
             counts["rows"] += 1
-            if isinstance(made, RowError):
+            if isinstance(made, TiedError):
+                counts["tied"] += 1
+            elif isinstance(made, RowError):
                 shown = text.decode("utf-8", errors="backslashreplace")
                 rejects.append({"source": file.uri, "row": row, "reason": str(made), "text": shown})
-            elif len({answer.tobytes() for answer in made.pair.answers}) < len(made.pair.answers):
+            elif len((pair := _distinct(made.pair)).answers) < 2:
                 counts["identical"] += 1
             else:
+                made = replace(made, pair=pair)
                 split = "eval" if store.held_out(made.pair.pair_id, job.eval_fraction) else file.split
-                good[split].append((made, file.uri, row, scores))
+                good[split].append((made, file.uri, row, brought))
                 counts["prompts_cut"] += made.prompt_tokens_cut > 0
                 counts["answers_cut"] += sum(cut > 0 for cut in made.answer_tokens_cut)
                 counts["tokens_cut"] += made.prompt_tokens_cut + sum(made.answer_tokens_cut)
@@ -207,45 +227,66 @@ def _make_runs(block: pa.Table, job: Job, place: str) -> dict[str, Any]:
     return {"counts": counts, "runs": written}
 
 
-def _tokenize(block: pa.Table, job: Job) -> Iterator[tuple[SourceFile, int, bytes, Tokenized | RowError, list[float]]]:
+def _distinct(pair: TokenizedPair) -> TokenizedPair:
+    """A pair without answers that say the same as one before."""
+    first = {answer.tobytes(): index for index, answer in reversed(list(enumerate(pair.answers)))}
+    if len(first) == len(pair.answers):
+        return pair
+    kept = tuple(pair.answers[index] for index in sorted(first.values()))
+    return replace(pair, pair_id=pair_id(pair.prompt, kept), answers=kept)
+
+
+def _tokenize(block: pa.Table, job: Job) -> Iterator[tuple[SourceFile, int, bytes, Tokenized | RowError, _Brought]]:
     rows = [
         (job.files[file], number, text)
         for file, number, text in zip(*(block[name].to_pylist() for name in ("file", "row", "text")), strict=True)
         if text is not None and text.strip()
     ]
-    parsed = [_parsed(text, file.reading, job.score_columns) for file, _, text in rows]
-    tokenizer = _pair_tokenizer(job.tokenizer_uri, job.tokenizer_digest, job.chat_template, job.limits, job.vocab_size)
+    parsed = [_parsed(text, file.reading, job) for file, _, text in rows]
+    about = job.tokenizer_uri, job.tokenizer_digest, job.chat_template, job.limits, job.vocab_size, job.template_kwargs
+    tokenizer = _pair_tokenizer(*about)
     tokenized = iter(tokenizer([each[0] for each in parsed if not isinstance(each, RowError)]))
     for (file, number, text), each in zip(rows, parsed, strict=True):
         if isinstance(each, RowError):
-            yield file, number, text, each, []
+            yield file, number, text, each, _Brought([], {})
             continue
-        made, (_, scores) = next(tokenized), each
-        if scores and isinstance(made, Tokenized) and made.prompt_tokens_cut + sum(made.answer_tokens_cut):
+        made, (_, brought) = next(tokenized), each
+        if brought.scores and isinstance(made, Tokenized) and made.prompt_tokens_cut + sum(made.answer_tokens_cut):
             made = RowError(
                 f"{', '.join(job.score_columns)}: the pair is longer than data.max_length and its like allow, and was "
                 "cut, but its scores are of the whole; raise the limit, or leave the row out"
             )
-        yield file, number, text, made, scores
+        yield file, number, text, made, brought
 
 
 @functools.cache
-def _pair_tokenizer(uri: str, digest: str, chat_template: Any, limits: Limits, vocab_size: int) -> PairTokenizer:
+def _pair_tokenizer(
+    uri: str, digest: str, chat_template: Any, limits: Limits, vocab_size: int, template_kwargs: str
+) -> PairTokenizer:
     tokenizer = load_tokenizer(uri)
     if tokenizer_digest(tokenizer) != digest:
         raise DataError(
             f"{uri}: on node {socket.gethostname()} this is another tokenizer than where the run was started, or it "
             "was changed meanwhile: put the same files there, or use a place that all nodes share"
         )
-    return PairTokenizer(tokenizer, chat_template, limits, vocab_size)
+    return PairTokenizer(tokenizer, chat_template, limits, vocab_size, json.loads(template_kwargs))
 
 
-def _parsed(
-    text: bytes, reading: Reading, score_columns: Sequence[str]
-) -> tuple[PreferencePair | TokenRow, list[float]] | RowError:
+def _parsed(text: bytes, reading: Reading, job: Job) -> tuple[PreferencePair | TokenRow, _Brought] | RowError:
     try:
         row = json_object(text)
-        return parse_row(row, reading), [_score(row, column) for column in score_columns]
+        pair = parse_row(row, reading)
+        if len(pair.answers) < 2:
+            raise RowError(f"format {reading.format} gives {len(pair.answers)} answers: a pair needs two or more")
+        if job.score_columns and len(pair.answers) != len(job.score_columns):
+            raise RowError(
+                f"{', '.join(job.score_columns)}: reference.columns brings {len(job.score_columns)} scores, the row "
+                f"has {len(pair.answers)} answers; leave the row out, or reference.columns"
+            )
+        scores = [_score(row, column) for column in job.score_columns]
+        return pair, _Brought(
+            scores, {name: _number(row, name, job.number_columns[name]) for name in job.number_columns}
+        )
     except RowError as error:
         return error
 
@@ -258,6 +299,16 @@ def _score(row: Mapping[str, Any], column: str) -> float:
             f"{column} is {shown}: reference.columns wants the log-probability of an answer there, a sum over its "
             "tokens and so a number of at most 0"
         )
+    return float(value)
+
+
+def _number(row: Mapping[str, Any], name: str, column: str) -> float:
+    value = row.get(column)
+    lowest = 0.0 if name == "weight" else -math.inf
+    if isinstance(value, bool) or not isinstance(value, int | float) or not lowest <= value < math.inf:
+        shown = json.dumps(value)[:40] if column in row else "missing"
+        least = ", 0 or more" if name == "weight" else ""
+        raise RowError(f"{column} is {shown}: data.{name}_column wants a finite number there{least}")
     return float(value)
 
 
@@ -286,9 +337,11 @@ def _run_table(made: list[_Good], job: Job) -> pa.Table:
     sources = pa.array([source for _, source, *_ in made], pa.string())
     numbers = pa.array([row for _, _, row, _ in made], pa.int64())
     table = table.append_column("source", sources).append_column("row", numbers)
+    for name in job.number_columns:
+        table = table.append_column(name, pa.array([brought.numbers[name] for *_, brought in made], pa.float32()))
     if not job.score_columns:
         return table
-    scores = pa.array([scores for *_, scores in made], store.BROUGHT_SCORES.type)
+    scores = pa.array([brought.scores for *_, brought in made], store.BROUGHT_SCORES.type)
     return table.append_column(store.BROUGHT_SCORES, scores)
 
 

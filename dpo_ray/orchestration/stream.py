@@ -70,7 +70,8 @@ def make_feed(config: Config, places: Places, attempt: Attempt) -> tuple[Feed, P
     if places.reference_uri:
         start = ReferenceStore(places.reference_uri, filled_beside=config.reference.place != "adapter_off")
         references = References(start, config.run_uri, config.reference.sync_steps, attempt)
-    return Feed(make_plan(config, pairs), pairs.uri, references, fill_check(places.fill_error), places.costs), pairs
+    check, ld_alpha = fill_check(places.fill_error), config.objective.ld_alpha
+    return Feed(make_plan(config, pairs), pairs.uri, references, check, places.costs, ld_alpha), pairs
 
 
 def eval_feed(config: Config, feed: Feed, chunks: tuple[Chunk, ...]) -> Feed:

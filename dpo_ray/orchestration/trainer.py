@@ -16,6 +16,7 @@ import yaml
 from dpo_ray import storage
 from dpo_ray.config import Config, changed_keys
 from dpo_ray.errors import ConfigError
+from dpo_ray.extensions import code_digest
 from dpo_ray.lease import RunLease
 from dpo_ray.model.files import relative_costs
 from dpo_ray.orchestration.moving_filler import MovingFiller
@@ -32,7 +33,7 @@ from dpo_ray.orchestration.watch import Watcher, warnings_to
 from dpo_ray.orchestration.worker import final_error
 from dpo_ray.pairs.pack import Costs
 from dpo_ray.pairs.plan import Plan
-from dpo_ray.pairs.store import PairStore
+from dpo_ray.pairs.store import PairStore, open_store
 from dpo_ray.reference.store import ReferenceStore, error_place
 from dpo_ray.reference.usage import note_use
 from dpo_ray.training import manifest
@@ -110,6 +111,38 @@ def train(config: Config, watcher: Watcher | None = None) -> Result:
         FinalError: Anything else that would fail again.
     """
     watcher = watcher or Watcher()
+    if config.sft.epochs is None:
+        return _train_run(config, watcher)
+    follows = config.after_start()
+    check_reachable(follows)
+    if finished := _as_it_stands(follows, watcher):
+        return finished
+    # Ray on this machine shall have room for both.
+    start_ray(follows)
+    make_start(config, watcher)
+    return _train_run(follows, watcher)
+
+
+def make_start(config: Config, watcher: Watcher | None = None) -> Result:
+    """The start by likelihood that `sft` asks for, as a run of its own.
+
+    Raises:
+        ConfigError: What follows it has begun already, and with another start.
+    """
+    watcher = watcher or Watcher()
+    follows, start = config.after_start(), config.start()
+    check_reachable(follows)
+    _refuse_changed_config(follows)
+    if manifest.newest(follows.run_uri) is not None and finished_run(start) is None:
+        raise ConfigError(
+            f"{follows.run_uri} has begun with the model of {start.run_uri}, which is not there any more as it was: "
+            "restore it, or choose another name for a new run"
+        )
+    watcher.phase("the start: likelihood of the chosen answers")
+    return _train_run(start, watcher)
+
+
+def _train_run(config: Config, watcher: Watcher) -> Result:
     with warnings_to(watcher.warning):
         check_trackers(config)
         check_reachable(config)
@@ -148,6 +181,7 @@ def _train(config: Config, watcher: Watcher, found: Survey, lease: RunLease) -> 
             )
         plan = make_plan(config, pairs)
         lease.check()
+        _refuse_other_pairs(config, pairs)
         _write_config(config, plan, pairs)
         newest = manifest.newest(config.run_uri)
         position = newest[1].state.step if newest else 0
@@ -254,16 +288,47 @@ def finished_run(config: Config) -> Result | None:
 def _write_config(config: Config, plan: Plan, pairs: PairStore) -> None:
     versions = {name: importlib.metadata.version(name) for name in ("dpo_ray", "torch", "transformers", "ray")}
     about = {"versions": versions, "pairs": pairs.uri, "steps_per_epoch": plan.steps_per_epoch, "counts": pairs.counts}
+    about["code"] = _code(config)
     described = {"config": config.model_dump(mode="json"), "about": about}
     text = yaml.safe_dump(described, sort_keys=False, allow_unicode=True)
     storage.write_bytes(storage.join(config.run_uri, "config.yaml"), text.encode())
+
+
+def _code(config: Config) -> dict[str, str]:
+    """Digests of what the run uses of the user's own code."""
+    return {name: code_digest(name) for name in (*config.objective.shares, config.data.format) if ":" in name}
+
+
+def _refuse_other_pairs(config: Config, pairs: PairStore) -> None:
+    """Refuses to go on, in the middle of one order of pairs, with another.
+
+    Raises:
+        ConfigError: The data, or what makes pairs of them, have changed.
+    """
+    place = storage.join(config.run_uri, "config.yaml")
+    if manifest.newest(config.run_uri) is None or not storage.exists(place):
+        return
+    before = yaml.safe_load(storage.read_bytes(place))["about"]["pairs"]
+    if storage.name_of(before) == storage.name_of(pairs.uri):
+        return
+    # Another version of this package may name the same pairs otherwise.
+    known = open_store(storage.join(config.store_uri, "pairs", storage.name_of(before)))
+    if known is None or [chunk.key for chunk in known.train] != [chunk.key for chunk in pairs.train]:
+        raise ConfigError(
+            f"{config.run_uri} was trained on the pairs in {before}, which are not those that the data give now: "
+            "files, tokenizer or the code that reads them have changed. Put them back as they were, or choose another name "
+            "for a new run"
+        )
 
 
 def _refuse_changed_config(config: Config) -> None:
     place = storage.join(config.run_uri, "config.yaml")
     if not storage.exists(place) or manifest.newest(config.run_uri) is None:
         return
-    changed = changed_keys(yaml.safe_load(storage.read_bytes(place))["config"], config)
+    stored = yaml.safe_load(storage.read_bytes(place))
+    changed = changed_keys(stored["config"], config)
+    before, now = stored["about"].get("code", {}), _code(config)
+    changed += [f"{name}: its code has changed" for name in now if before.get(name, now[name]) != now[name]]
     if changed:
         raise ConfigError(
             f"{config.run_uri} is a run with another configuration; going on would not be the same training:\n  "

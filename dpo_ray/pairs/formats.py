@@ -1,7 +1,8 @@
 """Raw row -> PreferencePair.
 
 How a data source is read is decided once, from a sample of its rows: its format, and the column of each role. To add a
-format: write its two functions in `parsers` and put one entry into `FORMATS`. A column that is null counts as absent.
+format: write its two functions in `parsers` and put one entry into `FORMATS`; or, without a change to this package, a
+`Format` into a module of your own, as `data.format: module:name`. A column that is null counts as absent.
 """
 
 from __future__ import annotations
@@ -13,12 +14,16 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from dpo_ray.errors import ConfigError, DataError, RowError
+from dpo_ray.extensions import imported
 from dpo_ray.pairs import parsers
-from dpo_ray.pairs.parsers import HUMAN_MARKER, Fields, Role
+from dpo_ray.pairs.parsers import HUMAN_MARKER, Fields, RankingRule, Role
 from dpo_ray.types import PreferencePair, TokenRow
 
 _ROLES: tuple[Role, ...] = get_args(Role)
-_OPTIONAL: tuple[Role, ...] = ("system", "input")
+_OPTIONAL: tuple[Role, ...] = ("system", "input", "scores")
+_OF_PAIRS: tuple[Role, ...] = ("prompt", "chosen", "rejected", "system", "input")
+# Columns of these names may mean anything beside a pair: they are looked for in rankings alone.
+_OF_RANKINGS: tuple[Role, ...] = ("answers", "scores")
 
 # The columns of a role where the user names none, the usual ones first.
 _NAMES: dict[Role, tuple[str, ...]] = {
@@ -27,6 +32,8 @@ _NAMES: dict[Role, tuple[str, ...]] = {
     "rejected": ("rejected",),
     "system": ("system",),
     "input": ("input",),
+    "answers": ("answers", "responses", "completions"),
+    "scores": ("scores", "ratings"),
 }
 _TOKEN_NAMES: dict[Role, tuple[str, ...]] = {
     **_NAMES,
@@ -34,6 +41,8 @@ _TOKEN_NAMES: dict[Role, tuple[str, ...]] = {
     "chosen": ("chosen_input_ids", "chosen_ids"),
     "rejected": ("rejected_input_ids", "rejected_ids"),
 }
+
+RANKING = "ranking"
 
 # What a single row cannot tell is believed of a source when nearly all of several rows say it.
 _SURE_FRACTION, _SURE_ROWS = 0.95, 3
@@ -64,14 +73,20 @@ class Format:
 FORMATS: dict[str, Format] = {
     "repeated": Format(
         "'prompt', 'chosen' and 'rejected' as strings, both answers beginning with the prompt's text",
-        _ROLES,
+        _OF_PAIRS,
         parsers.is_repeated,
         parsers.parse_repeated,
         must_be_sure=True,
     ),
+    "several_rejected": Format(
+        "'prompt' and 'chosen' as strings or lists of turns, 'rejected' as a list of such answers",
+        _OF_PAIRS,
+        parsers.is_several_rejected,
+        parsers.parse_several_rejected,
+    ),
     "text": Format(
         "'prompt', 'chosen' and 'rejected' as strings",
-        _ROLES,
+        _OF_PAIRS,
         parsers.is_text,
         parsers.parse_text,
     ),
@@ -79,7 +94,7 @@ FORMATS: dict[str, Format] = {
         "'prompt' as a list of turns {'role': ..., 'content': ...} or {'from': ..., 'value': ...} or as a string, "
         "'chosen' and 'rejected' as lists of assistant turns, with or without the prompt's turns before them, as "
         "single turns or as strings",
-        _ROLES,
+        _OF_PAIRS,
         parsers.is_messages,
         parsers.parse_messages,
     ),
@@ -102,6 +117,14 @@ FORMATS: dict[str, Format] = {
         parsers.parse_continuation,
         must_be_sure=True,
     ),
+    RANKING: Format(
+        "'prompt' as a string or a list of turns, 'answers' as a list of two or more answers with 'scores', or, where "
+        "data.format: ranking says so, best first; an answer is a string, a list of turns, or an object "
+        "{'response': ..., 'score': ...}",
+        ("prompt", "answers", "scores", "system", "input"),
+        parsers.is_ranking,
+        parsers.parse_ranking,
+    ),
     "tokens": Format(
         "'prompt_input_ids', 'chosen_input_ids' and 'rejected_input_ids' as lists of token ids",
         ("prompt", "chosen", "rejected"),
@@ -119,10 +142,14 @@ class Reading:
     Attributes:
         format: A key of `FORMATS`.
         columns: Role -> the column that fills it.
+        keep: See `RankingRule`.
+        min_score_gap: Likewise.
     """
 
     format: str
     columns: dict[str, str]
+    keep: str = "all"
+    min_score_gap: float = 0.0
 
 
 def recognise(
@@ -143,8 +170,8 @@ def recognise(
             names no source.
         ConfigError: There is no such format.
     """
-    if format != "auto" and format not in FORMATS:
-        raise ConfigError(f"data.format is {format!r}, known are auto, {', '.join(FORMATS)}{_nearest(format, FORMATS)}")
+    if format != "auto":
+        format_named(format)
     if not rows:
         raise DataError("it has no rows: leave it out, or put rows into it")
     named = columns or {}
@@ -158,7 +185,7 @@ def recognise(
                 f"{parsers.describe(rows[0])}"
             )
     candidates = [format] if format != "auto" else list(FORMATS)
-    readings = {name: Reading(name, _columns(FORMATS[name], named, filled)) for name in candidates}
+    readings = {name: Reading(name, _columns(format_named(name), named, filled)) for name in candidates}
     complete = {name: reading for name, reading in readings.items() if not _missing(reading)}
     found = next(iter(complete), None) if format != "auto" else _most_likely(rows, complete)
     if found is None:
@@ -168,6 +195,22 @@ def recognise(
         if 2 * sum(_says_something(row, reading, role) for row in rows) > len(rows):
             raise DataError(_has_no_reading(role, reading))
     return reading
+
+
+def format_named(name: str) -> Format:
+    """An entry of `FORMATS`, or a `Format` of one's own as `module:name`.
+
+    Raises:
+        ConfigError: There is no such entry, or it cannot be imported or is no `Format`.
+    """
+    if ":" in name:
+        try:
+            return imported(name, Format)
+        except ValueError as error:
+            raise ConfigError(f"data.format is {error}") from None
+    if name not in FORMATS:
+        raise ConfigError(f"data.format is {name!r}, known are auto, {', '.join(FORMATS)}{_nearest(name, FORMATS)}")
+    return FORMATS[name]
 
 
 def parse_row(row: Mapping[str, Any], reading: Reading) -> PreferencePair | TokenRow:
@@ -186,15 +229,18 @@ def parse_row(row: Mapping[str, Any], reading: Reading) -> PreferencePair | Toke
     for role in _without_reading(reading):
         if _says_something(row, reading, role):
             raise RowError(_has_no_reading(role, reading))
-    return FORMATS[reading.format].parse(Fields(row, reading.columns))
+    rule = RankingRule(reading.keep, reading.min_score_gap)
+    return format_named(reading.format).parse(Fields(row, reading.columns, rule))
 
 
 def _columns(known: Format, named: Mapping[Role, str | None], filled: Mapping[str, int]) -> dict[str, str]:
     """The column of each role: the user's, else of the usual ones the one that is null least often."""
     found: dict[str, str] = {}
     for role in _ROLES:
+        if role not in known.roles and role not in named and (role in _OF_RANKINGS or "answers" in known.roles):
+            continue
         own = named.get(role)
-        names = known.names[role] if role not in named else () if own is None else (own,)
+        names = known.names.get(role, ()) if role not in named else () if own is None else (own,)
         present = [name for name in names if name in filled]
         if present:
             found[role] = max(present, key=lambda name: filled[name])
@@ -207,11 +253,11 @@ def _columns(known: Format, named: Mapping[Role, str | None], filled: Mapping[st
 
 
 def _missing(reading: Reading) -> list[Role]:
-    return [role for role in FORMATS[reading.format].roles if role not in (*_OPTIONAL, *reading.columns)]
+    return [role for role in format_named(reading.format).roles if role not in (*_OPTIONAL, *reading.columns)]
 
 
 def _without_reading(reading: Reading) -> list[Role]:
-    return [role for role in _ROLES if role in reading.columns and role not in FORMATS[reading.format].roles]
+    return [role for role in _ROLES if role in reading.columns and role not in format_named(reading.format).roles]
 
 
 def _says_something(row: Mapping[str, Any], reading: Reading, role: Role) -> bool:
@@ -222,7 +268,7 @@ def _says_something(row: Mapping[str, Any], reading: Reading, role: Role) -> boo
 def _most_likely(rows: Sequence[Mapping[str, Any]], readings: Mapping[str, Reading]) -> str | None:
     plain: dict[str, int] = {}
     for name, reading in readings.items():
-        known = FORMATS[name]
+        known = format_named(name)
         implicit = "prompt" not in known.roles and "prompt" in reading.columns
         count = sum(
             known.matches(Fields(row, reading.columns))
@@ -245,13 +291,15 @@ def _has_no_reading(role: Role, reading: Reading) -> str:
 
 def _fits_nothing(row: Mapping[str, Any], filled: Mapping[str, int], readings: Mapping[str, Reading]) -> str:
     problems = []
-    for role in ("chosen", "rejected", "prompt"):
-        if all(role in _missing(reading) for reading in readings.values() if role in FORMATS[reading.format].roles):
+    for role in ("chosen", "rejected", "prompt", "answers"):
+        needing = [reading for reading in readings.values() if role in format_named(reading.format).roles]
+        pairs_too = role == "answers" and len(needing) < len(readings)  # Then a ranking is what nobody looks for first.
+        if needing and not pairs_too and all(role in _missing(reading) for reading in needing):
             used = {name for reading in readings.values() for name in reading.columns.values()}
             near = difflib.get_close_matches(role, [name for name in filled if name not in used], n=1)
             mend = [f"the nearest is {name!r}: rename it, or set data.columns: {{{role}: {name}}}" for name in near]
             problems.append("; ".join([f"no column {role!r}", *mend]))
-    known = "; ".join(f"{name}: {FORMATS[name].description}" for name in readings)
+    known = "; ".join(f"{name}: {format_named(name).description}" for name in readings)
     problems.append(f"the rows fit no known format, the first has {parsers.describe(row)}")
     return f"{'; '.join(problems)}. Known are {known}. Other names of columns can be set in data.columns"
 

@@ -34,6 +34,9 @@ RANK_BATCH_SCHEMA = pa.schema(
         # Of the rank's own pairs.
         ("tokens", pa.list_(pa.int32())),
         ("ref_logps", pa.list_(pa.float32())),
+        # Null where all are 1, and all 0.
+        ("weights", pa.list_(pa.float32())),
+        ("margins", pa.list_(pa.float32())),
         # What making the batch has waited for scores.
         ("reference_wait_s", pa.float64()),
     ]
@@ -106,6 +109,41 @@ def microbatches(
     return spread(of_pairs[rank], num)
 
 
+def token_weights(answers: Sequence[Sequence[int]], ld_alpha: float) -> np.ndarray:
+    """LD-DPO's: what is longer than the shortest answer of its pair counts less.
+
+    Args:
+        answers: Per pair: tokens of each answer.
+        ld_alpha: What a token counts that stands where another answer of its pair has ended.
+
+    Returns:
+        Shape (N,), float32: of each completion token of the pairs, in their order.
+
+    Source: arXiv 2409.06411 (length-desensitized DPO).
+    """
+    found = []
+    for lengths in answers:
+        shared = min(lengths)
+        for length in lengths:
+            found += [np.ones(shared, np.float32), np.full(length - shared, ld_alpha, np.float32)]
+    return np.concatenate(found)
+
+
+def answer_sums(token_logps: np.ndarray, answers: Sequence[int], ld_alpha: float) -> np.ndarray:
+    """Log-probabilities of a pair's answers from those of their tokens.
+
+    Args:
+        token_logps: Shape (N,), float32, nats: of all completion tokens of the pair.
+        answers: Tokens of each answer.
+        ld_alpha: See `token_weights`.
+
+    Returns:
+        Shape (answers,), float32, nats.
+    """
+    weighted = (token_logps * token_weights([answers], ld_alpha)).astype(np.float64)
+    return np.array([part.sum() for part in np.split(weighted, np.cumsum(answers)[:-1])], np.float32)
+
+
 def microbatch(pairs: Sequence[ScoredPair]) -> Microbatch:
     """Lays pairs out one after the other; without pairs, an empty microbatch."""
     import torch  # Only here: the tasks that pack need not wait seconds for it.
@@ -116,10 +154,10 @@ def microbatch(pairs: Sequence[ScoredPair]) -> Microbatch:
     return Microbatch(
         tokens=torch.from_numpy(np.concatenate(parts).astype(np.int64)) if parts else torch.zeros(0, dtype=torch.int64),
         lengths=lengths,
-        pair_index=_indices(pair for pair, (_, *answers) in enumerate(lengths) for _ in answers),
-        answer_index=_indices(answer for _, *answers in lengths for answer in range(len(answers))),
-        num_tokens=_indices(length for _, *answers in lengths for length in answers),
+        num_tokens=torch.tensor([length for _, *answers in lengths for length in answers], dtype=torch.int64),
         ref_logps=torch.from_numpy(np.concatenate(scores)) if scores else None,
+        weights=_where_any([scored.pair.weight for scored in pairs], 1.0),
+        margins=_where_any([scored.pair.margin for scored in pairs], 0.0),
     )
 
 
@@ -157,6 +195,8 @@ def rank_batches(
                 "rank": rank,
                 "tokens": np.concatenate(parts) if parts else np.zeros(0, np.int32),
                 "ref_logps": np.concatenate(scores) if len(scores) == len(own) and scores else None,
+                "weights": [scored.pair.weight for scored in own] if any(p.pair.weight != 1 for p in own) else None,
+                "margins": [scored.pair.margin for scored in own] if any(p.pair.margin != 0 for p in own) else None,
             }
         )
     return rows
@@ -194,12 +234,13 @@ def global_batch(row: dict[str, Any], tokens_per_microbatch: int, costs: Costs) 
     tokens = np.asarray(row["tokens"], dtype=np.int32)
     assert len(tokens) == sum(sum(lengths[index]) for index in own), "the row was made with other costs"
     scores = None if row["ref_logps"] is None else np.asarray(row["ref_logps"], dtype=np.float32)
+    weights, margins = (row[name] or [neutral] * len(own) for name, neutral in (("weights", 1.0), ("margins", 0.0)))
     pairs = []
-    for index in own:
+    for index, weight, margin in zip(own, weights, margins, strict=True):
         bounds = token + np.cumsum(lengths[index])
         prompt, *answers = np.split(tokens[token : bounds[-1]], bounds[:-1] - token)
         ref_logps = None if scores is None else scores[score : score + len(answers)]
-        pairs.append(ScoredPair(TokenizedPair(pair_ids[index], prompt, tuple(answers)), ref_logps))
+        pairs.append(ScoredPair(TokenizedPair(pair_ids[index], prompt, tuple(answers), weight, margin), ref_logps))
         token, score = int(bounds[-1]), score + len(answers)
     of_ranks = [[lengths[index] for index in share] for share in shares]
     grouped = microbatches(of_ranks, row["rank"], tokens_per_microbatch, costs)
@@ -215,7 +256,7 @@ def global_batch(row: dict[str, Any], tokens_per_microbatch: int, costs: Costs) 
     )
 
 
-def _indices(values: Any) -> torch.Tensor:
+def _where_any(values: Sequence[float], neutral: float) -> torch.Tensor | None:
     import torch
 
-    return torch.tensor(list(values), dtype=torch.int64)
+    return torch.tensor(values, dtype=torch.float32) if any(value != neutral for value in values) else None

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from dpo_ray.errors import RowError
+import numpy as np
+
+from dpo_ray.errors import RowError, TiedError
 from dpo_ray.pairs.turns import is_list, kind, num_shared, read_text, read_turns, split_conversations
 from dpo_ray.types import Message, PreferencePair, TokenRow
 
-Role = Literal["prompt", "chosen", "rejected", "system", "input"]
+Role = Literal["prompt", "chosen", "rejected", "system", "input", "answers", "scores"]
 
 HUMAN_MARKER = "\n\nHuman: "
 ASSISTANT_MARKER = "\n\nAssistant: "
@@ -21,21 +24,41 @@ _MARKERS = re.compile(f"({HUMAN_MARKER}|{ASSISTANT_MARKER})")
 
 _MAX_COLUMNS_NAMED = 12
 _MAX_TOKEN = 2**31 - 1
+# Where an answer that is an object has its text, and its score.
+_TEXT_KEYS = ("response", "text", "completion", "answer")
+_SCORE_KEYS = ("overall_score", "score", "rating")
 # A shorter prompt may begin an answer by chance ("Hi" / "Hi there").
 _MIN_REPEATED_CHARACTERS = 4
 
 
-class Fields:
-    """A row's values by role, and how to name their columns."""
+class RankingRule(NamedTuple):
+    """What of a ranking is used.
 
-    def __init__(self, row: Mapping[str, Any], columns: Mapping[str, str]) -> None:
+    Attributes:
+        keep: `all` answers, or only the `best_worst` ones.
+        min_score_gap: An answer is used where its score is lower, by more than this, than that of the one before.
+    """
+
+    keep: str = "all"
+    min_score_gap: float = 0.0
+
+
+class Fields:
+    """A row's values by role, how to name their columns, and what of a ranking is used."""
+
+    def __init__(self, row: Mapping[str, Any], columns: Mapping[str, str], rule: RankingRule | None = None) -> None:
         self._row = row
         self._columns = columns
+        self.rule = rule or RankingRule()
 
     def get(self, role: Role) -> Any:
         """The value of a role; None where it has no column or the column is null."""
         name = self._columns.get(role)
         return None if name is None else self._row.get(name)
+
+    def has(self, role: Role) -> bool:
+        """Whether the source has a column of a role."""
+        return role in self._columns
 
     def where(self, role: Role) -> str:
         """How to name a role's column in an error."""
@@ -204,6 +227,117 @@ def _repeats_turns(prompt: tuple[Message, ...], shared: tuple[Message, ...]) -> 
     """Whether the shared turns begin, behind a system turn, or end with the prompt's."""
     own = shared[1:] if shared[0].role == "system" and prompt[0].role != "system" else shared
     return prompt in (own[: len(prompt)], own[-len(prompt) :])
+
+
+def is_ranking(row: Fields) -> bool:
+    """Whether the answers are a list, and have scores: of others nobody knows whether the best comes first."""
+    answers = row.get("answers")
+    return is_list(answers) and (is_list(row.get("scores")) or any(_score_key(each) is not None for each in answers))
+
+
+def parse_ranking(row: Fields) -> PreferencePair:
+    """A prompt and a list of answers, best first or with scores. Raises RowError."""
+    value = row.need("answers")
+    if not is_list(value) or len(value) < 2:
+        found = f"has {len(value)} answers" if is_list(value) else f"is {kind(value)}"
+        raise RowError(f"{row.where('answers')} {found}: write a list of two or more answers, or leave the row out")
+    where = [f"answer {number} of {row.where('answers')}" for number in range(1, len(value) + 1)]
+    answers = [_ranked_answer(each, place) for each, place in zip(value, where, strict=True)]
+    scores = _scores(row, value, where)
+    order = list(range(len(answers)))
+    if scores is not None:
+        # Sorting is stable: of equal scores the first stays first.
+        order.sort(key=lambda index: -scores[index])
+        kept = order[:1]
+        for index in order[1:]:
+            if scores[kept[-1]] - scores[index] > row.rule.min_score_gap:
+                kept.append(index)
+        if len(kept) < 2:
+            raise TiedError(
+                f"no answer's score is below another's by more than data.min_score_gap ({row.rule.min_score_gap:g}): "
+                f"{', '.join(f'{score:g}' for score in scores)}"
+            )
+        order = kept
+    if row.rule.keep == "best_worst":
+        order = [order[0], order[-1]]
+    return _several(row, [answers[index] for index in order])
+
+
+def is_several_rejected(row: Fields) -> bool:
+    """Whether the rejected answers are a list of answers, each a text or a list of turns."""
+    rejected = row.get("rejected")
+    return is_list(rejected) and len(rejected) > 0 and not any(isinstance(each, Mapping) for each in rejected)
+
+
+def parse_several_rejected(row: Fields) -> PreferencePair:
+    """A prompt, a chosen answer, and a list of rejected ones. Raises RowError."""
+    value = row.need("rejected")
+    if not is_several_rejected(row):
+        raise RowError(f"{row.where('rejected')} is {kind(value)}: write a list of answers, as this source's rows do")
+    answers = [_ranked_answer(row.need("chosen"), row.where("chosen"))]
+    for number, each in enumerate(value, start=1):
+        answers.append(_ranked_answer(each, f"answer {number} of {row.where('rejected')}"))
+    return _several(row, answers)
+
+
+def _several(row: Fields, answers: Sequence[tuple[Message, ...]]) -> PreferencePair:
+    prompt = _with_system(row, _prompt_turns(row))
+    if prompt[-1].role == "assistant":
+        raise RowError(f"{row.where('prompt')} ends with an assistant turn: end it with the turn that is answered")
+    plain = len(prompt) == 1 and prompt[0].role == "user" and all(len(answer) == 1 for answer in answers)
+    return PreferencePair(
+        prompt, tuple(answers), "text" if plain and isinstance(row.get("prompt"), str) else "messages"
+    )
+
+
+def _text_key(answer: Mapping[str, Any]) -> str | None:
+    return next((key for key in _TEXT_KEYS if answer.get(key) is not None), None)
+
+
+def _ranked_answer(value: Any, where: str) -> tuple[Message, ...]:
+    if isinstance(value, Mapping):
+        key = _text_key(value)
+        if key is not None:
+            value = read_text(value[key], f"{key!r} of {where}")
+    turns = (Message("assistant", read_text(value, where)),) if isinstance(value, str) else read_turns(value, where)
+    if any(turn.role != "assistant" for turn in turns):
+        raise RowError(f"{where} has a turn that is not the assistant's: write the prompt's turns into 'prompt'")
+    if not any(turn.content.strip() for turn in turns):
+        raise RowError(f"{where} is empty or blank: there is nothing to learn; leave it out")
+    return turns
+
+
+def _score_key(answer: Any) -> str | None:
+    return next((key for key in _SCORE_KEYS if isinstance(answer, Mapping) and key in answer), None)
+
+
+def _scores(row: Fields, answers: Sequence[Any], where: Sequence[str]) -> list[float] | None:
+    """The answers' scores, or None where the source has none and they are ranked as they stand."""
+    value: Any
+    if not row.has("scores"):
+        keys = [_score_key(each) for each in answers]
+        if all(key is None for key in keys):
+            if any(isinstance(each, Mapping) and _text_key(each) is not None for each in answers):
+                raise RowError(
+                    f"{row.where('answers')} has answers that are objects without a score: write one of "
+                    f"{', '.join(_SCORE_KEYS)} into each, a column 'scores', or the answers as texts, best first"
+                )
+            if row.rule.min_score_gap:
+                raise RowError(
+                    f"{row.where('answers')} has no scores, which data.min_score_gap is about: write a column "
+                    "'scores', or leave data.min_score_gap out"
+                )
+            return None
+        value = [each[key] if key is not None else None for each, key in zip(answers, keys, strict=True)]
+    else:
+        value = row.need("scores")
+    if not is_list(value) or len(value) != len(answers):
+        found = f"has {len(value)}" if is_list(value) else f"is {kind(value)}"
+        raise RowError(f"{row.where('scores')} {found}, beside {len(answers)} answers: write a number for each of them")
+    for score, place in zip(value, where, strict=True):
+        if isinstance(score, bool) or not isinstance(score, int | float | np.number) or not math.isfinite(score):
+            raise RowError(f"the score of {place} is {score!r}: write a finite number, the higher the better")
+    return [float(score) for score in value]
 
 
 def is_conversations(row: Fields) -> bool:

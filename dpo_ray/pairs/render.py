@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from jinja2 import TemplateError
@@ -54,11 +54,11 @@ def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
         ) from error
 
 
-def turn_marks(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def turn_marks(tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any]) -> list[str]:
     """Added tokens with which the template, if there is one, begins or ends turns, special or not."""
     turns = [{"role": role, "content": ""} for role in ("user", "assistant", "user")]
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **template_kwargs)
     except _TEMPLATE_ERRORS:
         return []
     added = {token.content for token in tokenizer.added_tokens_decoder.values()}
@@ -77,10 +77,14 @@ class Renderer:
     """Pairs -> texts. See `PairTokenizer` for the rules."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, chat_template: Literal["tokenizer", "none"], encoder: Encoder
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template: Literal["tokenizer", "none"],
+        encoder: Encoder,
+        template_kwargs: Mapping[str, Any],
     ) -> None:
-        """Takes a tokenizer that has a template where one is asked for."""
-        self._tokenizer = tokenizer
+        """Takes a tokenizer that has a template where one is asked for, and what else that template is given."""
+        self._tokenizer, self._template_kwargs = tokenizer, template_kwargs
         self._with_template = chat_template == "tokenizer"
         self._encoder = encoder
 
@@ -143,11 +147,16 @@ class Renderer:
         if not conversations:
             return []
         asked = self._tokenizer.apply_chat_template(
-            [conversation.prompt for conversation in conversations], tokenize=False, add_generation_prompt=True
+            [conversation.prompt for conversation in conversations],
+            tokenize=False,
+            add_generation_prompt=True,
+            **self._template_kwargs,
         )
         answered = iter(
             self._tokenizer.apply_chat_template(
-                [full for conversation in conversations for full in conversation.fulls], tokenize=False
+                [full for conversation in conversations for full in conversation.fulls],
+                tokenize=False,
+                **self._template_kwargs,
             )
         )
         return [
@@ -170,7 +179,7 @@ class Renderer:
         num_prompt = len(conversation.prompt)
         probe = [*conversation.prompt, {**conversation.fulls[0][num_prompt], "content": SENTINEL}]
         try:
-            text = str(self._tokenizer.apply_chat_template(probe, tokenize=False))
+            text = str(self._tokenizer.apply_chat_template(probe, tokenize=False, **self._template_kwargs))
         except _TEMPLATE_ERRORS:
             text = ""
         prompt = text.partition(SENTINEL)[0]

@@ -25,12 +25,15 @@ FORMAT_VERSION = 2
 TOKENS = pa.list_(pa.int32())
 PAIR_SCHEMA = pa.schema([("pair_id", pa.binary(16)), ("prompt", TOKENS), ("answers", pa.list_(TOKENS))])
 SOURCE_SCHEMA = pa.schema([("pair_id", pa.binary(16)), ("source", pa.string()), ("row", pa.int64())])
+# Beside the tokens, where the data bring a pair's weight, or the margin of its chosen answer.
+PAIR_NUMBERS = ("weight", "margin")
 # Beside the source, where the data bring the reference's scores.
 BROUGHT_SCORES = pa.field("ref_logps", pa.list_(pa.float32()))
-# rows = pairs + eval_pairs + duplicates + identical + rejects. The others are counted before duplicates are dropped:
-# prompts, answers and tokens cut, and prompts that the chat template renders otherwise when their answer follows.
+# rows = pairs + eval_pairs + duplicates + identical + tied + rejects. The others are counted before duplicates are
+# dropped: prompts, answers and tokens cut, and prompts that the chat template renders otherwise when their answer
+# follows.
 COUNTS = (
-    *("rows", "pairs", "eval_pairs", "duplicates", "identical", "rejects"),
+    *("rows", "pairs", "eval_pairs", "duplicates", "identical", "tied", "rejects"),
     *("prompts_cut", "answers_cut", "tokens_cut", "prompts_differ"),
 )
 
@@ -107,9 +110,11 @@ def write_chunk(uri: str, name: str, table: pa.Table) -> Chunk:
     Args:
         uri: The store.
         name: From `chunk_name`.
-        table: `PAIR_SCHEMA`, `SOURCE_SCHEMA` and perhaps `BROUGHT_SCORES`, sorted by id, ids unique.
+        table: `PAIR_SCHEMA`, `SOURCE_SCHEMA` and perhaps `PAIR_NUMBERS` (float32) and `BROUGHT_SCORES`, sorted by id,
+            ids unique.
     """
-    data = _parquet(table.select(PAIR_SCHEMA.names))
+    numbers = [name for name in PAIR_NUMBERS if name in table.column_names]
+    data = _parquet(table.select([*PAIR_SCHEMA.names, *numbers]))
     about = [name for name in (*SOURCE_SCHEMA.names, BROUGHT_SCORES.name) if name in table.column_names]
     storage.write_bytes(storage.join(uri, "sources", name), _parquet(table.select(about)))
     storage.write_bytes(storage.join(uri, name), data)
@@ -207,14 +212,20 @@ def read_pair_ids(uri: str, chunk: Chunk) -> list[bytes]:
 
 
 def pairs_of(table: pa.Table) -> list[TokenizedPair]:
-    """Decodes a table of `PAIR_SCHEMA`; the arrays are views into it."""
+    """Decodes a table of `PAIR_SCHEMA`, and perhaps `PAIR_NUMBERS`; the arrays are views into it."""
     table = table.combine_chunks()
     prompts = _split(table["prompt"])
     answers = table["answers"].combine_chunks()
     each_answer = _split_array(answers.flatten())
     bounds = np.concatenate([[0], np.cumsum(answers.value_lengths().to_numpy())])
+    numbers = {name: table[name].to_pylist() for name in PAIR_NUMBERS if name in table.column_names}
     return [
-        TokenizedPair(pair_id, prompt, tuple(each_answer[bounds[row] : bounds[row + 1]]))
+        TokenizedPair(
+            pair_id,
+            prompt,
+            tuple(each_answer[bounds[row] : bounds[row + 1]]),
+            **{name: values[row] for name, values in numbers.items()},
+        )
         for row, (pair_id, prompt) in enumerate(zip(table["pair_id"].to_pylist(), prompts, strict=True))
     ]
 
@@ -267,7 +278,7 @@ def open_store(uri: str) -> PairStore | None:
     if manifest["format"] != FORMAT_VERSION:
         raise DataError(f"{place}: format {manifest['format']}, this version reads {FORMAT_VERSION}; run prepare again")
     train, held = ([Chunk(**chunk) for chunk in manifest[split]] for split in ("train", "eval"))
-    return PairStore(uri, tuple(train), tuple(held), manifest["counts"])
+    return PairStore(uri, tuple(train), tuple(held), {**dict.fromkeys(COUNTS, 0), **manifest["counts"]})
 
 
 def _split(column: pa.ChunkedArray) -> list[np.ndarray]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -112,6 +112,7 @@ class PairTokenizer:
         chat_template: Literal["tokenizer", "none"],
         limits: Limits,
         vocab_size: int | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         """Checks that the tokenizer can do what is asked.
 
@@ -120,6 +121,7 @@ class PairTokenizer:
             chat_template: `tokenizer` for the tokenizer's own template, `none` for text as it stands.
             limits: How long prompts and answers may be.
             vocab_size: Rows of the model's embedding, the bound for rows that came as tokens; None: no bound.
+            template_kwargs: What the template is given besides turns, such as enable_thinking.
 
         Raises:
             ConfigError: The tokenizer has no chat template where one is asked for, or no EOS token.
@@ -136,8 +138,8 @@ class PairTokenizer:
         self._eos = [int(tokenizer.eos_token_id)]
         self._bos_token_id = tokenizer.bos_token_id
         self._bos = _bos_added_by(tokenizer) if chat_template == "none" else []
-        self._encoder = Encoder(tokenizer, turn_marks(tokenizer))
-        self._render = Renderer(tokenizer, chat_template, self._encoder)
+        self._encoder = Encoder(tokenizer, turn_marks(tokenizer, template_kwargs or {}))
+        self._render = Renderer(tokenizer, chat_template, self._encoder, template_kwargs or {})
 
     def __call__(self, pairs: Sequence[PreferencePair | TokenRow]) -> list[Tokenized | RowError]:
         """Tokenizes a batch.

@@ -29,6 +29,7 @@ class Scorer:
         tokens_per_microbatch: int,
         device: torch.device,
         sharded: bool = False,
+        per_token: bool = False,
         weights: Callable[[nn.Module], None] | None = None,
     ) -> None:
         """Loads the model.
@@ -40,17 +41,18 @@ class Scorer:
             tokens_per_microbatch: Tokens of one forward pass.
             device: Where to compute.
             sharded: Whether all ranks hold one model together, and share the pairs.
+            per_token: See `score_pairs`.
             weights: Gives the model other weights than those in `path`.
 
         Collective: all ranks, where sharded.
         """
-        self.tokens_per_microbatch = tokens_per_microbatch
-        self.device, self.sharded = device, sharded
+        self._tokens_per_microbatch, self._per_token = tokens_per_microbatch, per_token
+        self._group: dist.ProcessGroup | None = None
         if sharded:
             self.model = sharded_reference(path, dtype, attention, device)
             if weights is not None:
                 weights(self.model)
-            self._gather = dist.new_group(backend="gloo")
+            self._group = dist.new_group(backend="gloo")
             return
         model = load_pretrained(path, dtype, attention)
         if weights is not None:
@@ -60,54 +62,67 @@ class Scorer:
         settle_layout(self.model)
         keep_freed_memory()
 
-    @classmethod
-    def of(cls, model: PreTrainedModel, tokens_per_microbatch: int, group: dist.ProcessGroup) -> Scorer:
-        """A scorer over a model that is there, sharded over all ranks.
-
-        Args:
-            model: Prepared by `with_token_scores`.
-            tokens_per_microbatch: Tokens of one forward pass.
-            group: Of all ranks, with a backend for the CPU.
-        """
-        scorer = cls.__new__(cls)
-        scorer.tokens_per_microbatch, scorer.sharded = tokens_per_microbatch, True
-        scorer.model, scorer.device, scorer._gather = model, model.runs_on, group
-        return scorer
-
-    @torch.no_grad()
     def score(self, pairs: Sequence[TokenizedPair], moved: Callable[[], None] = lambda: None) -> list[np.ndarray]:
-        """Summed completion log-probabilities.
-
-        Args:
-            pairs: The same on all ranks.
-            moved: Called after each forward pass.
-
-        Returns:
-            Per pair, in the given order, Shape (answers,), float32, nats.
+        """`score_pairs` with this model.
 
         Collective: all ranks, where sharded.
         """
-        rank, num_ranks = (dist.get_rank(), dist.get_world_size()) if self.sharded else (0, 1)
-        lengths = [list(map(len, pair.parts)) for pair in pairs]
-        shares = spread([Costs().of(each) for each in lengths], num_ranks)
-        of_ranks = [[lengths[index] for index in share] for share in shares]
-        found: dict[int, np.ndarray] = {}
-        for group in microbatches(of_ranks, rank, self.tokens_per_microbatch, Costs()):
-            found |= self._score([shares[rank][index] for index in group], pairs)
-            moved()
-        if self.sharded:
-            release_gathered(self.model)
-            everyones: list[dict[int, np.ndarray]] = [{} for _ in range(num_ranks)]
-            dist.all_gather_object(everyones, found, group=self._gather)
-            found = {index: scores for each in everyones for index, scores in each.items()}
-        return [found[index] for index in range(len(pairs))]
+        return score_pairs(self.model, pairs, self._tokens_per_microbatch, self._group, moved, self._per_token)
 
-    def _score(self, indices: Sequence[int], pairs: Sequence[TokenizedPair]) -> dict[int, np.ndarray]:
-        """One forward pass."""
-        if not indices:
-            empty_pass(self.model)
-            return {}
-        batch = [ScoredPair(pairs[index], None) for index in indices]
-        flat = answer_scores(self.model, microbatch(batch)).logps.float().cpu().numpy()
-        bounds = np.cumsum([len(scored.pair.answers) for scored in batch])[:-1]
-        return dict(zip(indices, np.split(flat, bounds), strict=True))
+
+@torch.no_grad()
+def score_pairs(
+    model: PreTrainedModel,
+    pairs: Sequence[TokenizedPair],
+    tokens_per_microbatch: int,
+    group: dist.ProcessGroup | None,
+    moved: Callable[[], None],
+    per_token: bool = False,
+) -> list[np.ndarray]:
+    """Completion log-probabilities.
+
+    Args:
+        model: Prepared by `with_token_scores`.
+        pairs: The same on all ranks.
+        tokens_per_microbatch: Tokens of one forward pass.
+        group: Of all ranks, with a backend for the CPU, where the model is sharded over them; else None.
+        moved: Called after each forward pass.
+        per_token: Whether those of each token are wanted, and not their sums over an answer.
+
+    Returns:
+        Per pair, in the given order, float32, nats: Shape (answers,), or Shape (completion tokens,), answer by answer.
+
+    Collective: all ranks of the group.
+    """
+    rank, num_ranks = (dist.get_rank(), dist.get_world_size()) if group is not None else (0, 1)
+    lengths = [list(map(len, pair.parts)) for pair in pairs]
+    shares = spread([Costs().of(each) for each in lengths], num_ranks)
+    of_ranks = [[lengths[index] for index in share] for share in shares]
+    found: dict[int, np.ndarray] = {}
+    for indices in microbatches(of_ranks, rank, tokens_per_microbatch, Costs()):
+        found |= _score(model, [shares[rank][index] for index in indices], pairs, per_token)
+        moved()
+    if group is not None:
+        release_gathered(model)
+        everyones: list[dict[int, np.ndarray]] = [{} for _ in range(num_ranks)]
+        dist.all_gather_object(everyones, found, group=group)
+        found = {index: scores for each in everyones for index, scores in each.items()}
+    return [found[index] for index in range(len(pairs))]
+
+
+def _score(
+    model: PreTrainedModel, indices: Sequence[int], pairs: Sequence[TokenizedPair], per_token: bool
+) -> dict[int, np.ndarray]:
+    """One forward pass."""
+    if not indices:
+        empty_pass(model)
+        return {}
+    batch = microbatch([ScoredPair(pairs[index], None) for index in indices])
+    if per_token:
+        logps, sizes = (
+            model.token_scores(batch.tokens, batch.lengths)[0].logps,
+            [sum(each[1:]) for each in batch.lengths],
+        )
+    else:
+        logps, sizes = answer_scores(model, batch).logps, [len(each) - 1 for each in batch.lengths]
+    return dict(zip(indices, np.split(logps.float().cpu().numpy(), np.cumsum(sizes)[:-1]), strict=True))

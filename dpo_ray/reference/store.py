@@ -11,6 +11,7 @@ import io
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,11 +27,15 @@ MISSING_S = 30.0
 _SCHEMA = pa.schema([("pair_id", pa.binary(16)), ("ref_logps", pa.list_(pa.float32()))])
 
 
-def store_fingerprint(weights_digest: str, dtype: str, attention: str) -> str:
+def store_fingerprint(weights_digest: str, dtype: str, attention: str, per_token: bool) -> str:
     """Names the store of one reference: what decides its scores, and nothing that does not."""
-    return storage.fingerprint(
-        {"format": FORMAT_VERSION, "weights": weights_digest, "dtype": dtype, "attention": attention}
-    )
+    about: dict[str, Any] = {
+        "format": FORMAT_VERSION,
+        "weights": weights_digest,
+        "dtype": dtype,
+        "attention": attention,
+    }
+    return storage.fingerprint({**about, "per_token": True} if per_token else about)
 
 
 def brought_fingerprint(weights_digest: str, pairs_uri: str) -> str:
@@ -58,7 +63,7 @@ class ReferenceStore:
         Args:
             chunk: The chunk.
             pair_ids: Ids of its pairs.
-            ref_logps: Per pair, Shape (answers,), float32, nats.
+            ref_logps: Per pair, float32, nats: Shape (answers,), or Shape (completion tokens,), as the store has them.
         """
         table = pa.table({"pair_id": list(pair_ids), "ref_logps": list(ref_logps)}, schema=_SCHEMA)
         sink = io.BytesIO()

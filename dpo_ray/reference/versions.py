@@ -7,15 +7,34 @@ the attempt that made it: weights that another attempt makes of the same steps m
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from dpo_ray import storage
 from dpo_ray.reference.store import ReferenceStore
 from dpo_ray.types import Attempt
 
 
-def version_store(run_uri: str, version: int, attempt: int) -> ReferenceStore:
-    """Scores of one version of a run's moving reference, as an attempt has made it; version 0 is no such."""
-    return ReferenceStore(storage.join(run_uri, "reference", f"version-{version:06d}-attempt-{attempt:04d}"))
+class Version(NamedTuple):
+    """A version of a reference that moves.
+
+    Attributes:
+        number: How often it has moved.
+        attempt: The attempt of the run that has made it.
+    """
+
+    number: int
+    attempt: int
+
+
+def version_after(step: int, attempt: int, every: int) -> Version:
+    """The version that there is after `step` steps; `attempt` is the state's `reference_attempt`."""
+    return Version(step // every, attempt)
+
+
+def version_store(run_uri: str, version: Version) -> ReferenceStore:
+    """Scores of one version of a run's moving reference; version 0 is no such."""
+    folder = f"version-{version.number:06d}-attempt-{version.attempt:04d}"
+    return ReferenceStore(storage.join(run_uri, "reference", folder))
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +55,8 @@ class References:
 
     def at(self, step: int) -> ReferenceStore:
         """What step `step`, counted from 1, is trained with, and what an evaluation after it compares with."""
-        version = (step - 1) // self.every if self.every else 0
-        if version == 0:
+        if self.every is None or step <= self.every:
             return self.start
-        assert self.every is not None
-        inherited = version == self.attempt.position // self.every
-        return version_store(
-            self.run_uri, version, self.attempt.reference_attempt if inherited else self.attempt.attempt
-        )
+        version = version_after(step - 1, self.attempt.attempt, self.every)
+        inherited = version_after(self.attempt.position, self.attempt.reference_attempt, self.every)
+        return version_store(self.run_uri, inherited if inherited.number == version.number else version)

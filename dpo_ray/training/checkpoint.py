@@ -123,8 +123,7 @@ class Checkpointer:
         self._attempt, self._keep, self._keep_best = attempt, keep, keep_best
         self._before_commit = before_commit or (lambda _: None)
         # Its own: a save must not meet the train step's collectives. And of the CPU, where the copies are.
-        # A rank that waits out an outage must not be given up by the others.
-        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=full_patience_s() + GROUP_MARGIN_S))
+        self._group = patient_group()
         self._rank = dist.get_rank()
         self._buffers: dict[str, torch.Tensor] = {}
         self._writing: _Background | None = None
@@ -334,15 +333,28 @@ def read_reference(run_uri: str, name: str, model: nn.Module) -> None:
         raise _cause(error) from error
 
 
+def patient_group() -> dist.ProcessGroup:
+    """A process group of all ranks on the CPU, in which one that waits out an outage is not given up by the others.
+
+    Collective: all ranks.
+    """
+    return dist.new_group(backend="gloo", timeout=timedelta(seconds=full_patience_s() + GROUP_MARGIN_S))
+
+
 def parameters_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A model's parameters by name, each once.
+    """A model's parameters by name, each once."""
+    return {name: tensor for tensor, name in _names_of(model).items() if isinstance(tensor, nn.Parameter)}
+
+
+def _names_of(model: nn.Module) -> dict[torch.Tensor, str]:
+    """What is in a model's state; a tied weight once.
 
     FSDP2 takes the call as the sign to put its sharded parameters in place.
     """
     names: dict[torch.Tensor, str] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         names.setdefault(tensor, name)
-    return {name: tensor for tensor, name in names.items() if isinstance(tensor, nn.Parameter)}
+    return names
 
 
 def tensors_of(model: nn.Module, optimizer: Optimizer) -> dict[str, torch.Tensor]:
@@ -351,13 +363,9 @@ def tensors_of(model: nn.Module, optimizer: Optimizer) -> dict[str, torch.Tensor
     Raises:
         CheckpointError: The optimizer has state that is no tensor: a checkpoint would lose it.
     """
-    names: dict[torch.Tensor, str] = {}
-    # FSDP2 takes this call as the sign to put its sharded parameters in place. A tied weight is saved once.
-    state_dict = model.state_dict(keep_vars=True)
-    adapted = any(map(is_adapters, state_dict))
-    for name, tensor in state_dict.items():
-        if not adapted or tensor.requires_grad or not isinstance(tensor, nn.Parameter):
-            names.setdefault(tensor, name)
+    names = _names_of(model)
+    if any(map(is_adapters, names.values())):
+        names = {one: name for one, name in names.items() if one.requires_grad or not isinstance(one, nn.Parameter)}
     tensors: dict[str, Any] = {f"model.{name}": tensor for tensor, name in names.items()}
     for parameter, state in optimizer.state.items():
         tensors |= {f"optimizer.{names[parameter]}.{key}": value for key, value in state.items()}

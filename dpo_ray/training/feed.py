@@ -26,6 +26,7 @@ class Feed:
         references: Where the scores are; None where the objective needs no reference.
         check: Called while waiting for scores; raises when they will never come.
         costs: To balance the ranks by.
+        ld_alpha: See `pack.token_weights`; other than 1 where the stores have scores of tokens.
         scored_as: The step of training whose reference all batches are compared with; None: each with its own.
     """
 
@@ -34,6 +35,7 @@ class Feed:
     references: References | None
     check: Callable[[], None]
     costs: pack.Costs
+    ld_alpha: float = 1.0
     scored_as: int | None = None
 
     def rows(self, window: Window, world_size: int) -> Iterator[list[dict[str, Any]]]:
@@ -81,7 +83,7 @@ class Feed:
         if self.references is not None:
             store = self.references.at(self.scored_as or step)
             for loaded in {loaded.chunk.key: loaded for loaded, _ in batch}.values():
-                waited_s += loaded.join(store, self.check)
+                waited_s += loaded.join(store, self.check, self.ld_alpha)
         scored = [ScoredPair(loaded.pairs[i], loaded.scores[i] if loaded.scores else None) for loaded, i in batch]
         return pack.rank_batches(scored, step, epoch, world_size, self.costs, waited_s)
 
@@ -96,10 +98,13 @@ class _Loaded:
     scores: Sequence[np.ndarray] | None = None
     scored_by: str | None = None
 
-    def join(self, store: ReferenceStore, check: Callable[[], None]) -> float:
+    def join(self, store: ReferenceStore, check: Callable[[], None], ld_alpha: float) -> float:
         """Takes the scores of a store; returns the seconds that it waited for them."""
         if self.scored_by == store.uri:
             return 0.0
-        self.scores, waited_s = store.wait(self.chunk, self.ids, check)
-        self.scored_by = store.uri
+        scores, waited_s = store.wait(self.chunk, self.ids, check)
+        if ld_alpha != 1.0:
+            answers = [[len(answer) for answer in pair.answers] for pair in self.pairs]
+            scores = [pack.answer_sums(*each, ld_alpha) for each in zip(scores, answers, strict=True)]
+        self.scores, self.scored_by = scores, store.uri
         return waited_s

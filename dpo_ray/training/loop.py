@@ -13,7 +13,7 @@ from dpo_ray.model.shard import sharded_policy
 from dpo_ray.training.budget import Budget
 from dpo_ray.training.checkpoint import Checkpointer
 from dpo_ray.training.evaluate import evaluate
-from dpo_ray.training.metrics import Stopwatch, check_first_step, step_line
+from dpo_ray.training.metrics import Stopwatch, check_first_step, count_pairs, step_line
 from dpo_ray.training.moving import MovingReference
 from dpo_ray.training.optimizer import build_optimizer, learning_rate_at, set_learning_rate
 from dpo_ray.training.own_reference import with_own_reference
@@ -53,7 +53,6 @@ def _train(config: Config, context: WorkerContext, recorder: Recorder | None) ->
     with Checkpointer(config.run_uri, model, optimizer, *about, promise, reference.tensors) as checkpoints:
         doing("loading the checkpoint")
         state = checkpoints.load(attempt.checkpoint) if attempt.checkpoint else TrainState()
-
         context = with_own_reference(config, context, model, tokens_per_microbatch, budget)
         watch = Stopwatch(model, config, context)
         doing(WAITING)
@@ -67,9 +66,10 @@ def _train(config: Config, context: WorkerContext, recorder: Recorder | None) ->
             leaving = context.control.leaving()
             with budget.watched(batch):
                 clip = config.optimizer.max_grad_norm
-                result = train_step(model, optimizer, batch, objective, clip, leaving, budget.reduce_each)
+                result = train_step(model, optimizer, batch, objective.at(state), clip, leaving, budget.reduce_each)
             state.step, state.num_tokens = batch.step, state.num_tokens + int(result.num_tokens)
             line = step_line(context, state, batch, result, rate)
+            count_pairs(state, batch, line)
             if state.step == 1 and config.checks.first_step:
                 check_first_step(config, result)
             speed = watch.step(batch, result)
@@ -78,7 +78,7 @@ def _train(config: Config, context: WorkerContext, recorder: Recorder | None) ->
             last, leaving, best = state.step == context.total_steps, bool(result.leaving), False
             if _due(state.step, config.train.eval_every_steps, last):
                 with budget.watched():
-                    line = evaluate(model, context, objective, state.step, tokens_per_microbatch)
+                    line = evaluate(model, context, objective.at(state), state.step, tokens_per_microbatch)
                 best = checkpoints.is_best(state, line)
                 if recorder is not None:
                     recorder.line(line)

@@ -22,7 +22,7 @@ from dpo_ray.errors import CheckpointError, FencedError, VersionError
 from dpo_ray.types import TrainState
 
 _log = logging.getLogger(__name__)
-FORMAT_VERSION, READ_VERSIONS = 3, (2, 3)
+FORMAT_VERSION, READ_VERSIONS = 4, (2, 3, 4)
 _MANIFEST, _ASIDE, _ATTEMPT = "manifest.json", "set-aside-", "attempt-"
 _UNREADABLE = f"{_ASIDE}unreadable.json"
 

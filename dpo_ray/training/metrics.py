@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
@@ -47,6 +48,14 @@ def step_line(
         "learning_rate": learning_rate,
         "num_tokens": state.num_tokens,
     }
+
+
+def count_pairs(state: TrainState, batch: GlobalBatch, line: Mapping[str, float]) -> None:
+    """Takes a step's pairs, and their rewards by its metrics, into the run's counts."""
+    state.num_pairs += batch.num_pairs
+    if "rewards/chosen" in line:
+        mean = (line["rewards/chosen"] + line["rewards/rejected"]) / 2
+        state.mean_reward += (mean - state.mean_reward) * batch.num_pairs / state.num_pairs
 
 
 def _suspects(context: WorkerContext, batch: GlobalBatch, result: StepResult) -> str:

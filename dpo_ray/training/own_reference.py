@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from datetime import timedelta
 from functools import partial
 from typing import Any, TypeVar
 
@@ -23,17 +22,15 @@ from dpo_ray.errors import ReferenceMismatchError
 from dpo_ray.model.adapter import adapter_off
 from dpo_ray.pairs.plan import Plan
 from dpo_ray.pairs.store import Chunk, read_chunk, read_pair_ids
-from dpo_ray.reference.scorer import Scorer
+from dpo_ray.reference.scorer import score_pairs
 from dpo_ray.reference.store import ReferenceStore
-from dpo_ray.storage_requests import full_patience_s
 from dpo_ray.training.budget import Budget
+from dpo_ray.training.checkpoint import patient_group
 from dpo_ray.types import WAITING, GlobalBatch, WorkerContext
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-# Beyond the patience with the storage, for the work itself.
-GROUP_MARGIN_S = 1800.0
 # Beyond what a step needs: a task of the stream that waits for scores looks for them every few seconds only.
 STEPS_AHEAD, CHUNKS_AHEAD = 1, 1
 
@@ -60,7 +57,8 @@ def with_own_reference(
     chunks = train.plan.chunks_in_order_of_need(context.attempt.position)
     chunks += held.plan.chunks if config.train.eval_every_steps else ()
     tokens = min(config.reference.tokens_per_microbatch, tokens_per_microbatch)
-    own = OwnReference(train.references.start, train.pairs_uri, model, tokens, context.control.doing, budget.watched)
+    about = train.references.start, train.pairs_uri, model, tokens, config.needs_token_scores
+    own = OwnReference(*about, context.control.doing, budget.watched)
     if not own.begin(chunks):
         return context
 
@@ -120,6 +118,7 @@ class OwnReference:
         pairs_uri: str,
         model: PreTrainedModel,
         tokens_per_microbatch: int,
+        per_token: bool,
         doing: Callable[[str], None],
         watched: Callable[[], AbstractContextManager[None]],
     ) -> None:
@@ -130,6 +129,7 @@ class OwnReference:
             pairs_uri: The pair store.
             model: The sharded policy.
             tokens_per_microbatch: Tokens of one forward pass.
+            per_token: See `score_pairs`.
             doing: Told of each chunk, and of each pass over a part of it.
             watched: Around each chunk: turns running out of memory into what the next attempt understands.
 
@@ -137,9 +137,8 @@ class OwnReference:
         """
         self._reference, self._pairs_uri, self._model = reference, pairs_uri, model
         self._doing, self._watched = doing, watched
-        # Of the CPU, and patient: rank 0 waits out an outage of the storage while the others wait for it.
-        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=full_patience_s() + GROUP_MARGIN_S))
-        self._scorer = Scorer.of(model, tokens_per_microbatch, self._group)
+        self._tokens_per_microbatch, self._per_token = tokens_per_microbatch, per_token
+        self._group = patient_group()
         self._settled = set[str]()
 
     def begin(self, chunks: Sequence[Chunk]) -> bool:
@@ -177,7 +176,8 @@ class OwnReference:
             moved()
             pairs = read_chunk(self._pairs_uri, chunk)
             with self._watched(), adapter_off(self._model):
-                scores = self._scorer.score(pairs, moved)
+                about = self._tokens_per_microbatch, self._group, moved, self._per_token
+                scores = score_pairs(self._model, pairs, *about)
             if dist.get_rank() == 0:
                 self._reference.put(chunk, [pair.pair_id for pair in pairs], scores)
         self._settled |= {chunk.key for chunk in new}

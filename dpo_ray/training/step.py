@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -13,34 +12,67 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dpo_ray.config import ObjectiveConfig
+from dpo_ray.errors import ConfigError
 from dpo_ray.model.forward import answer_scores, empty_pass
 from dpo_ray.model.shard import clip_grad_norm, set_gradient_sync
-from dpo_ray.objective.losses import LOSSES, AnswerStats, under_divergence
+from dpo_ray.objective.losses import AnswerStats, LossSpec, loss_named, under_divergence, wpo_weights
 from dpo_ray.objective.rewards import METRIC_SUMS, metric_sums
-from dpo_ray.types import GlobalBatch, Microbatch
+from dpo_ray.types import GlobalBatch, Microbatch, TrainState
 
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """A loss with its hyperparameters filled in.
+    """A loss, or a mixture of losses, with its hyperparameters filled in.
 
     Attributes:
         loss: Answers -> Shape (P,).
         couples_pairs: Whether it must see all pairs of a global batch at once.
         beta: For the implicit rewards.
+        ld_alpha: What a token counts that stands where another answer of its pair has ended.
+        mean_reward: See `AnswerStats`.
     """
 
     loss: Callable[[AnswerStats], torch.Tensor]
     couples_pairs: bool
     beta: float
+    ld_alpha: float = 1.0
+    mean_reward: float = 0.0
+
+    def at(self, state: TrainState) -> Objective:
+        """The same, with what it goes by of the steps before."""
+        return replace(self, mean_reward=state.mean_reward)
 
 
 def objective_of(config: ObjectiveConfig) -> Objective:
-    """The configured loss."""
-    spec, values = LOSSES[config.loss], config.model_dump()
-    loss = partial(spec.fn, **{name: values[name] for name in sorted(spec.parameters)})
-    divergence = config.f_divergence, config.f_alpha
-    return Objective(lambda stats: loss(under_divergence(stats, *divergence)), spec.couples_pairs, config.beta)
+    """The configured loss.
+
+    Raises:
+        ConfigError: It is one of the user's own, and not here.
+    """
+    values, divergence = config.model_dump(), (config.f_divergence, config.f_alpha)
+    parts = [
+        (share, spec, {key: values[key] for key in spec.parameters})
+        for spec, share in ((_here(name), share) for name, share in config.shares.items())
+    ]
+
+    def loss(stats: AnswerStats) -> torch.Tensor:
+        held = under_divergence(stats, *divergence)
+        weights = wpo_weights(stats) if config.weighting == "wpo" else None
+        losses = [
+            share * spec.of_pairs(held if spec.needs_reference else stats, parameters, weights)
+            for share, spec, parameters in parts
+        ]
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum(dim=0)
+
+    couples_pairs = any(spec.couples_pairs for _, spec, _ in parts)
+    return Objective(loss, couples_pairs, config.beta, config.ld_alpha)
+
+
+def _here(name: str) -> LossSpec:
+    try:
+        return loss_named(name)
+    except ValueError as error:
+        raise ConfigError(f"objective.loss is {error}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +126,9 @@ def train_step(
         if not microbatch.lengths:
             empty_pass(model).backward()
             continue
-        stats = _answer_stats(model, microbatch)
+        stats = _answer_stats(model, microbatch, objective)
         if joint is None:
-            losses = objective.loss(stats)
+            losses = _weighted(objective.loss(stats), microbatch)
             (losses.sum() / batch.num_pairs).backward()
         else:
             losses, gradient = joint[index]
@@ -120,8 +152,9 @@ def eval_step(model: nn.Module, batch: GlobalBatch, objective: Objective) -> Ste
         if not microbatch.lengths:
             empty_pass(model)
             continue
-        stats = _answer_stats(model, microbatch)
-        local.add(stats, objective.loss(stats) if joint is None else joint[index][0], objective.beta, microbatch)
+        stats = _answer_stats(model, microbatch, objective)
+        losses = _weighted(objective.loss(stats), microbatch) if joint is None else joint[index][0]
+        local.add(stats, losses, objective.beta, microbatch)
     return local.reduced(None)
 
 
@@ -148,18 +181,48 @@ class _Local:
         return StepResult(self.sums[:-2], self.sums[-2], self.gap, grad_norm, self.losses, self.sums[-1])
 
 
-def _answer_stats(model: nn.Module, microbatch: Microbatch) -> AnswerStats:
-    scores = answer_scores(model, microbatch)
+def _answer_stats(model: nn.Module, microbatch: Microbatch, objective: Objective) -> AnswerStats:
+    scores = answer_scores(model, microbatch, objective.ld_alpha)
     device = scores.logps.device
     return AnswerStats(
         policy_logps=scores.logps,
         ref_logps=None if microbatch.ref_logps is None else microbatch.ref_logps.to(device),
         num_tokens=microbatch.num_tokens.to(device),
-        pair_index=microbatch.pair_index.to(device),
-        answer_index=microbatch.answer_index.to(device),
+        num_answers=[len(answers) for _, *answers in microbatch.lengths],
+        margins=None if microbatch.margins is None else microbatch.margins.to(device),
+        mean_reward=objective.mean_reward,
         entropy=scores.entropy,
         mean_logits=scores.mean_logits,
+        alignment=scores.alignment,
     )
+
+
+class _OfPair(NamedTuple):
+    """What a loss sees of one pair, on the CPU: Shape (answers,) each, and two numbers."""
+
+    policy_logps: torch.Tensor
+    ref_logps: torch.Tensor | None
+    num_tokens: torch.Tensor
+    weight: float
+    margin: float
+
+
+def _of_pairs(stats: AnswerStats, microbatch: Microbatch) -> list[_OfPair]:
+    def each(values: torch.Tensor) -> list[torch.Tensor]:
+        # Copies: a view is sent with all that it is a view of.
+        return [part.clone() for part in values.cpu().split(list(stats.num_answers))]
+
+    num = len(stats.num_answers)
+    refs: Sequence[torch.Tensor | None] = [None] * num if stats.ref_logps is None else each(stats.ref_logps)
+    weights = [1.0] * num if microbatch.weights is None else microbatch.weights.tolist()
+    margins = [0.0] * num if microbatch.margins is None else microbatch.margins.tolist()
+    parts = each(stats.policy_logps), refs, each(stats.num_tokens), weights, margins
+    return [_OfPair(*values) for values in zip(*parts, strict=True)]
+
+
+def _weighted(losses: torch.Tensor, microbatch: Microbatch) -> torch.Tensor:
+    """The losses of a microbatch's pairs, each as much as it counts; Shape (P,)."""
+    return losses if microbatch.weights is None else losses * microbatch.weights.to(losses.device)
 
 
 def _joint_losses(
@@ -175,32 +238,30 @@ def _joint_losses(
 
     Collective: all ranks.
     """
-    own: dict[bytes, tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]] = {}
+    own: dict[bytes, _OfPair] = {}
     with torch.no_grad():
         for microbatch, pair_ids in zip(batch.microbatches, batch.microbatch_pair_ids, strict=True):
             if not microbatch.lengths:
                 empty_pass(model)
                 continue
-            stats = _answer_stats(model, microbatch)
-            for index, pair_id in enumerate(pair_ids):
-                mine = stats.pair_index == index
-                ref_logps = None if stats.ref_logps is None else stats.ref_logps[mine].cpu()
-                own[pair_id] = stats.policy_logps[mine].cpu(), ref_logps, stats.num_tokens[mine].cpu()
-    gathered: list[dict[bytes, tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]]]
-    gathered = [{} for _ in range(dist.get_world_size())]
+            stats = _answer_stats(model, microbatch, objective)
+            own |= dict(zip(pair_ids, _of_pairs(stats, microbatch), strict=True))
+    gathered: list[dict[bytes, _OfPair]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(gathered, own)
     everyones = {pair_id: values for rank in gathered for pair_id, values in rank.items()}
-    policy, ref, num_tokens = zip(*(everyones[pair_id] for pair_id in batch.pair_ids), strict=True)
-    sizes = [len(values) for values in policy]
+    every = [everyones[pair_id] for pair_id in batch.pair_ids]
+    refs = [each.ref_logps for each in every if each.ref_logps is not None]
+    sizes = [len(each.policy_logps) for each in every]
     stats = AnswerStats(
-        policy_logps=torch.cat(policy).requires_grad_(),
-        ref_logps=None if ref[0] is None else torch.cat(ref),
-        num_tokens=torch.cat(num_tokens),
-        pair_index=torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)),
-        answer_index=torch.cat([torch.arange(size) for size in sizes]),
+        policy_logps=torch.cat([each.policy_logps for each in every]).requires_grad_(),
+        ref_logps=torch.cat(refs) if refs else None,
+        num_tokens=torch.cat([each.num_tokens for each in every]),
+        num_answers=sizes,
+        margins=torch.tensor([each.margin for each in every]),
+        mean_reward=objective.mean_reward,
     )
     with torch.enable_grad():
-        losses = objective.loss(stats)
+        losses = objective.loss(stats) * torch.tensor([each.weight for each in every])
         (gradient,) = torch.autograd.grad(losses.sum(), stats.policy_logps)
     of_pair = dict(zip(batch.pair_ids, zip(losses.detach(), gradient.split(sizes), strict=True), strict=True))
     device = cast(Any, model).runs_on

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
-from helpers import run_ranks, steps_of, tiny_config, tokenized, write_pairs
+from helpers import plain_logps, run_ranks, steps_of, stored_scores, tiny_config, tokenized, write_pairs
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
@@ -35,8 +35,8 @@ from dpo_ray.orchestration.reference_filler import open_reference_store
 from dpo_ray.orchestration.stream import make_plan
 from dpo_ray.orchestration.watch import Watcher
 from dpo_ray.pairs import pack
-from dpo_ray.pairs.store import PairStore, read_chunk
-from dpo_ray.reference.scorer import Scorer
+from dpo_ray.pairs.store import read_chunk
+from dpo_ray.reference.scorer import Scorer, score_pairs
 from dpo_ray.training.checkpoint import Checkpointer, tensors_of
 from dpo_ray.training.optimizer import build_optimizer
 from dpo_ray.training.step import Objective, train_step
@@ -72,16 +72,6 @@ def step(policy: Any, optimizer: Any, pairs: list[ScoredPair], rank: int, world:
 
 def whole(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone() for name, t in tensors.items()}
-
-
-def plain_logps(model: Any, pair: TokenizedPair) -> list[torch.Tensor]:
-    """One answer at a time through the model's own forward."""
-    found = []
-    for answer in pair.answers:
-        tokens = torch.tensor([*pair.prompt, *answer])
-        logps = model(tokens[None]).logits[0, len(pair.prompt) - 1 : -1].log_softmax(-1)
-        found.append(logps.gather(1, tokens[len(pair.prompt) :, None]).sum())
-    return found
 
 
 def plain_peft(model: str, values: dict[str, torch.Tensor]) -> Any:
@@ -156,7 +146,7 @@ def trained(rank: int, world: int, model: str, folder: str) -> None:
     with torch.no_grad():
         on = policy.token_scores(*laid_out(pairs))[0].logps
         with adapter_off(policy):
-            off = Scorer.of(policy, 500, torch.distributed.group.WORLD).score([each.pair for each in pairs])
+            off = scored_by(policy, pairs)
         assert torch.equal(policy.token_scores(*laid_out(pairs))[0].logps, on)
     for found, scored in zip(off, pairs, strict=True):
         np.testing.assert_allclose(found, scored.ref_logps, rtol=1e-5)
@@ -169,6 +159,10 @@ def trained(rank: int, world: int, model: str, folder: str) -> None:
     if rank == 0:
         save_file(held, f"{folder}/held-{world}.safetensors")
         Path(folder, f"loss-{world}.json").write_text(json.dumps(loss))
+
+
+def scored_by(model: Any, pairs: list[ScoredPair]) -> list[np.ndarray]:
+    return score_pairs(model, [each.pair for each in pairs], 500, torch.distributed.group.WORLD, lambda: None)
 
 
 def laid_out(pairs: list[ScoredPair]) -> tuple[torch.Tensor, list[list[int]]]:
@@ -216,7 +210,7 @@ def variants(rank: int, world: int, model: str) -> None:
     mixed = build(model, compute_dtype="bfloat16")
     rounded = Scorer(model, "bfloat16", "packed", 500, CPU).score([each.pair for each in pairs])
     with adapter_off(mixed[0]):
-        own = Scorer.of(mixed[0], 500, torch.distributed.group.WORLD).score([each.pair for each in pairs])
+        own = scored_by(mixed[0], pairs)
     for found, scores in zip(own, rounded, strict=True):
         np.testing.assert_allclose(found, scores, rtol=2e-3)
     rounded_pairs = [ScoredPair(each.pair, scores) for each, scores in zip(pairs, rounded, strict=True)]
@@ -237,7 +231,7 @@ def compiled(rank: int, world: int, model: str) -> None:
         loss = step(*expected, pairs, rank, world, number)
         assert step(*found, pairs, rank, world, number) == pytest.approx(loss, rel=1e-6)
     with adapter_off(found[0]):
-        off = Scorer.of(found[0], 500, torch.distributed.group.WORLD).score([each.pair for each in pairs])
+        off = scored_by(found[0], pairs)
     for scores, scored in zip(off, pairs, strict=True):
         np.testing.assert_allclose(scores, scored.ref_logps, rtol=1e-5)
 
@@ -319,14 +313,6 @@ def config_of(tmp_path: Path, name: str, model: Path, pairs_file: str, **section
         "optimizer": {"learning_rate": 1e-2, "warmup_steps": 4, "schedule": "constant_with_warmup"},
     }
     return tiny_config(str(tmp_path / "storage"), name, model, pairs_file, **{**given, **sections})
-
-
-def stored_scores(config: Config, pairs: PairStore) -> dict[bytes, list[float]]:
-    reference, found = open_reference_store(config, pairs.uri), dict[bytes, list[float]]()
-    for chunk in (*pairs.train, *pairs.eval):
-        ids = [pair.pair_id for pair in read_chunk(pairs.uri, chunk)]
-        found |= {pair: scores.tolist() for pair, scores in zip(ids, reference.get(chunk, ids), strict=True)}
-    return found
 
 
 def losses_of(result: Any) -> list[float]:

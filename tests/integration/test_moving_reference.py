@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import read_lines, run_ranks, steps_of, tiny_config, write_pairs
+from helpers import plain_logps, read_lines, run_ranks, steps_of, tiny_config, write_pairs
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM
 
@@ -44,16 +44,6 @@ def config_of(tmp_path: Path, name: str, model: Path, pairs_file: str, **section
     }
     merged = {key: {**base.get(key, {}), **sections.get(key, {})} for key in {*base, *sections}}
     return tiny_config(str(tmp_path / "storage"), name, model, pairs_file, **merged)
-
-
-def plain_logps(model: torch.nn.Module, pair: TokenizedPair) -> torch.Tensor:
-    """Summed log-probability of each answer, one at a time through the model's own forward: Shape (2,)."""
-    found = []
-    for answer in pair.answers:
-        whole = torch.tensor([*pair.prompt, *answer])
-        logps = model(whole[None]).logits[0, len(pair.prompt) - 1 : -1].log_softmax(-1)
-        found.append(logps.gather(1, whole[len(pair.prompt) :, None]).sum())
-    return torch.stack(found)
 
 
 def mean_loss(policy: torch.nn.Module, reference: torch.nn.Module, pairs: list[TokenizedPair]) -> torch.Tensor:

@@ -206,7 +206,7 @@ def test_reading_waits_for_tokenizing(tmp_path: Path, local_ray: None, monkeypat
         path = tmp_path / f"{number:02d}.jsonl"
         path.write_text((json.dumps({"text": "x" * 1000}) + "\n") * (file_bytes // 1013))
         sources.append(SourceFile(str(path), path.stat().st_size, "", "train", Reading("standard", {})))
-    job = Job("", tuple(sources), "", "", "none", Limits(512), 0, 0.0)
+    job = Job("", tuple(sources), "", "", "none", Limits(512), 0, "{}", 0.0)
     log, read = tmp_path / "log", rows.read
 
     def logged_read(batch: dict[str, Any], job: Job) -> Iterator[pa.Table]:

@@ -19,7 +19,16 @@ import numpy as np
 import pytest
 import ray
 import torch
-from helpers import dpo_ray_command, run_ranks, steps_of, tiny_config, tokenized, write_pairs
+from helpers import (
+    dpo_ray_command,
+    plain_logps,
+    run_ranks,
+    steps_of,
+    stored_scores,
+    tiny_config,
+    tokenized,
+    write_pairs,
+)
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from dpo_ray import storage, train
@@ -74,14 +83,6 @@ def reference_of(config: Config) -> ReferenceStore:
     return open_reference_store(config, prepare(config).uri)
 
 
-def stored_scores(config: Config, pairs: PairStore) -> dict[bytes, list[float]]:
-    reference, found = open_reference_store(config, pairs.uri), dict[bytes, list[float]]()
-    for chunk in (*pairs.train, *pairs.eval):
-        ids = [pair.pair_id for pair in read_chunk(pairs.uri, chunk)]
-        found |= {pair: scores.tolist() for pair, scores in zip(ids, reference.get(chunk, ids), strict=True)}
-    return found
-
-
 def plain_scores(model: Path, pairs: PairStore) -> dict[bytes, list[float]]:
     """One answer at a time through the model's own forward."""
     every = [pair for chunk in (*pairs.train, *pairs.eval) for pair in read_chunk(pairs.uri, chunk)]
@@ -101,15 +102,8 @@ def plain_rows(model: Path, pairs_file: str) -> list[tuple[dict[str, str], list[
 
 def _plain(model: Path, pairs: Sequence[TokenizedPair]) -> list[list[float]]:
     plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    found: list[list[float]] = []
-    for pair in pairs:
-        found.append([])
-        for answer in pair.answers:
-            whole = torch.tensor([*pair.prompt, *answer])
-            with torch.no_grad():
-                logps = plain(whole[None]).logits[0, len(pair.prompt) - 1 : -1].log_softmax(-1)
-            found[-1].append(float(logps.gather(1, whole[len(pair.prompt) :, None]).sum()))
-    return found
+    with torch.no_grad():
+        return [plain_logps(plain, pair).tolist() for pair in pairs]
 
 
 def assert_close(found: dict[bytes, list[float]], expected: dict[bytes, list[float]]) -> None:

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import run_ranks, tokenized
+from helpers import plain_logps, run_ranks, tokenized
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from dpo_ray.config import ModelConfig, OptimizerConfig
 from dpo_ray.demo_data import byte_tokenizer, make_pairs
+from dpo_ray.errors import ConfigError
 from dpo_ray.model.load import load_pretrained
 from dpo_ray.model.shard import gathered_state_dict, sharded_policy
 from dpo_ray.objective.losses import LOSSES, AnswerStats
@@ -242,3 +243,49 @@ def summed_each(rank: int, world: int, model: str) -> None:
 def test_when_gradients_are_summed_does_not_matter(tmp_path: Path, tiny_model: Path) -> None:
     """After each of several microbatches, or once after the last."""
     run_ranks(summed_each, 2, tmp_path, str(tiny_model))
+
+
+FROZEN = ["embed_tokens", r"^model[.]layers[.]0[.]"]
+
+
+def frozen(rank: int, world: int, model: str, folder: str) -> None:
+    pairs = scored_pairs(model)
+    policy, optimizer = build(model, freeze=FROZEN)
+    losses = steps(policy, optimizer, pairs, rank, world, 3)
+    plain = load_pretrained(model, "float32", "eager")
+    trained = [p for name, p in plain.named_parameters() if "embed_tokens" not in name and "layers.0." not in name]
+    plain_optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.0)
+    for loss in losses:
+        each = [plain_logps(plain, pair.pair) - torch.from_numpy(pair.ref_logps) for pair in pairs]
+        expected = torch.stack([-torch.nn.functional.logsigmoid(0.1 * (h[0] - h[1])) for h in each]).mean()
+        assert loss == pytest.approx(expected.item(), abs=1e-5)
+        expected.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        plain_optimizer.step()
+        plain.zero_grad()
+    start = load_pretrained(model, "float32", "sdpa").state_dict()
+    for name, parameter in policy.named_parameters():
+        same = torch.equal(parameter.full_tensor(), start[name])
+        assert same == (not parameter.requires_grad) == ("embed_tokens" in name or "layers.0." in name), name
+    # Blocks that are computed again from inputs without gradient.
+    for options in ({"gradient_checkpointing": True}, {"gradient_checkpointing": "offload"}):
+        other = build(model, freeze=FROZEN, **options)
+        assert steps(*other, pairs, rank, world, 3) == pytest.approx(losses, rel=1e-6), options
+    with Checkpointer(folder, policy, optimizer, attempt=0, keep=1) as checkpoints:
+        checkpoints.save(TrainState(3, 10))
+    again = build(model, freeze=FROZEN)
+    with Checkpointer(folder, *again, attempt=1, keep=1) as checkpoints:
+        checkpoints.load("step-00000003")
+    assert all(
+        torch.equal(p.full_tensor(), again[0].get_parameter(name).full_tensor())
+        for name, p in policy.named_parameters()
+    )
+    with pytest.raises(ConfigError, match="'head_only' occurs in no name of a weight of LlamaForCausalLM; the first a"):
+        build(model, freeze=["head_only"])
+    with pytest.raises(ConfigError, match="that is every weight, and nothing is left to train"):
+        build(model, freeze=["."])
+
+
+def test_frozen_weights_stay(tmp_path: Path, tiny_model: Path) -> None:
+    """The others follow a plain loop that does not train them either."""
+    run_ranks(frozen, 2, tmp_path, str(tiny_model), str(tmp_path / "run"))

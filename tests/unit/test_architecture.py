@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).parents[2] / "dpo_ray"
 ORDER = [
     "errors",
     "types",
+    "extensions",
     "objective.logps",
     "objective.losses",
     "objective.rewards",
@@ -24,6 +25,7 @@ ORDER = [
     "pairs.render",
     "pairs.tokenize",
     "pairs.store",
+    "pairs.statistics",
     "pairs.runs",
     "pairs.plan",
     "pairs.pack",

@@ -41,6 +41,41 @@ def with_values(**sections: dict[str, Any]) -> dict[str, Any]:
             with_values(objective={"loss": "nca_pair", "f_divergence": "js"}),
             "objective.f_divergence is js, but nca_pair is for reverse_kl alone: leave it out, or choose one of sigm",
         ),
+        (
+            with_values(objective={"loss": {"sigmoid": 1, "apo_zero": 1}, "f_divergence": "js"}),
+            "objective.f_divergence is js, but apo_zero is for reverse_kl alone",
+        ),
+        (with_values(objective={"loss": {"sft": 1}, "f_divergence": "js"}), "but sft is for reverse_kl alone"),
+        (with_values(objective={"loss": {"sigmoid": 1, "stf": 1}}), "objective.loss is 'stf', .*did you mean 'sft'"),
+        (with_values(objective={"loss": {"sigmoid": 0}}), "gives sigmoid the weight 0: write a number above 0"),
+        (with_values(objective={"loss": {}}), r"objective.loss is {}: write the name of a loss"),
+        (with_values(objective={"loss": ["sigmoid"]}), r"objective.loss is \['sigmoid'\]: write the name of a loss"),
+        (
+            with_values(objective={"loss": {"ipo": 1, "sft": 1}, "label_smoothing": 0.1}),
+            r"label_smoothing is 0.1, but ipo \+ sft does not use it",
+        ),
+        (with_values(objective={"loss": "simpo", "target_margin": 1, "ld_alpha": 0.5}), "but simpo has no log-ratios"),
+        (with_values(objective={"loss": "aot", "weighting": "wpo"}), "weighting is wpo, but aot has no loss of two"),
+        (with_values(objective={"loss": "plackett_luce", "weighting": "wpo"}), "but plackett_luce has no loss of two"),
+        (
+            with_values(objective={"ld_alpha": 0.5}, reference={"columns": ["a", "b"]}),
+            "ld_alpha is 0.5, which needs the reference's scores of each token",
+        ),
+        (
+            with_values(objective={"loss": "ipo"}, data={"margin_column": "gap"}),
+            "data.margin_column is 'gap', but objective.loss: ipo has no place for a margin: .*use sigmoid, hinge, rob",
+        ),
+        (
+            with_values(reference={"sync_steps": 5}, objective={"loss": {"sigmoid": 1, "bco_pair": 1}}),
+            r"sync_steps is 5, but objective.loss: sigmoid \+ bco_pair holds rewards against the mean",
+        ),
+        (
+            with_values(sft={"epochs": 1}, reference={"path": "/other"}),
+            "reference.path is '/other', but with sft.epochs: 1 the policy starts from a model that this run makes",
+        ),
+        (with_values(data={"chat_template_kwargs": {"day": {1}}}), "is not JSON serializable; write texts, numbers"),
+        (with_values(sft={"learning_rate": 1e-4}), "sft.learning_rate is 0.0001, which does nothing without sft.epo"),
+        (with_values(sft={"epochs": 1}, objective={"loss": "sft"}), "sft.epochs is 1, but objective.loss is sft"),
         (with_values(objective={"f_divergence": "alpha"}), r"f_alpha is null: set it in \(0, 1\)"),
         (
             with_values(objective={"f_alpha": 0.5}),
@@ -54,6 +89,13 @@ def with_values(**sections: dict[str, Any]) -> dict[str, Any]:
         ),
         (with_values(train={"global_batch_pairs": 2}, scaling={"workers": 3}), "fewer than scaling.workers"),
         (with_values(model={"weights_dtype": "bfloat16"}), "adamw_kahan"),
+        (with_values(model={"freeze": ["layers.(0"]}), r"model.freeze: 'layers.\(0' is no regular expression"),
+        (with_values(model={"freeze": ["embed"]}, adapter={"rank": 2}), "with adapter.rank 2 all of the model's own"),
+        (
+            with_values(data={"chat_template": "none", "chat_template_kwargs": {"a": 1}}),
+            "but data.chat_template: none uses no template",
+        ),
+        (with_values(data={"chat_template_kwargs": {"tokenize": 1}}), "tokenize is not the template's"),
         (
             with_values(model={"gradient_checkpointing": "offload"}),
             "offload does nothing without .*use true",
@@ -213,3 +255,35 @@ def test_workers_are_a_number_or_a_range() -> None:
             parse_config(with_values(scaling={"workers": workers}))
     with pytest.raises(ConfigError, match=r"fewer than scaling.workers \(8\)"):
         parse_config(with_values(scaling={"workers": {"min": 1, "max": 8}}, train={"global_batch_pairs": 4}))
+
+
+def test_a_start_by_likelihood_and_what_follows() -> None:
+    config = parse_config(
+        with_values(
+            sft={"epochs": 2, "learning_rate": 1e-4},
+            objective={"loss": "ipo", "beta": 0.3},
+            reference={"replicas": 2},
+            optimizer={"learning_rate": 1e-6, "warmup_steps": 3},
+            train={"epochs": 1, "eval_every_steps": 5, "keep_best": "eval_rewards/margins"},
+            data={"eval_fraction": 0.1},
+            adapter={"rank": 4, "merge": False},
+        )
+    )
+    start, after = config.start(), config.after_start()
+    assert start.name == f"{config.name}-sft"
+    assert (start.objective.loss, start.needs_reference, start.sft.epochs) == ("sft", False, None)
+    assert (start.optimizer.learning_rate, start.optimizer.warmup_steps) == (1e-4, 3)
+    assert (start.train.epochs, start.train.keep_best, start.adapter.merge) == (2, "eval_loss", True)
+    assert start.data == config.data
+    assert after.model.path == after.reference_path == f"{start.run_uri}/export"
+    assert after.model.tokenizer == config.model.path
+    assert after.model_copy(update={"model": config.model}) == config
+
+
+def test_mixtures_say_what_they_need() -> None:
+    config = parse_config(with_values(objective={"loss": {"sigmoid": 0.8, "sft": 0.2}}))
+    assert config.needs_reference
+    assert config.objective.shares == {"sigmoid": 0.8, "sft": 0.2}
+    assert not parse_config(with_values(objective={"loss": {"sft": 1, "orpo": 1}})).needs_reference
+    assert not config.needs_token_scores
+    assert parse_config(with_values(objective={"ld_alpha": 0.5})).needs_token_scores

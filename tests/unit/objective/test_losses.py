@@ -1,7 +1,10 @@
 """Each loss and its gradient against its closed form, written here on its own, in float64."""
 
 import inspect
+import itertools
 import math
+import random
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -10,17 +13,23 @@ import torch
 from dpo_ray.config import ObjectiveConfig
 from dpo_ray.objective.losses import (
     LOSSES,
+    PARAMETERS,
     AnswerStats,
     aot,
+    bco_pair,
+    check_parameters,
     discopop,
     exo_pair,
     hinge,
     ipo,
     orpo,
+    plackett_luce,
     robust,
     sft,
     sigmoid,
+    softmax,
     under_divergence,
+    wpo_weights,
 )
 from dpo_ray.training.step import objective_of
 
@@ -28,6 +37,7 @@ from dpo_ray.training.step import objective_of
 # and one whose margin has another rank among the policy's than among the reference's.
 POLICY = [(-20.0, -95.0), (-80.0, -31.5), (-12.25, -12.0), (-40.0, -40.0), (-300.0, -7.0), (-50.0, -52.0)]
 REFERENCE = [(-33.0, -60.0), (-50.0, -45.0), (-12.5, -11.0), (-40.0, -40.0), (-310.0, -6.5), (-70.0, -40.0)]
+MEAN_REWARD = 0.3
 NUM_TOKENS = [(7, 31), (24, 12), (5, 5), (16, 2), (150, 3), (20, 30)]
 
 # Loss name -> hyperparameters that it is tried with.
@@ -41,12 +51,15 @@ SETTINGS = {
     "robust": SMOOTHED,
     "exo_pair": [{**beta, "label_smoothing": e} for beta in BETAS for e in (1e-3, 0.1, 0.49)],
     "nca_pair": BETAS,
+    "bco_pair": BETAS,
     "sppo_hard": BETAS,
     "apo_zero": BETAS,
     "apo_down": BETAS,
     "discopop": BETAS,
     "aot": SMOOTHED,
     "aot_unpaired": SMOOTHED,
+    "softmax": BETAS,
+    "plackett_luce": BETAS,
     "sft": [{}],
     "cpo": [{**beta, "nll_weight": w} for beta in BETAS for w in (0.2, 1.0)],
     "simpo": [{"beta": b, "target_margin": g} for b in (0.1, 2.0, 10.0) for g in (0.3, 1.6)],
@@ -61,8 +74,8 @@ def make_stats(policy=POLICY, reference=REFERENCE, num_tokens=NUM_TOKENS, dtype=
         policy_logps=torch.tensor(policy, dtype=dtype).flatten().requires_grad_(),
         ref_logps=None if reference is None else torch.tensor(reference, dtype=dtype).flatten(),
         num_tokens=torch.tensor(num_tokens).flatten(),
-        pair_index=torch.arange(num_pairs).repeat_interleave(2),
-        answer_index=torch.tensor([0, 1]).repeat(num_pairs),
+        num_answers=[2] * num_pairs,
+        mean_reward=MEAN_REWARD,
     )
 
 
@@ -98,6 +111,9 @@ def closed_form(name, policy, reference, num_tokens, beta=0.0, label_smoothing=0
     h_chosen, h_rejected = chosen - reference[0], rejected - reference[1]
     z = beta * (h_chosen - h_rejected)
     match name:
+        case "softmax" | "plackett_luce":
+            # Of two answers: sigma(z) = exp(beta h_chosen) / (exp(beta h_chosen) + exp(beta h_rejected)).
+            loss, slope = softplus(-z), -logistic(-z)
         case "sigmoid":
             # d/dz: -(1 - eps) sigma(-z) + eps sigma(z) = sigma(z) - (1 - eps)
             loss, slope = (1 - eps) * softplus(-z) + eps * softplus(z), logistic(z) - (1 - eps)
@@ -121,6 +137,9 @@ def closed_form(name, policy, reference, num_tokens, beta=0.0, label_smoothing=0
             r_chosen, r_rejected = beta * h_chosen, beta * h_rejected
             loss = softplus(-r_chosen) + (softplus(r_chosen) + softplus(r_rejected)) / 2
             return loss, beta * (1.5 * logistic(r_chosen) - 1), beta * logistic(r_rejected) / 2
+        case "bco_pair":
+            r_chosen, r_rejected = beta * h_chosen - MEAN_REWARD, beta * h_rejected - MEAN_REWARD
+            return softplus(-r_chosen) + softplus(r_rejected), -beta * logistic(-r_chosen), beta * logistic(r_rejected)
         case "sppo_hard":
             gaps = h_chosen - 0.5 / beta, h_rejected + 0.5 / beta
             return gaps[0] ** 2 + gaps[1] ** 2, 2 * gaps[0], 2 * gaps[1]
@@ -163,7 +182,7 @@ def sorted_form(name, beta, label_smoothing):
 @pytest.mark.parametrize(("name", "setting"), CASES, ids=str)
 def test_loss_and_gradient_equal_the_closed_form(name, setting):
     stats = make_stats()
-    losses = LOSSES[name].fn(stats, **setting)
+    losses = LOSSES[name].of_pairs(stats, setting)
     losses.sum().backward()
     if name in ("aot", "aot_unpaired"):
         expected = sorted_form(name, **setting)
@@ -375,25 +394,6 @@ def test_hinge_is_zero_beyond_a_margin_of_one_over_beta():
     assert hinge(stats, beta=0.1).tolist() == pytest.approx([0.0, 0.1])
 
 
-@pytest.mark.parametrize(
-    ("pair_index", "answer_index"),
-    [
-        ([0, 0, 1, 1], [1, 0, 0, 1]),  # rejected first
-        ([0, 0, 0, 1], [0, 1, 2, 0]),  # three answers and one
-        ([0, 1, 0, 1], [0, 0, 1, 1]),  # all chosen first
-        ([0, 0, 0, 0], [0, 1, 0, 1]),  # four answers of one pair
-        ([0, 1, 2, 3], [0, 1, 0, 1]),  # one answer each
-        ([1, 1, 0, 0], [0, 1, 0, 1]),  # not in order
-        ([0, 0, 0], [0, 1, 2]),  # a ranking of three
-    ],
-)
-def test_pairwise_refuses_any_other_layout(pair_index, answer_index):
-    values = torch.zeros(len(pair_index))
-    stats = AnswerStats(values, values, values + 1, torch.tensor(pair_index), torch.tensor(answer_index))
-    with pytest.raises(ValueError, match="exactly two answers per pair"):
-        stats.pairwise(values)
-
-
 def test_pairwise_gives_views():
     stats = make_stats()
     values = torch.arange(12.0)
@@ -427,9 +427,217 @@ def test_pairwise_gives_views():
 )
 def test_check_refuses_what_is_out_of_range_or_unused(name, values, message):
     with pytest.raises(ValueError, match=message):
-        LOSSES[name].check(**values)
+        check_parameters([name], values)
 
 
 @pytest.mark.parametrize(("name", "setting"), CASES, ids=str)
 def test_check_accepts_what_is_in_range(name, setting):
-    LOSSES[name].check(**{"beta": 0.1, "label_smoothing": 0.0, "nll_weight": 0.0, "target_margin": 0.0, **setting})
+    neutral = {key: 0.1 if value is None else value for key, value in PARAMETERS.items()}
+    check_parameters([name], {**neutral, **setting})
+
+
+# Rankings of 4, 2 and 3 answers.
+RANKED = AnswerStats(
+    policy_logps=torch.tensor([-20.0, -95.0, -80.0, -31.5, -12.25, -12.0, -40.0, -41.0, -300.0], dtype=torch.float64),
+    ref_logps=torch.tensor([-33.0, -60.0, -50.0, -45.0, -12.5, -11.0, -40.0, -42.0, -310.0], dtype=torch.float64),
+    num_tokens=torch.tensor([7, 31, 24, 12, 5, 5, 16, 2, 150]),
+    num_answers=[4, 2, 3],
+    mean_reward=MEAN_REWARD,
+)
+
+
+def ranked(policy_logps: torch.Tensor | None = None) -> AnswerStats:
+    """A fresh leaf each time."""
+    values = RANKED.policy_logps if policy_logps is None else policy_logps
+    return replace(RANKED, policy_logps=values.clone().requires_grad_())
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, spec in LOSSES.items() if not (spec.of_rankings or spec.couples_pairs)]
+)
+def test_the_loss_of_several_rejected_answers_is_the_mean_over_them(name):
+    """Each compared with the chosen answer as if it were alone."""
+    setting, stats, expected, gradient = SETTINGS[name][-1], ranked(), [], torch.zeros(9, dtype=torch.float64)
+    losses = LOSSES[name].of_pairs(stats, setting)
+    losses.sum().backward()
+    start = 0
+    for num in RANKED.num_answers:
+        rows = []
+        for other in range(start + 1, start + num):
+            sides = [(side[start].item(), side[other].item()) for side in (RANKED.policy_logps, RANKED.ref_logps)]
+            lengths = RANKED.num_tokens[start].item(), RANKED.num_tokens[other].item()
+            loss, d_chosen, d_rejected = closed_form(name, *sides, lengths, **setting)
+            rows.append(loss)
+            gradient[start] += d_chosen / (num - 1)
+            gradient[other] += d_rejected / (num - 1)
+        expected.append(sum(rows) / len(rows))
+        start += num
+    torch.testing.assert_close(losses.detach(), torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-9)
+    torch.testing.assert_close(stats.policy_logps.grad, gradient, rtol=1e-12, atol=1e-9)
+
+
+@pytest.mark.parametrize("beta", [0.01, 0.1, 0.7])
+@pytest.mark.parametrize("name", ["softmax", "plackett_luce"])
+def test_rankings_equal_the_closed_form(name, beta):
+    """-sum over choices of [r_k - log sum_{j >= k} exp(r_j)]; its slope in r_i is sum over choices of
+    softmax_k(i) - [i = k]."""
+    stats = ranked()
+    losses = LOSSES[name].fn(stats, beta=beta)
+    losses.sum().backward()
+    rewards = (beta * (RANKED.policy_logps - RANKED.ref_logps)).tolist()
+    expected, gradient, start = [], [0.0] * len(rewards), 0
+    for num in RANKED.num_answers:
+        loss = 0.0
+        for k in range(start, start + (1 if name == "softmax" else num - 1)):
+            largest = max(rewards[k : start + num])
+            total = sum(math.exp(rewards[j] - largest) for j in range(k, start + num))
+            loss -= rewards[k] - largest - math.log(total)
+            gradient[k] -= beta
+            for j in range(k, start + num):
+                gradient[j] += beta * math.exp(rewards[j] - largest) / total
+        expected.append(loss)
+        start += num
+    torch.testing.assert_close(losses.detach(), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-9)
+    torch.testing.assert_close(stats.policy_logps.grad, torch.tensor(gradient, dtype=torch.float64), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("loss", [softmax, plackett_luce])
+def test_rankings_of_two_are_dpo_to_the_last_bit(loss, dtype):
+    """Losses and gradients, over six pairs and a thousand random ones."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = (100 * torch.randn(2, 1000, 2, generator=generator)).tolist()
+    for policy, reference in ((POLICY, REFERENCE), drawn):
+        ranking, pairwise = (make_stats(policy, reference, [(1, 1)] * len(policy), dtype) for _ in range(2))
+        found, expected = loss(ranking, beta=0.13), sigmoid(pairwise, beta=0.13, label_smoothing=0.0)
+        (found.sum() + expected.sum()).backward()
+        assert torch.equal(found, expected)
+        assert torch.equal(ranking.policy_logps.grad, pairwise.policy_logps.grad)
+
+
+def test_plackett_luce_is_a_distribution_over_rankings():
+    """The probabilities of all 24 rankings of four answers sum to 1, and drawing one answer after the other with
+    chances exp(r) gives each as often as its probability says, within five standard deviations."""
+    h = [2.0, -1.0, 0.5, 1.5]
+    probabilities = {}
+    for order in itertools.permutations(range(4)):
+        logps = torch.tensor([h[i] for i in order], dtype=torch.float64)
+        stats = AnswerStats(logps, torch.zeros(4, dtype=torch.float64), torch.ones(4), [4])
+        probabilities[order] = math.exp(-plackett_luce(stats, beta=0.8).item())
+    assert sum(probabilities.values()) == pytest.approx(1.0, abs=1e-12)
+    draws, chances = random.Random(0), [math.exp(0.8 * each) for each in h]
+    num, seen = 20_000, Counter[tuple[int, ...]]()
+    for _ in range(num):
+        left, order = list(range(4)), []
+        while left:
+            order.append(draws.choices(left, [chances[i] for i in left])[0])
+            left.remove(order[-1])
+        seen[tuple(order)] += 1
+    for order, p in probabilities.items():
+        assert abs(seen[order] - num * p) < 5 * math.sqrt(num * p * (1 - p)) + 1, order
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, spec in LOSSES.items() if spec.any_divergence and name not in ("sigmoid_norm", "ipo")]
+)
+def test_what_a_prompt_adds_to_all_its_rewards_changes_nothing(name):
+    """r'(x, y) = r(x, y) + f(x): the class of rewards that DPO's reparameterization is about."""
+    setting, shift = SETTINGS[name][-1], torch.tensor([5.0] * 4 + [-3.0] * 2 + [40.0] * 3, dtype=torch.float64)
+    expected = LOSSES[name].of_pairs(RANKED, setting)
+    found = LOSSES[name].of_pairs(replace(RANKED, policy_logps=RANKED.policy_logps + shift), setting)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_bco_is_shifted_by_the_mean_reward():
+    """At the mean reward both answers have probability 1/2."""
+    stats = replace(make_stats([(3.0, 3.0)], [(0.0, 0.0)], [(1, 1)]), mean_reward=0.3)
+    assert bco_pair(stats, beta=0.1).item() == pytest.approx(2 * math.log(2), abs=1e-12)
+
+
+def test_a_mixture_is_the_weighted_sum():
+    stats, config = make_stats(), ObjectiveConfig(loss={"sigmoid": 0.8, "bco_pair": 0.2, "sft": 1.5}, beta=0.1)
+    losses = objective_of(config).loss(stats)
+    parts = sigmoid(stats, beta=0.1, label_smoothing=0.0), bco_pair(stats, beta=0.1), sft(stats)
+    expected = 0.8 * parts[0] + 0.2 * parts[1] + 1.5 * parts[2]
+    torch.testing.assert_close(losses, expected, rtol=1e-12, atol=0)
+    assert torch.equal(objective_of(ObjectiveConfig(loss={"ipo": 1})).loss(stats), ipo(stats, beta=0.1))
+
+
+def test_a_mixture_couples_pairs_where_a_part_does():
+    assert objective_of(ObjectiveConfig(loss={"sigmoid": 1, "aot": 1})).couples_pairs
+    assert not objective_of(ObjectiveConfig(loss={"sigmoid": 1, "sft": 1})).couples_pairs
+
+
+def test_a_divergence_leaves_the_likelihood_in_a_mixture_alone():
+    stats = make_stats(REFERENCE)
+    found = objective_of(ObjectiveConfig(loss={"sigmoid": 1, "sft": 1}, f_divergence="js")).loss(stats)
+    torch.testing.assert_close(found, math.log(2) + sft(stats), rtol=1e-12, atol=0)
+
+
+def test_wpo_weighs_comparisons():
+    """w = exp of the mean over an answer's tokens; pairs of two and more answers; no gradient through it."""
+    alignment = torch.tensor([-7.0, -62.0, -12.0, -6.0, 0.0, -5.0, -8.0, -1.0, -15.0], dtype=torch.float64)
+    stats = replace(ranked(), alignment=alignment.clone().requires_grad_())
+    means = [-1.0, -2.0, -0.5, -0.5, 0.0, -1.0, -0.5, -0.5, -0.1]
+    expected = [means[0] + means[k] for k in (1, 2, 3)] + [means[4] + means[5]] + [means[6] + means[k] for k in (7, 8)]
+    weights = wpo_weights(stats)
+    assert weights.tolist() == pytest.approx([math.exp(each) for each in expected], rel=1e-12)
+    assert not weights.requires_grad
+    losses = objective_of(ObjectiveConfig(weighting="wpo")).loss(stats)
+    each = weights * sigmoid(stats, beta=0.1, label_smoothing=0.0)
+    torch.testing.assert_close(losses, torch.stack([each[:3].mean(), each[3], each[4:].mean()]), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", [name for name, spec in LOSSES.items() if spec.takes_margins])
+def test_a_pair_s_own_margin_shifts_z(name):
+    """ODPO: z - margin in place of z, for pairs of two and more answers."""
+    margins = torch.tensor([0.5, -2.0, 3.0], dtype=torch.float64)
+    setting = SETTINGS[name][-1]
+    found = LOSSES[name].of_pairs(replace(RANKED, margins=margins), setting)
+    # A margin of m is a chosen answer whose log-ratio is lower by m / beta.
+    chosen = torch.tensor([0, 4, 6])
+    shifted = RANKED.policy_logps.clone()
+    shifted[chosen] -= margins / setting["beta"]
+    torch.testing.assert_close(
+        found, LOSSES[name].of_pairs(replace(RANKED, policy_logps=shifted), setting), rtol=1e-12, atol=1e-12
+    )
+
+
+def test_an_entry_says_whether_margins_count():
+    stats = replace(RANKED, margins=torch.ones(3, dtype=torch.float64))
+    for name, spec in LOSSES.items():
+        changed = not torch.equal(spec.of_pairs(stats, SETTINGS[name][-1]), spec.of_pairs(RANKED, SETTINGS[name][-1]))
+        assert changed == spec.takes_margins, name
+
+
+MODULE = """
+from dpo_ray.objective.losses import POSITIVE, LossSpec
+
+def halved(stats, *, beta):
+    chosen, rejected = stats.pairwise(beta * stats.log_ratios())
+    return (rejected - chosen) / 2
+
+HALVED = LossSpec(halved, "of one's own", {"beta": POSITIVE})
+TEMPERED = LossSpec(halved, "of one's own", {"temperature": POSITIVE})
+"""
+
+
+def test_a_loss_of_one_s_own_by_import_path(tmp_path, monkeypatch):
+    (tmp_path / "losses_of_mine.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    config = ObjectiveConfig(loss="losses_of_mine:HALVED", beta=0.5)
+    assert config.needs_reference
+    expected = [-0.25 * ((p[0] - r[0]) - (p[1] - r[1])) for p, r in zip(POLICY, REFERENCE, strict=True)]
+    assert objective_of(config).loss(make_stats()).tolist() == pytest.approx(expected)
+    mixed = objective_of(ObjectiveConfig(loss={"losses_of_mine:HALVED": 2.0, "sft": 1.0}, beta=0.5))
+    torch.testing.assert_close(mixed.loss(make_stats()), 2 * torch.tensor(expected).double() + sft(make_stats()))
+    for name, message in (
+        ("losses_of_mine:halved", r"is of type function: it must be a dpo_ray.objective.losses.LossSpec"),
+        ("losses_of_mine:MISSING", "cannot be imported: AttributeError"),
+        ("nowhere:HALVED", "cannot be imported: ModuleNotFoundError: No module named 'nowhere'; write module:name"),
+        ("losses_of_mine:TEMPERED", r"has the hyperparameters \['temperature'\]: known are beta, label_smoothing"),
+    ):
+        with pytest.raises(ValueError, match=f"objective.loss is '{name}' {message}"):
+            ObjectiveConfig(loss=name)
+    with pytest.raises(ValueError, match="label_smoothing is 0.1, but losses_of_mine:HALVED does not use it"):
+        ObjectiveConfig(loss="losses_of_mine:HALVED", label_smoothing=0.1)

@@ -1,13 +1,12 @@
 """Implicit rewards, and metrics that add up over parts."""
 
-import dataclasses
 import math
 from dataclasses import replace
 
 import pytest
 import torch
 
-from dpo_ray.objective.losses import LOSSES, AnswerStats
+from dpo_ray.objective.losses import LOSSES, AnswerStats, wpo_weights
 from dpo_ray.objective.rewards import METRIC_SUMS, finish_metrics, implicit_rewards, metric_sums
 
 BETA = 0.1
@@ -19,8 +18,7 @@ def make_stats(policy, reference) -> AnswerStats:
         policy_logps=torch.tensor(policy).flatten().requires_grad_(),
         ref_logps=None if reference is None else torch.tensor(reference).flatten(),
         num_tokens=torch.ones(2 * num_pairs, dtype=torch.int64),
-        pair_index=torch.arange(num_pairs).repeat_interleave(2),
-        answer_index=torch.tensor([0, 1]).repeat(num_pairs),
+        num_answers=[2] * num_pairs,
     )
 
 
@@ -86,8 +84,7 @@ def test_parts_add_up_to_the_whole():
             STATS.policy_logps[answers],
             STATS.ref_logps[answers],
             STATS.num_tokens[answers],
-            STATS.pair_index[answers] - start,
-            STATS.answer_index[answers],
+            [2] * (stop - start),
         )
         parts.append(metric_sums(part, LOSS[start:stop], BETA))
     whole = metric_sums(STATS, LOSS, BETA)
@@ -110,13 +107,44 @@ def test_sums_do_not_lose_small_losses():
     assert sums[METRIC_SUMS.index("loss")].item() == 2**24 + 1
 
 
+def test_metrics_of_pairs_with_several_rejected_answers():
+    """A pair weighs the same however many answers it has; logits and entropy go by tokens."""
+    stats = AnswerStats(
+        policy_logps=torch.tensor([-10.0, -20.0, -30.0, -40.0, -5.0, -7.0]),
+        ref_logps=torch.tensor([-12.0, -19.0, -26.0, -44.0, -6.0, -7.0]),
+        num_tokens=torch.tensor([1, 2, 3, 4, 5, 6]),
+        num_answers=[4, 2],
+        entropy=torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.5]),
+        mean_logits=torch.tensor([3.0, 2.0, 4.0, 3.0, 9.0, 6.0]),
+    )
+    # Log-ratios 2 against -1, -4, 4; and 1 against 0.
+    assert finish_metrics(metric_sums(stats, torch.tensor([1.0, 2.0]), 1.0)) == pytest.approx(
+        {
+            "loss": 1.5,
+            "logps/chosen": -7.5,
+            "logps/rejected": -18.5,
+            "rewards/chosen": 1.5,
+            "rewards/rejected": -1 / 6,
+            "rewards/margins": 5 / 3,
+            "rewards/accuracies": 5 / 6,
+            "logits/chosen": 12 / 6,
+            "logits/rejected": 15 / 15,
+            "entropy": 21.5 / 21,
+        },
+        abs=1e-7,
+    )
+
+
+@pytest.mark.parametrize("num_answers", [[2, 2, 2], [4, 2]])
 @pytest.mark.parametrize("name", LOSSES)
-def test_nothing_waits_for_the_device(name):
+def test_nothing_waits_for_the_device(name, num_answers):
     """On the meta device tensors have no values: whatever asked for one, as a host sync does, would fail."""
-    stats = replace(STATS, entropy=torch.ones(6), mean_logits=torch.ones(6))
-    on_meta = AnswerStats(*(getattr(stats, field.name).to("meta") for field in dataclasses.fields(stats)))
-    losses = LOSSES[name].fn(on_meta, **{parameter: 0.1 for parameter in LOSSES[name].parameters})
-    assert metric_sums(on_meta, losses, BETA).device.type == "meta"
+    ones = torch.ones(6, device="meta")
+    stats = AnswerStats(ones, ones, ones, num_answers, entropy=ones, mean_logits=ones, alignment=ones)
+    parameters = {parameter: 0.1 for parameter in LOSSES[name].parameters}
+    losses = LOSSES[name].of_pairs(stats, parameters, None if LOSSES[name].of_rankings else wpo_weights(stats))
+    assert losses.shape == (len(num_answers),)
+    assert metric_sums(stats, losses, BETA).device.type == "meta"
 
 
 def test_metrics_of_no_pairs_are_an_error():

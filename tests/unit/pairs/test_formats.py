@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_ray.errors import ConfigError, DataError, RowError
+from dpo_ray.errors import ConfigError, DataError, RowError, TiedError
 from dpo_ray.pairs.formats import FORMATS, Reading, parse_row, recognise
 from dpo_ray.pairs.parsers import transcript
 from dpo_ray.types import Message, PreferencePair, TokenRow
@@ -535,3 +535,132 @@ def test_an_input_that_the_prompt_has_already_is_not_added_again() -> None:
     assert recognise([row] * 5).columns == {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
     del row["prompt"]
     assert recognise([row] * 5).columns["input"] == "input"
+
+
+# Rankings.
+
+
+def ranking(*extra: str, **options: Any) -> Reading:
+    return Reading("ranking", {name: name for name in ("prompt", "answers", *extra)}, **options)
+
+
+def texts(pair: PreferencePair | TokenRow) -> list[str]:
+    assert isinstance(pair, PreferencePair)
+    return ["".join(message.content for message in answer) for answer in pair.answers]
+
+
+def test_a_list_of_answers_is_a_ranking_best_first() -> None:
+    row = {"prompt": "Q", "answers": ["a", "b", "c"]}
+    assert "ranking" in misfit_of([row])  # Perhaps the best does not come first: somebody has to say so.
+    pair = parse(row, format="ranking")
+    assert pair.layout == "text"
+    assert pair.prompt == (user("Q"),)
+    assert pair.answers == ((assistant("a"),), (assistant("b"),), (assistant("c"),))
+
+
+def test_scores_rank_answers_the_highest_first() -> None:
+    assert texts(parse({"prompt": "Q", "answers": ["a", "b", "c"], "scores": [1, 3.5, 2]})) == ["b", "c", "a"]
+
+
+def test_answers_may_be_turns_or_objects_with_a_score() -> None:
+    """UltraFeedback's rows have such objects."""
+    completions = [
+        {"model": "x", "response": "poor", "overall_score": 2.0},
+        {"model": "y", "response": "good", "overall_score": 8.5},
+    ]
+    pair = parse({"instruction": "Q", "completions": completions})
+    assert texts(pair) == ["good", "poor"]
+    turns = [[{"role": "assistant", "content": text}] for text in ("a", "b", "c")]
+    pair = parse({"prompt": TURNS, "answers": turns, "scores": [3, 2, 1]})
+    assert pair.layout == "messages"
+    assert texts(pair) == ["a", "b", "c"]
+
+
+def test_one_chosen_and_several_rejected() -> None:
+    row = {"prompt": "Q", "chosen": "good", "rejected": ["bad", "worse", "worst"]}
+    assert recognise([row]).format == "several_rejected"
+    assert texts(parse(row)) == ["good", "bad", "worse", "worst"]
+    turns = [[{"role": "assistant", "content": text}] for text in ("bad", "worse")]
+    assert texts(parse({**row, "rejected": turns})) == ["good", "bad", "worse"]
+
+
+@pytest.mark.parametrize(
+    ("scores", "gap", "expected"),
+    [
+        ([5, 5, 3, 3, 1], 0.0, "ace"),  # Of equal scores the first.
+        ([5, 5, 3, 3, 1], 2.0, "ae"),  # 3 is below 5 by 2, not by more.
+        ([1, 4, 2.5, 4, 0], 1.0, "bca"),  # From 4 to 2.5, to 1; 0 is 1 below it.
+        ([1, 2, 3, 4, 5], 0.0, "edcba"),
+    ],
+)
+def test_an_answer_counts_that_is_worse_by_more_than_the_gap(scores: list[float], gap: float, expected: str) -> None:
+    row = {"prompt": "Q", "answers": list("abcde"), "scores": scores}
+    assert texts(parse_row(row, ranking("scores", min_score_gap=gap))) == list(expected)
+    ends = expected[0] + expected[-1]
+    assert texts(parse_row(row, ranking("scores", min_score_gap=gap, keep="best_worst"))) == list(ends)
+
+
+def test_equal_scores_are_no_ranking() -> None:
+    with pytest.raises(TiedError, match=r"by more than data.min_score_gap \(0\): 3, 3"):
+        parse_row({"prompt": "Q", "answers": ["a", "b"], "scores": [3, 3]}, ranking("scores"))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"answers": ["a"]}, "column 'answers' has 1 answers: write a list of two or more"),
+        ({"answers": "a"}, "column 'answers' is a string: write a list of two or more"),
+        ({"answers": ["a", " "]}, "answer 2 of column 'answers' is empty or blank"),
+        ({"answers": ["a", 3]}, "answer 2 of column 'answers' is of type int: write a list of turns"),
+        ({"answers": ["a", [{"role": "user", "content": "b"}]]}, "answer 2 .* has a turn that is not the assistant's"),
+        ({"answers": ["a", "b"], "scores": [1]}, "column 'scores' has 1, beside 2 answers"),
+        ({"answers": ["a", "b"], "scores": [1, None]}, "the score of answer 2 of column 'answers' is None"),
+        (
+            {"answers": ["a", "b"], "scores": [1, float("nan")]},
+            "the score of answer 2 .* is nan: write a finite number",
+        ),
+        ({"answers": ["a", "b"], "scores": None}, "column 'scores' is null: fill it in"),
+        ({"answers": ["a", {"response": "b", "score": 1}]}, "the score of answer 1 .* is None"),
+        ({"answers": [{"text": "a", "pm": 1}, {"text": "b", "pm": 2}]}, "has answers that are objects without a score"),
+    ],
+)
+def test_a_ranking_that_cannot_be_read(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(RowError, match=message):
+        parse_row({"prompt": "Q", **row}, ranking(*(["scores"] if "scores" in row else [])))
+
+
+def test_a_gap_between_scores_needs_scores() -> None:
+    with pytest.raises(RowError, match="has no scores, which data.min_score_gap is about"):
+        parse_row({"prompt": "Q", "answers": ["a", "b"]}, ranking(min_score_gap=1.0))
+
+
+def test_columns_that_only_rankings_know_stand_in_no_other_format_s_way() -> None:
+    row = {"prompt": "Q", "chosen": "a", "rejected": "b", "scores": [1, 2], "responses": ["a", "b"]}
+    assert recognise([row]).format == "text"
+    named = recognise([row], format="ranking")
+    assert named.columns == {"prompt": "prompt", "answers": "responses", "scores": "scores"}
+    assert texts(parse_row(row, named)) == ["b", "a"]
+
+
+FORMAT_MODULE = """
+from dpo_ray.pairs.formats import Format
+from dpo_ray.types import Message, PreferencePair
+
+def parse(row):
+    answers = tuple((Message("assistant", text),) for text in row.text("chosen").split("|"))
+    return PreferencePair((Message("user", row.text("prompt")),), answers, "text")
+
+BARS = Format("two answers with a bar between", ("prompt", "chosen"), lambda row: True, parse)
+"""
+
+
+def test_a_format_of_one_s_own_by_import_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "formats_of_mine.py").write_text(FORMAT_MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    row = {"prompt": "Q", "chosen": "good|bad"}
+    reading = recognise([row], format="formats_of_mine:BARS")
+    assert texts(parse_row(row, reading)) == ["good", "bad"]
+    with pytest.raises(ConfigError, match="data.format is 'formats_of_mine:parse' is of type function"):
+        recognise([row], format="formats_of_mine:parse")
+    with pytest.raises(DataError, match="two answers with a bar between"):
+        recognise([{"prompt": "Q"}], format="formats_of_mine:BARS")

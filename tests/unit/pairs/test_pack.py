@@ -89,8 +89,7 @@ def test_rows_survive_arrow(world_size: int, ref: bool) -> None:
             flat = [part for p in expected for part in (p.pair.prompt, *p.pair.answers)]
             assert micro.tokens.tolist() == [token for part in flat for token in part]
             assert micro.lengths == [[len(p.pair.prompt), *map(len, p.pair.answers)] for p in expected]
-            assert micro.pair_index.tolist() == [i for i, p in enumerate(expected) for _ in p.pair.answers]
-            assert micro.answer_index.tolist() == [0, 1] * len(expected)
+            assert micro.num_tokens.tolist() == [len(answer) for p in expected for answer in p.pair.answers]
             if ref and expected:
                 assert micro.ref_logps is not None
                 assert micro.ref_logps.tolist() == [float(s) for p in expected for s in p.ref_logps]  # type: ignore[union-attr]
@@ -134,3 +133,38 @@ def test_ranks_have_even_work_on_real_lengths(smollm2: Path, hh_rlhf: Path, batc
         excess.append(work.max(axis=0).sum() / work.sum(axis=1).mean() - 1)
     assert np.mean(excess) < 0.05
     assert np.quantile(excess, 0.95) < 0.12
+
+
+def test_tokens_beyond_the_shortest_answer_count_less() -> None:
+    """Answers of 2 and 4 tokens, and of 3, 1 and 2."""
+    weights = pack.token_weights([[2, 4], [3, 1, 2]], 0.25)
+    assert weights.tolist() == [1, 1, 1, 1, 0.25, 0.25, 1, 0.25, 0.25, 1, 1, 0.25]
+    assert weights.dtype == np.float32
+    logps = np.array([-1, -2, -3, -4, -5, -6], np.float32)
+    assert pack.answer_sums(logps, [2, 4], 0.5).tolist() == [-3.0, -7.0 - 0.5 * 11.0]
+    assert pack.answer_sums(logps, [2, 4], 1.0).tolist() == [-3.0, -18.0]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_weights_and_margins_go_with_their_pairs(world_size: int) -> None:
+    rng = np.random.default_rng(0)
+    pairs = []
+    for index in range(9):
+        parts = [rng.integers(0, 99, rng.integers(1, 9), dtype=np.int32) for _ in range(3)]
+        pair = TokenizedPair(bytes([index]) * 16, parts[0], tuple(parts[1:]), index / 4, -float(index))
+        pairs.append(ScoredPair(pair, None))
+    by_id = {each.pair.pair_id: each.pair for each in pairs}
+    table, seen = pack.table_of(pack.rank_batches(pairs, 1, 0, world_size, pack.Costs())), list[bytes]()
+    for rank in range(world_size):
+        batch = pack.global_batch(pack.row_of(table.slice(rank, 1)), 30, pack.Costs())
+        for ids, micro in zip(batch.microbatch_pair_ids, batch.microbatches, strict=True):
+            weights = [1.0] * len(ids) if micro.weights is None else micro.weights.tolist()
+            margins = [0.0] * len(ids) if micro.margins is None else micro.margins.tolist()
+            assert weights == [by_id[pair_id].weight for pair_id in ids]
+            assert margins == [by_id[pair_id].margin for pair_id in ids]
+            seen += ids
+    assert sorted(seen) == sorted(by_id)
+    plain = [ScoredPair(TokenizedPair(p.pair.pair_id, p.pair.prompt, p.pair.answers), None) for p in pairs]
+    for row in pack.rank_batches(plain, 1, 0, world_size, pack.Costs()):
+        assert row["weights"] is row["margins"] is None
+        assert all(m.weights is m.margins is None for m in pack.global_batch(row, 30, pack.Costs()).microbatches)

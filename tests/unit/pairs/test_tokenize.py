@@ -654,3 +654,22 @@ def test_smollm2_parts_as_its_own_tokenization_does(smollm2_tokenizer: PreTraine
     whole = chatml((Message("system", SMOLLM2_SYSTEM), *pair.prompt, *pair.answers[1]))
     assert [*tokens.prompt, *tokens.answers[1]] == smollm2_tokenizer.encode(whole, add_special_tokens=False)
     assert tokens.answers[1].tolist()[-2:] == smollm2_tokenizer.encode("<|im_end|>\n", add_special_tokens=False)
+
+
+def test_what_else_the_template_is_given() -> None:
+    """As Qwen3's thinking, which its template writes in front of the answer unless it is told not to."""
+    template = CHATML.replace(
+        "<|im_start|>assistant\n' }}{% endif %}",
+        "<|im_start|>assistant\n' }}{% if enable_thinking is false %}{{ '<think></think>' }}{% endif %}{% endif %}",
+    ).replace(
+        "m['role'] + '\n' + m['content']",
+        "m['role'] + '\n' + ('<think></think>' if m['role'] == 'assistant' and enable_thinking is false else '') "
+        "+ m['content']",
+    )
+    tokenizer = byte_tokenizer(template=template)
+    pair = text_pair("Q", "good", "bad")
+    for kwargs, thought in (({}, ""), ({"enable_thinking": False}, "<think></think>")):
+        made = tokenized(PairTokenizer(tokenizer, "tokenizer", NO_LIMIT, template_kwargs=kwargs), pair).pair
+        asked = f"<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n{thought}"
+        assert tokenizer.decode(made.prompt) == asked
+        assert [tokenizer.decode(answer) for answer in made.answers] == ["good<|im_end|>\n", "bad<|im_end|>\n"]

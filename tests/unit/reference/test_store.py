@@ -50,8 +50,11 @@ def test_what_matters_misses(tmp_path: Path, tiny_model: Path) -> None:
         place(tmp_path, other),
         place(tmp_path, tiny_model, reference={"dtype": "bfloat16"}),
         open_reference_store(eager, "pairs").uri,
+        place(tmp_path, tiny_model, objective={"ld_alpha": 0.5}),
     }
-    assert len(places) == 4
+    assert len(places) == 5
+    # Scores of tokens are good for any.
+    assert place(tmp_path, tiny_model, objective={"ld_alpha": 0.1}) in places
 
 
 def test_who_waits_for_what_nobody_mends_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from dpo_ray.pairs.pack import Costs
 from dpo_ray.pairs.plan import Plan, pair_order
 from dpo_ray.pairs.tokenize import pair_id
 from dpo_ray.reference.store import ReferenceStore
-from dpo_ray.reference.versions import References, version_store
+from dpo_ray.reference.versions import References, Version, version_store
 from dpo_ray.training.feed import Feed
 from dpo_ray.types import Attempt, TokenizedPair
 
@@ -92,6 +92,26 @@ def test_scores_belong_to_their_answers(tmp_path: Path, chunks: tuple[store.Chun
         ids = [pair.pair_id for pair in store.read_chunk(str(tmp_path), chunk)]
         expected += [ids[index] for index in pair_order(5, 0, ids)]
     assert seen == expected
+
+
+def test_scores_of_tokens_become_those_of_answers(tmp_path: Path, chunks: tuple[store.Chunk, ...]) -> None:
+    """Each token of the n-th answer has -n; half counts what is beyond the shorter answer."""
+    reference = ReferenceStore(str(tmp_path / "reference"))
+    expected = {}
+    for chunk in chunks:
+        pairs = store.read_chunk(str(tmp_path), chunk)
+        made = [np.repeat(np.array([-1, -2], np.float32), list(map(len, pair.answers))) for pair in pairs]
+        reference.put(chunk, [pair.pair_id for pair in pairs], made)
+        for pair in pairs:
+            lengths = list(map(len, pair.answers))
+            expected[pair.pair_id] = [
+                -n * (min(lengths) + (k - min(lengths)) / 2) for n, k in zip((1, 2), lengths, strict=True)
+            ]
+    feed = Feed(Plan(5, chunks, 5, 5), str(tmp_path), still(reference), refuse, Costs(), ld_alpha=0.5)
+    for batch in feed.rank_batches(0, 0, 1, 60):
+        for ids, micro in zip(batch.microbatch_pair_ids, batch.microbatches, strict=True):
+            assert micro.ref_logps is not None
+            assert micro.ref_logps.tolist() == [value for i in ids for value in expected[i]]
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -174,7 +194,7 @@ def test_each_step_has_the_scores_of_its_version(tmp_path: Path, chunks: tuple[s
     start = ReferenceStore(str(tmp_path / "reference"))
     # Attempt 3 began after step 3, with what attempt 1 had made after step 2.
     references = References(start, str(tmp_path), 2, Attempt(3, 1, 3, None, 1, "test", "now", reference_attempt=1))
-    stores = {0: start, 1: version_store(str(tmp_path), 1, 1), 2: version_store(str(tmp_path), 2, 3)}
+    stores = {0: start, 1: version_store(str(tmp_path), Version(1, 1)), 2: version_store(str(tmp_path), Version(2, 3))}
     for number, each in stores.items():
         for chunk in chunks:
             ids = [pair.pair_id for pair in store.read_chunk(str(tmp_path), chunk)]

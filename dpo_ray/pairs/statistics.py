@@ -1,0 +1,143 @@
+"""What a pair store holds, in numbers: lengths, length bias, repeated prompts, and why rows were left out."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dpo_ray import storage
+from dpo_ray.pairs.store import Chunk, PairStore, read_chunk
+
+PERCENTILES = (1, 5, 25, 50, 75, 95, 99, 100)
+REASONS_SHOWN, REASON_CHARS = 20, 160
+# What differs from row to row in the reason of a reject.
+_OWN = re.compile(r"(?<!\w)'[^']*'|\"[^\"]*\"|0x[0-9a-f]+|\b\d+(\.\d+)?\b")
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """Lengths in tokens.
+
+    Attributes:
+        mean: Their mean.
+        percentiles: At `PERCENTILES`, the smallest length that so many percent do not exceed.
+        histogram: Shape (longest + 1,): how many have each length.
+    """
+
+    mean: float
+    percentiles: list[int]
+    histogram: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """What a pair store holds.
+
+    Attributes:
+        store_uri: The store.
+        counts: What became of the rows, see `store.COUNTS`.
+        lengths: Of prompts, of chosen answers and of rejected ones.
+        comparisons: Of a chosen answer with a rejected one.
+        chosen_longer: Share of the comparisons whose chosen answer has more tokens.
+        chosen_shorter: Share of them whose chosen answer has fewer.
+        more_tokens: How many tokens a chosen answer has more than a rejected one, in the mean.
+        answers: How many pairs have how many answers.
+        prompts: How many prompts there are.
+        rejects: Reason -> rows, what differs from row to row left out; the most frequent ones.
+    """
+
+    store_uri: str
+    counts: dict[str, int]
+    lengths: dict[str, Lengths]
+    comparisons: int
+    chosen_longer: float
+    chosen_shorter: float
+    more_tokens: float
+    answers: dict[int, int]
+    prompts: int
+    rejects: dict[str, int]
+
+
+def describe(pairs: PairStore, progress: Callable[[int, int], None] = lambda done, total: None) -> Statistics:
+    """Reads all chunks of a store, one at a time; of each prompt 8 bytes are kept.
+
+    Args:
+        pairs: The store; training and held-out pairs count alike.
+        progress: Told how many of the chunks are read.
+
+    Raises:
+        DataError: A chunk is missing or damaged.
+    """
+    lengths = {name: np.zeros(0, np.int64) for name in ("prompt", "chosen", "rejected")}
+    gaps, answers = np.zeros(3), Counter[int]()  # Longer, shorter, tokens more.
+    prompts, chunks = list[np.ndarray](), (*pairs.train, *pairs.eval)
+    for done, chunk in enumerate(chunks, start=1):
+        found = _lengths_of(pairs.uri, chunk)
+        for name, each in found[0].items():
+            lengths[name] = _added(lengths[name], each)
+        more = found[1]
+        gaps += ((more > 0).sum(), (more < 0).sum(), more.sum())
+        answers.update(found[2])
+        prompts.append(found[3])
+        progress(done, len(chunks))
+    comparisons = int(lengths["rejected"].sum())
+    return Statistics(
+        store_uri=pairs.uri,
+        counts=pairs.counts,
+        lengths={name: _described(histogram) for name, histogram in lengths.items()},
+        comparisons=comparisons,
+        chosen_longer=float(gaps[0] / comparisons),
+        chosen_shorter=float(gaps[1] / comparisons),
+        more_tokens=float(gaps[2] / comparisons),
+        answers=dict(sorted(answers.items())),
+        prompts=len(np.unique(np.concatenate(prompts))),
+        rejects=_rejects(pairs.uri),
+    )
+
+
+def _lengths_of(uri: str, chunk: Chunk) -> tuple[dict[str, np.ndarray], np.ndarray, list[int], np.ndarray]:
+    """Of a chunk: lengths, how much longer chosen answers are, numbers of answers, and digests of prompts."""
+    pairs = read_chunk(uri, chunk)
+    sizes = [[len(answer) for answer in pair.answers] for pair in pairs]
+    lengths = {
+        "prompt": np.array([len(pair.prompt) for pair in pairs]),
+        "chosen": np.array([size[0] for size in sizes]),
+        "rejected": np.array([other for size in sizes for other in size[1:]]),
+    }
+    more = np.array([size[0] - other for size in sizes for other in size[1:]])
+    digests = b"".join(hashlib.sha256(pair.prompt.tobytes()).digest()[:8] for pair in pairs)
+    return lengths, more, list(map(len, sizes)), np.frombuffer(digests, np.uint64)
+
+
+def _added(histogram: np.ndarray, values: np.ndarray) -> np.ndarray:
+    counted = np.bincount(values, minlength=len(histogram))
+    counted[: len(histogram)] += histogram
+    return counted
+
+
+def _described(histogram: np.ndarray) -> Lengths:
+    total, below = int(histogram.sum()), histogram.cumsum()
+    at = [int(below.searchsorted(max(1, -(-total * percent // 100)))) for percent in PERCENTILES]
+    return Lengths(float(np.arange(len(histogram)) @ histogram / total), at, histogram.tolist())
+
+
+def _rejects(uri: str) -> dict[str, int]:
+    reasons, folder = Counter[str](), storage.join(uri, "rejects")
+    for name in storage.list_names(folder):
+        for line in io.BytesIO(storage.read_bytes(storage.join(folder, name))):
+            reasons[_OWN.sub("_", json.loads(line)["reason"])[:REASON_CHARS]] += 1
+    return dict(reasons.most_common(REASONS_SHOWN))
+
+
+def bars(histogram: Sequence[int], width: int) -> list[tuple[int, int, int]]:
+    """A histogram in at most `width` bins of equal size: first length, last length, and how many, of each."""
+    size = -(-len(histogram) // width)
+    starts = range(0, len(histogram), size)
+    return [(start, min(start + size, len(histogram)) - 1, sum(histogram[start : start + size])) for start in starts]
