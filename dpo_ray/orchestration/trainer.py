@@ -313,12 +313,18 @@ def _refuse_other_pairs(config: Config, pairs: PairStore) -> None:
         return
     # Another version of this package may name the same pairs otherwise.
     known = open_store(storage.join(config.store_uri, "pairs", storage.name_of(before)))
-    if known is None or [chunk.key for chunk in known.train] != [chunk.key for chunk in pairs.train]:
+    weighted = config.data.weight_column is not None or config.data.margin_column is not None
+    if known is None or _contents(known, weighted) != _contents(pairs, weighted):
         raise ConfigError(
             f"{config.run_uri} was trained on the pairs in {before}, which are not those that the data give now: "
-            "files, tokenizer or the code that reads them have changed. Put them back as they were, or choose another name "
+            "files, tokenizer, or the code that reads them, have changed. Put them back as they were, or choose another name "
             "for a new run"
         )
+
+
+def _contents(pairs: PairStore, with_numbers: bool) -> list[str]:
+    """What is trained on, in store order: tokens, and weights and margins where there are any."""
+    return [chunk.sha256 if with_numbers else chunk.key for chunk in pairs.train]
 
 
 def _refuse_changed_config(config: Config) -> None:
