@@ -317,8 +317,8 @@ def _refuse_other_pairs(config: Config, pairs: PairStore) -> None:
     if known is None or _contents(known, weighted) != _contents(pairs, weighted):
         raise ConfigError(
             f"{config.run_uri} was trained on the pairs in {before}, which are not those that the data give now: "
-            "files, tokenizer, or the code that reads them, have changed. Put them back as they were, or choose another name "
-            "for a new run"
+            "files, tokenizer, or the code that reads them, have changed. Put them back as they were, or choose "
+            "another name for a new run"
         )
 
 
