@@ -149,3 +149,8 @@ def test_a_start_by_likelihood_comes_first(local_ray: None, tmp_path: Path, tiny
     exported.unlink()
     with pytest.raises(ConfigError, match="has begun with the model of .*run-sft, which is not there any more"):
         make_start(config)
+    # A row more makes another order of pairs, in the middle of which nobody goes on.
+    exported.write_bytes(before)
+    Path(pairs).write_text(Path(pairs).read_text() + json.dumps({"prompt": "Q", "chosen": "a", "rejected": "b"}) + "\n")
+    with pytest.raises(ConfigError, match="was trained on the pairs in .*, which are not those that the data give now"):
+        train(tiny_config(str(tmp_path), "run", tiny_model, pairs, **{**options, "train": {"max_steps": 4}}))
