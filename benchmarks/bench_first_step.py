@@ -9,6 +9,7 @@ FSDP casts for its forward pass, in the packs of its global batches. What `check
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gzip
 import json
 import tempfile
@@ -38,7 +39,11 @@ def gaps(arguments: argparse.Namespace, dtype: str) -> np.ndarray:
     with gzip.open(arguments.pairs_file, "rt") as lines:
         rows = [json.loads(line) for line in islice(lines, arguments.pairs)]
     tokenize = PairTokenizer(AutoTokenizer.from_pretrained(arguments.model), "none", Limits(512))
-    made = tokenize([parse_row(row, recognise(rows)) for row in rows])
+    reading, parsed = recognise(rows), []
+    for row in rows:
+        with contextlib.suppress(RowError):
+            parsed.append(parse_row(row, reading))
+    made = tokenize(parsed)
     pairs = [each.pair for each in made if not isinstance(each, RowError)]
     scores = Scorer(arguments.model, dtype, "packed", 8192, torch.device("cpu")).score(pairs)
     policy = sharded_policy(ModelConfig(path=arguments.model, compute_dtype=dtype), torch.device("cpu"))

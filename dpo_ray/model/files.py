@@ -22,6 +22,9 @@ from dpo_ray.errors import ConfigError
 
 # Files of a model fetched at the same time.
 DOWNLOADS = 8
+# How mixtures of experts say how many they have, and how much the loss counts that balances them.
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_AUXILIARY_LOSS = ("router_aux_loss_coef", "aux_loss_alpha", "moe_aux_loss_coeff")
 _TOKENIZER_FILES = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template", "spiece")
 
 
@@ -157,6 +160,23 @@ def check_vocabulary(uri: str, tokenizer: PreTrainedTokenizerBase) -> None:
             f"{uri}: the tokenizer has {len(tokenizer)} tokens, the model's embedding {size} rows; "
             "model.tokenizer must be the one that the model was trained with"
         )
+
+
+def refuse_auxiliary_loss(uri: str) -> None:
+    """Refuses a mixture of experts that is meant to be trained with a loss of its router: it would be left out.
+
+    Raises:
+        ConfigError: It is one.
+    """
+    config = model_config(uri).get_text_config()
+    experts = max(getattr(config, name, None) or 0 for name in _EXPERTS)
+    for name in _AUXILIARY_LOSS:
+        if experts > 1 and getattr(config, name, None):
+            raise ConfigError(
+                f"{uri}: {config.model_type} is a mixture of {experts} experts whose router has a loss of its "
+                f"own ({name}: {getattr(config, name):g}), which dpo_ray does not compute; to train without it, set {name}: "
+                "0 in the model's config.json"
+            )
 
 
 def model_config(uri: str) -> PretrainedConfig:

@@ -23,7 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from dpo_ray import storage
 from dpo_ray.config import Config
 from dpo_ray.errors import ConfigError, DpoRayError
-from dpo_ray.model.files import check_vocabulary, first_line, load_tokenizer, model_config
+from dpo_ray.model.files import check_vocabulary, first_line, load_tokenizer, model_config, refuse_auxiliary_loss
 from dpo_ray.orchestration.prepare import survey
 from dpo_ray.orchestration.resources import as_number, as_text, demands, ensure_resources, possible_nodes
 from dpo_ray.orchestration.watch import SourcePreview, Watcher
@@ -194,6 +194,11 @@ def _check_model(config: Config) -> list[Row]:
     """The policy: its weights are whole, its tokenizer loads, fits and can do what the configuration asks."""
     rows = _check_weights("model", config.model.path)
     tokenizer_uri = config.model.tokenizer or config.model.path
+    try:
+        if not any(row.level == "wrong" for row in rows):
+            refuse_auxiliary_loss(config.model.path)
+    except ConfigError as error:
+        rows.append(Row("model", config.model.path, "wrong", str(error), "as the result says"))
     try:
         tokenizer = load_tokenizer(tokenizer_uri)
         check_vocabulary(config.model.path, tokenizer)
