@@ -173,9 +173,9 @@ def refuse_auxiliary_loss(uri: str) -> None:
     for name in _AUXILIARY_LOSS:
         if experts > 1 and getattr(config, name, None):
             raise ConfigError(
-                f"{uri}: {config.model_type} is a mixture of {experts} experts whose router has a loss of its "
-                f"own ({name}: {getattr(config, name):g}), which dpo_ray does not compute; to train without it, set {name}: "
-                "0 in the model's config.json"
+                f"{uri}: {config.model_type} is a mixture of {experts} experts whose router has a loss of its own "
+                f"({name}: {getattr(config, name):g}), which dpo_ray does not compute; to train without it, set "
+                f"{name}: 0 in the model's config.json"
             )
 
 
