@@ -90,6 +90,22 @@ def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def pairs(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Makes pairs of the model's own answers: samples, has a judge score them, writes rows to train on.
+
+    Example: dpo-ray pairs my-run.yaml --set pairs.prompts='[prompts.jsonl]' --set pairs.judge=models/reward
+    """
+    from dpo_ray.display import ProgressBar
+    from dpo_ray.orchestration.pairs_job import make_pairs
+
+    parsed = configuration.load_config(config, overrides)
+    with ProgressBar(console) as watcher:
+        made = make_pairs(parsed, watcher)
+    console.print(f"{made.rows:,} rows of {made.prompts:,} prompts; {made.without:,} had no two answers that ended")
+    console.print(f"pairs  {made.uri}/*.jsonl")
+
+
+@app.command()
 def data(
     config: ConfigPath,
     as_json: Annotated[bool, typer.Option("--json", help="Prints the numbers as JSON, whole histograms too.")] = False,

@@ -485,6 +485,33 @@ class SftConfig(Section):
         return self
 
 
+class PairsConfig(Section):
+    """`dpo-ray pairs`: pairs of the model's own answers, ranked by a judge."""
+
+    prompts: list[Uri] = Field(
+        [], description="files of prompts, a column prompt of texts or turns, named as data.train"
+    )
+    answers: int = Field(4, ge=2, description="answers sampled for each prompt")
+    max_new_tokens: PositiveInt = Field(256, description="longer answers have not come to an end and are left out")
+    temperature: PositiveFloat = Field(1.0, description="of the sampling")
+    top_p: float = Field(1.0, gt=0.0, le=1.0, description="share of the probability that tokens are drawn from")
+    label: Literal["reward_model", "log_ratio"] = Field(
+        "reward_model",
+        description="reward_model: the judge is a sequence classification model with one output; log_ratio: another "
+        "language model, and an answer's score log pi_model - log pi_judge",
+    )
+    judge: Uri | None = Field(None, description="transformers directory of the judge")
+    choose: Literal["all", "best_worst", "bradley_terry"] = Field(
+        "all",
+        description="all: rankings with scores; best_worst: these two; bradley_terry: two at random, of which one wins "
+        "with probability sigma(difference of scores)",
+    )
+    prompts_per_part: PositiveInt = Field(64, description="prompts of a part, which is made as a whole or not at all")
+    actors: PositiveInt = Field(1, description="copies of model and judge")
+    cpus_per_actor: PositiveFloat = Field(1.0, description="CPUs of one of them")
+    gpus_per_actor: float = Field(0.0, ge=0.0, le=1.0, description="GPU of one of them, or a share of one")
+
+
 class OptimizerConfig(Section):
     """The update."""
 
@@ -639,6 +666,7 @@ class Config(Section):
     recovery: RecoveryConfig = RecoveryConfig()
     checks: ChecksConfig = ChecksConfig()
     tracking: TrackingConfig = TrackingConfig()
+    pairs: PairsConfig = PairsConfig()
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Config:
@@ -834,6 +862,7 @@ MAY_CHANGE = (
     "recovery",
     "checks",
     "tracking",
+    "pairs",
     "adapter.merge",
     "reference.place",
     "reference.replicas",

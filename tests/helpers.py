@@ -30,13 +30,13 @@ def write_pairs(path: Path, num: int, held_out: bool = False) -> str:
     return str(path)
 
 
-def tiny_config(storage_path: str, name: str, model: Path, pairs: str, **sections: dict[str, Any]) -> Config:
+def tiny_config(storage_path: str, name: str, model: Path, pairs_file: str, **sections: dict[str, Any]) -> Config:
     """A float32 run of 20 steps on the tiny model; `sections` override keys."""
     raw: dict[str, Any] = {
         "name": name,
         "storage_path": storage_path,
         "model": {"path": str(model), "compute_dtype": "float32"},
-        "data": {"train": [pairs], "eval_fraction": 0.1},
+        "data": {"train": [pairs_file], "eval_fraction": 0.1},
         "optimizer": {"learning_rate": 1e-3, "warmup_steps": 4},
         "train": {
             "global_batch_pairs": 12,

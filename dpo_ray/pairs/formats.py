@@ -197,6 +197,12 @@ def recognise(
     return reading
 
 
+def prompt_column(row: Mapping[str, Any]) -> str:
+    """The column of a row's prompt, by the usual names."""
+    names = _NAMES["prompt"]
+    return next((name for name in names if row.get(name) is not None), names[0])
+
+
 def format_named(name: str) -> Format:
     """An entry of `FORMATS`, or a `Format` of one's own as `module:name`.
 

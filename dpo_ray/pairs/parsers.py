@@ -108,7 +108,8 @@ def _strings(row: Fields, *roles: Role) -> bool:
     return all(isinstance(row.get(role), str) for role in roles)
 
 
-def _prompt_turns(row: Fields) -> tuple[Message, ...]:
+def prompt_turns(row: Fields) -> tuple[Message, ...]:
+    """The turns of a prompt that is a text or a list of turns. Raises RowError."""
     value = row.need("prompt")
     reference = row.optional_text("input")
     if isinstance(value, str):
@@ -154,7 +155,7 @@ def is_text(row: Fields) -> bool:
 
 
 def _text_pair(row: Fields, chosen: str, rejected: str) -> PreferencePair:
-    prompt = _with_system(row, _prompt_turns(row))
+    prompt = _with_system(row, prompt_turns(row))
     answers = (_string_answer(row, "chosen", chosen), _string_answer(row, "rejected", rejected))
     return PreferencePair(prompt, answers, "text" if len(prompt) == 1 else "messages")
 
@@ -195,7 +196,7 @@ def is_messages(row: Fields) -> bool:
 
 def parse_messages(row: Fields) -> PreferencePair:
     """A prompt of turns or text, and answers of turns with or without it, or of text. Raises RowError."""
-    prompt = _prompt_turns(row)
+    prompt = prompt_turns(row)
     if prompt[-1].role == "assistant":
         raise RowError(
             f"{row.where('prompt')} ends with an assistant turn: end it with the turn that is answered, and put what "
@@ -281,7 +282,7 @@ def parse_several_rejected(row: Fields) -> PreferencePair:
 
 
 def _several(row: Fields, answers: Sequence[tuple[Message, ...]]) -> PreferencePair:
-    prompt = _with_system(row, _prompt_turns(row))
+    prompt = _with_system(row, prompt_turns(row))
     if prompt[-1].role == "assistant":
         raise RowError(f"{row.where('prompt')} ends with an assistant turn: end it with the turn that is answered")
     plain = len(prompt) == 1 and prompt[0].role == "user" and all(len(answer) == 1 for answer in answers)

@@ -1,0 +1,154 @@
+"""Answers of a model to prompts, and what a judge says of them: the model's part of `dpo-ray pairs`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForSequenceClassification, GenerationConfig, PreTrainedTokenizerBase
+
+from dpo_ray.errors import ConfigError
+from dpo_ray.model.files import first_line, load_tokenizer, localize
+from dpo_ray.model.forward import with_token_scores
+from dpo_ray.model.load import DTYPES, load_pretrained
+
+Turns = Sequence[Mapping[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """An answer that has come to its end.
+
+    Attributes:
+        text: Without special tokens.
+        prompt: Token ids of the prompt that it answers.
+        tokens: Its own, with the end of the turn.
+    """
+
+    text: str
+    prompt: np.ndarray
+    tokens: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """How turns become text.
+
+    Attributes:
+        tokenizer: Whose template it is.
+        kwargs: What that is given besides turns; None: turns are joined as they stand.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    kwargs: Mapping[str, Any] | None
+
+    def text(self, turns: Turns, ask: bool) -> str:
+        """The turns' text; with `ask` it ends where an answer begins."""
+        if self.kwargs is None:
+            return "".join(turn["content"] for turn in turns)
+        made = self.tokenizer.apply_chat_template(
+            [dict(turn) for turn in turns], tokenize=False, add_generation_prompt=ask, **self.kwargs
+        )
+        return str(made)
+
+
+class Sampler:
+    """A causal language model that answers."""
+
+    def __init__(
+        self, path: str, template: Template, dtype: str, device: torch.device, options: Mapping[str, Any]
+    ) -> None:
+        """Loads the model.
+
+        Args:
+            path: transformers directory.
+            template: For prompts.
+            dtype: Of the weights.
+            device: Where it computes.
+            options: Of transformers' `GenerationConfig`.
+        """
+        model = load_pretrained(path, dtype, "sdpa").to(device).eval()
+        self.model = with_token_scores(model.requires_grad_(False), device)
+        self._template, tokenizer = template, template.tokenizer
+        own: Any = model.generation_config
+        ends = own.eos_token_id if own is not None and own.eos_token_id is not None else tokenizer.eos_token_id
+        self._ends = set(ends if isinstance(ends, list) else [ends])
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token_id = min(self._ends)
+        self._generation = GenerationConfig(
+            do_sample=True, top_k=0, eos_token_id=sorted(self._ends), pad_token_id=tokenizer.pad_token_id, **options
+        )
+
+    @torch.inference_mode()
+    def answers(self, prompts: Sequence[Turns], seed: int) -> list[list[Sampled]]:
+        """Answers that have come to an end and differ, per prompt; the same for the same seed and prompts.
+
+        Args:
+            prompts: Answered together.
+            seed: Of PyTorch's generators.
+        """
+        torch.manual_seed(seed)
+        texts, tokenizer = [self._template.text(turns, ask=True) for turns in prompts], self._template.tokenizer
+        own = self._template.kwargs is None  # A template writes its special tokens itself.
+        inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=own)
+        inputs = inputs.to(self.model.device)
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        made: Any = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=self._generation)
+        each = made[:, ids.shape[1] :].view(len(prompts), -1, made.shape[1] - ids.shape[1]).cpu().numpy()
+        asked = [row[kept.bool()].cpu().numpy() for row, kept in zip(ids, mask, strict=True)]
+        return [self._finished(prompt, rows) for prompt, rows in zip(asked, each, strict=True)]
+
+    def _finished(self, prompt: np.ndarray, rows: np.ndarray) -> list[Sampled]:
+        found: dict[str, Sampled] = {}
+        for row in rows:
+            ends = np.flatnonzero(np.isin(row, list(self._ends)))
+            if len(ends):
+                tokens = row[: ends[0] + 1]
+                text = str(self._template.tokenizer.decode(tokens, skip_special_tokens=True))
+                if text.strip():
+                    found.setdefault(text, Sampled(text, prompt.astype(np.int32), tokens.astype(np.int32)))
+        return list(found.values())
+
+
+class RewardModel:
+    """A sequence classification model with one output."""
+
+    def __init__(self, path: str, dtype: str, device: torch.device) -> None:
+        """Loads it, and its own tokenizer.
+
+        Raises:
+            ConfigError: It cannot be loaded, or has more than one output.
+        """
+        tokenizer = load_tokenizer(path)
+        # Without a template of its own it reads prompt and answer one after the other.
+        self._template = Template(tokenizer, None if tokenizer.chat_template is None else {})
+        try:
+            model = AutoModelForSequenceClassification.from_pretrained(
+                localize(path), dtype=DTYPES[dtype], use_safetensors=True
+            )
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise ConfigError(f"{path}: cannot load a sequence classification model: {first_line(error)}") from None
+        if model.config.num_labels != 1:
+            raise ConfigError(
+                f"{path}: a reward model has one output, this model has {model.config.num_labels}: name another one as "
+                "pairs.judge"
+            )
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token_id = tokenizer.eos_token_id
+        model.config.pad_token_id = tokenizer.pad_token_id
+        self._model = model.to(device).eval()
+
+    @torch.inference_mode()
+    def scores(self, prompt: Turns, answers: Sequence[Sampled]) -> list[float]:
+        """The reward of each answer."""
+        turns = [[*prompt, {"role": "assistant", "content": answer.text}] for answer in answers]
+        texts = [self._template.text(each, ask=False) for each in turns]
+        own = self._template.kwargs is None
+        inputs = self._template.tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=own)
+        inputs = inputs.to(self._model.device)
+        logits = self._model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+        return [float(score) for score in logits[:, 0]]
