@@ -366,6 +366,8 @@ def test_the_policy_is_its_own_reference(local_ray: None, tmp_path: Path, tiny_m
     assert beside.eval_metrics["eval_loss"] == pytest.approx(result.eval_metrics["eval_loss"], abs=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.faults
 def test_damaged_scores_are_made_again(local_ray: None, tmp_path: Path, tiny_model: Path, pairs_file: str) -> None:
     """Where all are there, the stream finds the damaged ones for the next attempt."""
     whole_run = train(config_of(tmp_path, "whole", tiny_model, pairs_file))
