@@ -25,4 +25,5 @@ def shared_cluster() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("RAY_ADDRESS", cluster.address)
         yield
+    ray.shutdown()
     cluster.shutdown()

@@ -239,6 +239,7 @@ def compiled(rank: int, world: int, model: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.faults  # By its length.
 def test_a_compiled_adapter(tmp_path: Path, tiny_model: Path) -> None:
     run_ranks(compiled, 1, tmp_path, str(tiny_model))
 

@@ -76,15 +76,12 @@ def plain_loop(model: Path, batches: list[list[TokenizedPair]]) -> Iterator[tupl
                     own.copy_(ALPHA * followed + (1 - ALPHA) * own)
 
 
-@pytest.mark.slow
-def test_losses_of_a_plain_loop(local_ray: None, tmp_path: Path, tiny_model: Path, pairs_file: str) -> None:
-    """Eight steps, two moves: at once, and in two parts."""
-    config = config_of(tmp_path, "run", tiny_model, pairs_file)
-    result = train(config)
+def plain_numbers(tmp_path: Path, tiny_model: Path, run: Path) -> tuple[list[float], dict[int, float]]:
+    """The losses of the plain loop over the pairs of a run's ledger, and its evaluations."""
     store = open_store(str(next((tmp_path / "storage" / "store" / "pairs").rglob("manifest.json")).parent))
     assert store is not None
     pair_of = {pair.pair_id.hex(): pair for c in (*store.train, *store.eval) for pair in read_chunk(store.uri, c)}
-    ledger = read_lines(Path(result.run_uri) / "ledger.jsonl")
+    ledger = read_lines(run / "ledger.jsonl")
     batches = [[pair_of[pair_id] for pair_id in entry["pair_ids"]] for entry in ledger]
     held_out = [pair for chunk in store.eval for pair in read_chunk(store.uri, chunk)]
     expected, evaluations = [], {}
@@ -97,20 +94,33 @@ def test_losses_of_a_plain_loop(local_ray: None, tmp_path: Path, tiny_model: Pat
                 evaluations[step] = float(mean_loss(policy, reference, held_out))
         # That agreement is with a reference that has moved: one that stands still gives other numbers.
         assert abs(float(mean_loss(policy, start, held_out)) - evaluations[STEPS]) > 1e-3
+    return expected, evaluations
+
+
+@pytest.mark.slow
+def test_losses_of_a_plain_loop(local_ray: None, tmp_path: Path, tiny_model: Path, pairs_file: str) -> None:
+    """Eight steps, two moves."""
+    result = train(config_of(tmp_path, "run", tiny_model, pairs_file))
+    expected, evaluations = plain_numbers(tmp_path, tiny_model, Path(result.run_uri))
     lines = read_lines(Path(result.run_uri) / "metrics.jsonl")
     losses = [line["loss"] for line in lines if "loss" in line]
     assert losses == pytest.approx(expected, abs=1e-5)
     found = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
     assert found == pytest.approx(evaluations, abs=1e-5)
 
-    # In two parts, the second with two workers and a replica over two devices: what the first has scored for the
-    # version in force is not scored again.
+
+@pytest.mark.slow
+@pytest.mark.faults
+def test_losses_in_two_parts(local_ray: None, tmp_path: Path, tiny_model: Path, pairs_file: str) -> None:
+    """The second with two workers and a replica over two devices: what the first has scored for the version in force is
+    not scored again."""
     run, written = str(tmp_path / "storage" / "parts"), dict[Path, int]()
     wide = {"scaling": {"workers": 2}, "reference": {"devices_per_replica": 2}}
     for sections in ({"train": {"max_steps": 4}}, wide):
         train(config_of(tmp_path, "parts", tiny_model, pairs_file, **sections))
         assert all(path.stat().st_mtime_ns == at for path, at in written.items())
         written |= {path: path.stat().st_mtime_ns for path in Path(run, "reference").rglob("*.parquet")}
+    expected, _ = plain_numbers(tmp_path, tiny_model, Path(run))
     assert [line["loss"] for line in steps_of(Path(run))] == pytest.approx(expected, abs=1e-5)
     stores = sorted(path.name for path in Path(run, "reference").iterdir())
     assert stores == ["version-000001-attempt-0000", "version-000002-attempt-0001"]
