@@ -142,16 +142,16 @@ def write(folder: Path, rows: list[Row], suffix: str = ".jsonl") -> Path:
 Prepared = tuple[dict[bytes, tuple[str, ...]], str]
 
 
-def config_of(folder: Path, model: Path, pairs: Path, columns: dict[str, str] | None) -> Config:
-    sections: dict[str, Any] = {"data": {"eval_fraction": 0.0}, "train": {"eval_every_steps": None}}
+def config_of(folder: Path, model: Path, pairs: Path, columns: dict[str, str] | None, **data: Any) -> Config:
+    sections: dict[str, Any] = {"data": {"eval_fraction": 0.0, **data}, "train": {"eval_every_steps": None}}
     if columns:
         sections["data"]["columns"] = columns
     return tiny_config(str(folder / "s"), "run", model, str(pairs), **sections)
 
 
-def prepared(folder: Path, model: Path, pairs: Path, columns: dict[str, str] | None = None) -> Prepared:
+def prepared(folder: Path, model: Path, pairs: Path, columns: dict[str, str] | None = None, **data: Any) -> Prepared:
     """Runs `dpo-ray prepare`; returns prompt and answers by content id, decoded, and what was shown."""
-    (folder / "run.yaml").write_text(to_yaml(config_of(folder, model, pairs, columns)))
+    (folder / "run.yaml").write_text(to_yaml(config_of(folder, model, pairs, columns, **data)))
     done = dpo_ray_command("prepare", str(folder / "run.yaml"))
     assert done.returncode == 0, done.stdout + done.stderr
     return in_store(folder, model), " ".join(done.stdout.split())
@@ -236,7 +236,7 @@ def test_pre_tokenized_rows(tmp_path: Path, tiny_model: Path, shared_cluster: No
 def test_texts_that_begin_alike(tmp_path: Path, tiny_model: Path, shared_cluster: None) -> None:
     """Without a template: the common beginning, up to the end of a word, is the prompt."""
     rows = [{"chosen": f"Q: {p}\nA: it is {c}", "rejected": f"Q: {p}\nA: it is {r}"} for p, c, r in FACTS]
-    found, shown = prepared(tmp_path, tiny_model, write(tmp_path, rows), "data.chat_template=none")
+    found, shown = prepared(tmp_path, tiny_model, write(tmp_path, rows), chat_template="none")
     end = AutoTokenizer.from_pretrained(tiny_model).eos_token
     texts = {(prompt + chosen, prompt + rejected) for prompt, chosen, rejected in found.values()}
     assert texts == {(row["chosen"] + end, row["rejected"] + end) for row in rows}
