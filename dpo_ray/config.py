@@ -339,6 +339,17 @@ class ReferenceConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _none_has_no_options(self) -> ReferenceConfig:
+        if self.place == "none":
+            for name, field in type(self).model_fields.items():
+                if name != "place" and getattr(self, name) != field.default:
+                    raise ValueError(
+                        f"reference.{name} is {getattr(self, name)!r}, which does nothing with reference.place: none: "
+                        f"leave reference.{name} out"
+                    )
+        return self
+
+    @model_validator(mode="after")
     def _devices_agree(self) -> ReferenceConfig:
         if self.least_replicas > self.most_replicas:
             raise ValueError(f"reference.replicas: min is {self.least_replicas}, more than max ({self.most_replicas})")

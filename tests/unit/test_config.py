@@ -74,6 +74,10 @@ def with_values(**sections: dict[str, Any]) -> dict[str, Any]:
             "reference.path is '/other', but with sft.epochs: 1 the policy starts from a model that this run makes",
         ),
         (with_values(data={"chat_template_kwargs": {"day": {1}}}), "is not JSON serializable; write texts, numbers"),
+        (
+            with_values(objective={"loss": "sft"}, reference={"place": "none", "replicas": 3}),
+            "reference.replicas is 3, which does nothing with reference.place: none",
+        ),
         (with_values(sft={"learning_rate": 1e-4}), "sft.learning_rate is 0.0001, which does nothing without sft.epo"),
         (with_values(sft={"epochs": 1}, objective={"loss": "sft"}), "sft.epochs is 1, but objective.loss is sft"),
         (with_values(objective={"f_divergence": "alpha"}), r"f_alpha is null: set it in \(0, 1\)"),
