@@ -59,5 +59,7 @@ def test_gradient_of_dpo(kind: str, request: pytest.FixtureRequest) -> None:
         for name, parameter in model.named_parameters():
             expected[name] -= weight * parameter.grad
     scale = max(float(gradient.abs().max()) for gradient in expected.values())
+    # Thirty layers in float32 round more than two.
+    tolerance = (1e-5 if kind == "tiny" else 2e-4) * scale
     for name, gradient in found.items():
-        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5 * scale, msg=name)
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=tolerance, msg=name)
