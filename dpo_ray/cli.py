@@ -93,7 +93,7 @@ def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
 def pairs(config: ConfigPath, overrides: Overrides = None) -> None:
     """Makes pairs of the model's own answers: samples, has a judge score them, writes rows to train on.
 
-    Example: dpo-ray pairs my-run.yaml --set pairs.prompts='[prompts.jsonl]' --set pairs.judge=models/reward
+    Example: dpo-ray pairs my-run.yaml --set pairs.choose=best_worst
     """
     from dpo_ray.display import ProgressBar
     from dpo_ray.orchestration.pairs_job import make_pairs

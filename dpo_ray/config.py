@@ -67,6 +67,18 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
+def _refuse_set(section: Section, but: str, prefix: str, why: str) -> None:
+    """Refuses whatever is set in a section, but for one key.
+
+    Raises:
+        ValueError: Something is.
+    """
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if name != but and value != field.default:
+            raise ValueError(f"{prefix}.{name} is {value!r}, which {why} leave {prefix}.{name} out")
+
+
 class ModelConfig(Section):
     """The policy, and its start."""
 
@@ -141,13 +153,7 @@ class AdapterConfig(Section):
     @model_validator(mode="after")
     def _nothing_without_a_rank(self) -> AdapterConfig:
         if self.rank is None:
-            for name in ("alpha", "target_modules", "merge"):
-                value = getattr(self, name)
-                if value != type(self).model_fields[name].default:
-                    raise ValueError(
-                        f"adapter.{name} is {value!r}, which does nothing without adapter.rank: set that, e.g. to 16, "
-                        f"or leave adapter.{name} out"
-                    )
+            _refuse_set(self, "rank", "adapter", "does nothing without adapter.rank: set that, e.g. to 16, or")
         return self
 
 
@@ -341,12 +347,7 @@ class ReferenceConfig(Section):
     @model_validator(mode="after")
     def _none_has_no_options(self) -> ReferenceConfig:
         if self.place == "none":
-            for name, field in type(self).model_fields.items():
-                if name != "place" and getattr(self, name) != field.default:
-                    raise ValueError(
-                        f"reference.{name} is {getattr(self, name)!r}, which does nothing with reference.place: none: "
-                        f"leave reference.{name} out"
-                    )
+            _refuse_set(self, "place", "reference", "does nothing with reference.place: none:")
         return self
 
     @model_validator(mode="after")
@@ -486,13 +487,8 @@ class SftConfig(Section):
 
     @model_validator(mode="after")
     def _nothing_without_epochs(self) -> SftConfig:
-        for name in ("max_steps", "learning_rate"):
-            value = getattr(self, name)
-            if self.epochs is None and value != type(self).model_fields[name].default:
-                raise ValueError(
-                    f"sft.{name} is {value!r}, which does nothing without sft.epochs: set that, e.g. to 1, or leave "
-                    f"sft.{name} out"
-                )
+        if self.epochs is None:
+            _refuse_set(self, "epochs", "sft", "does nothing without sft.epochs: set that, e.g. to 1, or")
         return self
 
 

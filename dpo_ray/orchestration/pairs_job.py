@@ -26,6 +26,7 @@ from dpo_ray.orchestration.trainer import final_errors, start_ray
 from dpo_ray.orchestration.watch import Watcher
 from dpo_ray.pairs.formats import prompt_column
 from dpo_ray.pairs.parsers import Fields, prompt_turns
+from dpo_ray.pairs.render import require_chat_template
 from dpo_ray.pairs.tokenize import tokenizer_digest
 
 ANSWERED_TOGETHER = 8
@@ -131,8 +132,8 @@ def _settle(config: Config, uri: str, prompts: Sequence[Any]) -> None:
     assert judge is not None
     digests = storage.join(config.store_uri, "digests")
     tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
-    if config.data.chat_template == "tokenizer" and tokenizer.chat_template is None:
-        raise ConfigError("data.chat_template is tokenizer, but the tokenizer has none: set data.chat_template: none")
+    if config.data.chat_template == "tokenizer":
+        require_chat_template(tokenizer)
     if options.label == "log_ratio" and tokenizer_digest(load_tokenizer(judge)) != tokenizer_digest(tokenizer):
         raise ConfigError(
             f"pairs.judge: {judge} has another tokenizer than the model: log-probabilities of the same tokens are "

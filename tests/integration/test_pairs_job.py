@@ -12,13 +12,12 @@ from helpers import plain_logps, read_lines, tiny_config
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
 )
 
 from dpo_ray.config import Config
-from dpo_ray.demo_data import byte_tokenizer
+from dpo_ray.demo_data import byte_tokenizer, tiny_llama_config
 from dpo_ray.errors import ConfigError, DataError
 from dpo_ray.orchestration.pairs_job import _Part, make_pairs
 from dpo_ray.orchestration.prepare import prepare
@@ -34,18 +33,8 @@ def judges(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     tokenizer, made = byte_tokenizer(), {}
     for seed, name in enumerate(("policy", "reward_model", "log_ratio")):
         torch.manual_seed(seed)
-        config = LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            initializer_range=0.1,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            num_labels=1,
-        )
+        config = tiny_llama_config(len(tokenizer), hidden_size=32, num_heads=2)
+        config.initializer_range, config.num_labels = 0.1, 1
         model = LlamaForSequenceClassification(config) if name == "reward_model" else LlamaForCausalLM(config)
         made[name] = tmp_path_factory.mktemp(name)
         model.save_pretrained(made[name])
@@ -56,8 +45,8 @@ def judges(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def config_of(tmp_path: Path, judges: dict[str, Path], **pairs: Any) -> Config:
     prompts = tmp_path / "prompts.jsonl"
     if not prompts.exists():
-        rows = [{"prompt": f"Say {number}."} for number in range(PROMPTS - 1)]
-        rows.append({"prompt": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]})  # type: ignore[dict-item]
+        turns = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
+        rows = [{"prompt": prompt} for prompt in (*(f"Say {number}." for number in range(PROMPTS - 1)), turns)]
         prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     label = pairs.get("label", "reward_model")
     options = {"prompts": [str(prompts)], "judge": str(judges[label]), "max_new_tokens": 600, "answers": 3}
