@@ -49,6 +49,7 @@ def _absolute(uri: str) -> str:
 
 
 Uri = Annotated[str, AfterValidator(_absolute)]
+_SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 # A label's value, its name, and the name's prefix, as Ray and Kubernetes have them.
 _LABEL = re.compile(r"[a-zA-Z0-9]([a-zA-Z0-9_.-]{0,61}[a-zA-Z0-9])?")
 
@@ -160,11 +161,16 @@ class AdapterConfig(Section):
 class DataConfig(Section):
     """Preference pairs."""
 
-    train: list[Uri] = Field(
-        min_length=1,
-        description="files, folders or globs, local or of any fsspec URI: .jsonl, .jsonl.gz, .jsonl.zst, .parquet",
+    train: list[Uri] | dict[Uri, PositiveFloat] = Field(
+        description="files, folders or globs, local or of any fsspec URI: .jsonl, .jsonl.gz, .jsonl.zst, .parquet; or "
+        "a mixture, e.g. {a.jsonl: 1.0, b/: 0.5, c/: 2.0}: how often an epoch takes each one's pairs, half of them "
+        "being another half in the next epoch",
     )
-    eval: list[Uri] = Field([], description="held-out pairs, in the same forms")
+    eval: list[Uri] | dict[str, list[Uri]] = Field(
+        [],
+        description="held-out pairs, in the same forms; or several sets by name, e.g. {helpful: [a.jsonl], safe: "
+        "[b/]}, which have metrics of their own besides those of all together",
+    )
     eval_fraction: float = Field(
         0.0, ge=0.0, lt=1.0, description="share of the training pairs held out, chosen by content id, instead of eval"
     )
@@ -219,6 +225,57 @@ class DataConfig(Section):
     max_reject_fraction: float = Field(
         0.01, ge=0.0, le=1.0, description="stop when more than this share of the rows cannot become a pair"
     )
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _files_or_mixture(cls, value: Any) -> Any:
+        if not value or not isinstance(value, list | dict) or not all(isinstance(name, str) for name in value):
+            raise ValueError(
+                f"data.train is {value!r}: write a list of files, or files with weights such as "
+                "{a.jsonl: 1.0, b.jsonl: 0.5}"
+            )
+        for name, weight in value.items() if isinstance(value, dict) else ():
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+                raise ValueError(f"data.train gives {name} the weight {weight!r}: write a number above 0, e.g. 0.5")
+        if len(set(map(_absolute, value))) < len(value):
+            raise ValueError(f"data.train names a place twice: {', '.join(value)}; name it once")
+        return value
+
+    @field_validator("eval", mode="before")
+    @classmethod
+    def _files_or_sets(cls, value: Any) -> Any:
+        sets = value if isinstance(value, dict) else {"all": value}
+        for name, files in sets.items():
+            if not isinstance(name, str) or not _SET_NAME.fullmatch(name):
+                raise ValueError(
+                    f"data.eval: {name!r} cannot be the name of a set: write letters, digits, _ and -, for it becomes "
+                    "part of the names of metrics"
+                )
+            if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
+                raise ValueError(
+                    f"data.eval is {value!r}: write a list of files, or such lists by name, e.g. "
+                    "{helpful: [a.jsonl], safe: [b.jsonl]}"
+                )
+            if isinstance(value, dict) and not files:
+                raise ValueError(f"data.eval: the set {name} has no files: name some, or leave it out")
+        return value
+
+    @property
+    def eval_sets(self) -> tuple[str, ...]:
+        """The names of the held-out sets, in order; of the only one, where it has none, the empty text."""
+        return tuple(sorted(self.eval)) if isinstance(self.eval, dict) else ("",)
+
+    @property
+    def sources(self) -> tuple[tuple[str, str], ...]:
+        """Every entry of `train` and `eval`, with the part of the pair store that it goes to (see `chunk_name`)."""
+        train = [("train", entry) for entry in self.train]
+        if isinstance(self.train, dict):
+            train = [(f"train.{number}", entry) for number, entry in enumerate(sorted(self.train))]
+        if isinstance(self.eval, dict):
+            parts = [(f"eval.{number}", self.eval[name]) for number, name in enumerate(sorted(self.eval))]
+        else:
+            parts = [("eval", self.eval)]
+        return (*train, *((part, entry) for part, entries in parts for entry in entries))
 
     @model_validator(mode="after")
     def _kwargs_reach_a_template(self) -> DataConfig:
@@ -474,6 +531,11 @@ class ObjectiveConfig(Section):
     def needs_reference(self) -> bool:
         """Whether some loss uses reference scores."""
         return any(loss_named(name).needs_reference for name in self.shares)
+
+    @property
+    def chosen_only(self) -> bool:
+        """Whether no loss looks at a rejected answer."""
+        return all(loss_named(name).chosen_only for name in self.shares)
 
 
 class SftConfig(Section):
@@ -736,9 +798,10 @@ class Config(Section):
                 f"train.keep_best is {self.train.keep_best}, but objective.loss: {self.objective.name} has no "
                 "reference and so no rewards: use keep_best: eval_loss"
             )
-        if self.sft.epochs and self.objective.shares.keys() == {"sft"}:
+        if self.sft.epochs and self.objective.chosen_only:
             raise ValueError(
-                f"sft.epochs is {self.sft.epochs}, but objective.loss is sft already: leave one of them out"
+                f"sft.epochs is {self.sft.epochs}, but objective.loss: {self.objective.name} is such a start already: "
+                "leave one of them out"
             )
         self._check_margins()
         self._check_start()

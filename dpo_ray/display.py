@@ -111,8 +111,8 @@ class ProgressBar(Watcher):
             if not self._console.is_terminal and (self._due("training", line["step"], total) or line["step"] == 1):
                 self._console.print(f"step {count}  {_brief(line)}")
         elif "eval_loss" in line:
-            held_out = {name.removeprefix("eval_"): value for name, value in line.items()}
-            self._console.print(f"held-out pairs after step {line['step']}: {_brief(held_out)}")
+            for held_out, metrics in _by_set(line).items():
+                self._console.print(f"{held_out} after step {line['step']}: {_brief(metrics)}")
 
     def _bar(self, what: str, total: int) -> TaskID:
         if what not in self._tasks:
@@ -220,15 +220,27 @@ def _brief(line: dict[str, Any]) -> str:
     return "  ".join(parts)
 
 
+def _by_set(evaluation: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """The metrics of an evaluation, of all held-out pairs and of each set that has a name, without prefixes."""
+    names = [key.removeprefix("eval_").removesuffix("_loss") for key in evaluation if key.endswith("_loss")]
+    prefixes = {"held-out pairs": "eval_"} | {name: f"eval_{name}_" for name in names if name != "loss"}
+    return {
+        shown: {key.removeprefix(prefix): value for key, value in evaluation.items() if key.startswith(prefix)}
+        for shown, prefix in prefixes.items()
+    }
+
+
 def closing_table(result: Result) -> Table:
     """The last training step and the last evaluation side by side."""
     table = Table(title=f"{result.steps} steps done")
     table.add_column("")
     table.add_column("last step", justify="right")
-    table.add_column("held-out pairs", justify="right")
+    sets = _by_set(result.eval_metrics)
+    for shown in sets:
+        table.add_column(shown, justify="right")
     for name in CLOSING_ROWS:
-        if name in result.metrics:
-            table.add_row(name, _number(result.metrics[name]), _number(result.eval_metrics.get(f"eval_{name}")))
+        if name in result.metrics or name in sets["held-out pairs"]:
+            table.add_row(name, *(_number(each.get(name)) for each in (result.metrics, *sets.values())))
     if result.reference:
         table.caption = reference_caption(result.reference)
         table.caption_justify = "left"

@@ -205,14 +205,15 @@ class WorkerContext:
         device: Where this rank computes.
         attempt: The checkpoint and position to start from.
         batches: From the tokens of a microbatch, this rank's part of each global batch from the attempt's position on.
-        eval_batches: Likewise of the held-out split, after a step.
+        eval_sets: The names of the held-out sets; of the only one, where it has none, the empty text.
+        eval_batches: From such a name, a step and the tokens of a microbatch, this rank's part of the set's batches.
         publish: Called on rank 0 with each line of metrics.
         control: What the loop says of its progress, and hears.
         fence: Raises when another attempt has begun: called before anything durable is written.
         total_steps: Where training ends.
         steps_per_epoch: Global batches of one epoch.
         sources: Where the pairs of a step come from, by id, for people to read.
-        feeds: What is behind `batches` and `eval_batches`: see `training.feed`.
+        feeds: What is behind `batches` and, by set, `eval_batches`: see `training.feed`.
     """
 
     rank: int
@@ -220,7 +221,8 @@ class WorkerContext:
     device: torch.device
     attempt: Attempt
     batches: Callable[[int], Iterator[GlobalBatch]]
-    eval_batches: Callable[[int, int], Iterator[GlobalBatch]]
+    eval_sets: tuple[str, ...]
+    eval_batches: Callable[[str, int, int], Iterator[GlobalBatch]]
     publish: Callable[[dict[str, Any]], None]
     control: Control
     fence: Callable[[], None]

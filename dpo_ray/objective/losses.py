@@ -38,7 +38,7 @@ class AnswerStats:
         policy_logps: Shape (A,), summed completion log-probabilities, nats, with gradient.
         ref_logps: Shape (A,), the same of the reference; None where there is none.
         num_tokens: Shape (A,), int64, completion tokens.
-        num_answers: Of each pair, on the host; 2 or more.
+        num_answers: Of each pair, on the host; 2 or more, or 1 where the loss is of chosen answers alone.
         margins: Shape (P,), by how much a pair's chosen answer is to be better, in units of the reward; None: by 0.
         mean_reward: Of all answers trained on before, a pair's chosen and rejected ones weighing the same.
         entropy: Shape (A,), of the policy, summed over the answer's tokens, nats, without gradient; for metrics.
@@ -74,7 +74,8 @@ class AnswerStats:
             values: Shape (A,).
 
         Returns:
-            Shape (C,) each; views, where each pair has two answers. Else the host sends indices to the device.
+            Shape (C,) each; views, where each pair has two answers. Else the host sends indices to the device. Where
+            each pair has its chosen answer alone, C is P, and there is no value of a rejected one.
 
         Raises:
             ValueError: `values` does not fit the answers.
@@ -84,6 +85,8 @@ class AnswerStats:
         if self._twos:
             by_pair = values.view(-1, 2)
             return by_pair[:, 0], by_pair[:, 1]
+        if self.of_chosen:
+            return values, values[:0]
         chosen, rejected, start = list[int](), list[int](), 0
         for num in self.num_answers:
             chosen += [start] * (num - 1)
@@ -100,7 +103,7 @@ class AnswerStats:
         Returns:
             Shape (P,).
         """
-        if self._twos:
+        if self._twos or self.of_chosen:
             return of_comparisons
         return torch.stack([part.mean() for part in of_comparisons.split([num - 1 for num in self.num_answers])])
 
@@ -113,10 +116,15 @@ class AnswerStats:
         Returns:
             Shape (C,).
         """
-        if self._twos:
+        if self._twos or self.of_chosen:
             return of_pairs
         counts = torch.tensor([num - 1 for num in self.num_answers], device=of_pairs.device)
         return of_pairs.repeat_interleave(counts, output_size=sum(self.num_answers) - len(self.num_answers))
+
+    @property
+    def of_chosen(self) -> bool:
+        """Whether each pair has its chosen answer alone."""
+        return all(num == 1 for num in self.num_answers)
 
     @property
     def _twos(self) -> bool:
@@ -638,6 +646,7 @@ class LossSpec:
             `under_divergence`.
         of_rankings: Whether `fn` returns Shape (P,), and not Shape (C,).
         takes_margins: Whether it uses the pairs' own margins.
+        chosen_only: Whether it looks at chosen answers alone, so that the others need not be computed.
     """
 
     fn: Callable[..., torch.Tensor]
@@ -648,6 +657,7 @@ class LossSpec:
     any_divergence: bool = False
     of_rankings: bool = False
     takes_margins: bool = False
+    chosen_only: bool = False
 
     def of_pairs(
         self, stats: AnswerStats, parameters: Mapping[str, float], weights: torch.Tensor | None = None
@@ -661,7 +671,7 @@ class LossSpec:
         """
         losses = self.fn(stats, **parameters)
         num = len(stats.num_answers)
-        expected = num if self.of_rankings else sum(stats.num_answers) - num
+        expected = num if self.of_rankings or stats.of_chosen else sum(stats.num_answers) - num
         if losses.shape != (expected,):
             raise ValueError(f"{self.fn.__name__} gives shape {tuple(losses.shape)}, its entry promises ({expected},)")
         if self.of_rankings:
@@ -711,7 +721,7 @@ LOSSES: dict[str, LossSpec] = {
     "plackett_luce": LossSpec(
         plackett_luce, "arXiv 2305.18290", {"beta": POSITIVE}, any_divergence=True, of_rankings=True
     ),
-    "sft": LossSpec(sft, "arXiv 2305.18290", needs_reference=False),
+    "sft": LossSpec(sft, "arXiv 2305.18290", needs_reference=False, chosen_only=True),
     "cpo": LossSpec(cpo, "arXiv 2401.08417", {"beta": POSITIVE, "nll_weight": POSITIVE}, needs_reference=False),
     "simpo": LossSpec(simpo, "arXiv 2405.14734", {"beta": POSITIVE, "target_margin": POSITIVE}, needs_reference=False),
     "orpo": LossSpec(orpo, "arXiv 2403.07691", {"beta": POSITIVE}, needs_reference=False),

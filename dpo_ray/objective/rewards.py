@@ -10,7 +10,7 @@ from dpo_ray.objective.losses import AnswerStats
 _COUNTS = {
     "loss": "num_pairs",
     "logps/chosen": "num_pairs",
-    "logps/rejected": "num_pairs",
+    "logps/rejected": "num_compared_pairs",
     "rewards/chosen": "num_rewarded_pairs",
     "rewards/rejected": "num_rewarded_pairs",
     "rewards/margins": "num_rewarded_pairs",
@@ -46,8 +46,8 @@ def metric_sums(stats: AnswerStats, losses: torch.Tensor, beta: float) -> torch.
     """The sums behind the metrics, on the device of the answers; nothing here waits for it where each pair has two.
 
     Add them over microbatches and ranks, then call `finish_metrics`. What the answers do not say (scores of a
-    reference, the policy's entropy and logits) has sum and count 0. Where a pair has several rejected answers, their
-    mean counts, and for `rewards/accuracies` the mean over its comparisons.
+    reference, the policy's entropy and logits, rejected answers) has sum and count 0. Where a pair has several rejected
+    answers, their mean counts, and for `rewards/accuracies` the mean over its comparisons.
 
     Args:
         stats: The answers.
@@ -59,7 +59,9 @@ def metric_sums(stats: AnswerStats, losses: torch.Tensor, beta: float) -> torch.
     """
     chosen, rejected = stats.pairwise(stats.policy_logps.double())
     sums = {"loss": losses.double().sum(), "num_pairs": _count(len(losses), losses)}
-    sums |= {"logps/chosen": stats.by_pair(chosen).sum(), "logps/rejected": stats.by_pair(rejected).sum()}
+    sums["logps/chosen"] = stats.by_pair(chosen).sum()
+    if not stats.of_chosen:
+        sums |= {"logps/rejected": stats.by_pair(rejected).sum(), "num_compared_pairs": sums["num_pairs"]}
     if stats.ref_logps is not None:
         chosen, rejected = stats.pairwise(implicit_rewards(stats, beta).double())
         sums |= {"rewards/chosen": stats.by_pair(chosen).sum(), "rewards/rejected": stats.by_pair(rejected).sum()}

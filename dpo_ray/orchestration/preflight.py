@@ -164,7 +164,7 @@ def _check_storage(place: str, probe: str) -> list[Row]:
 
 def _check_data(config: Config) -> list[Row]:
     rows = []
-    for pattern in [*config.data.train, *config.data.eval]:
+    for _, pattern in config.data.sources:
         files = storage.expand(pattern)
         num_bytes = sum(file.num_bytes for file in files)
         rows.append(Row("pairs", pattern, "ok", f"{len(files)} files, {num_bytes:,} bytes"))
@@ -341,7 +341,7 @@ def _inputs(config: Config) -> list[str]:
     """One object of each thing that nodes must be able to read."""
     models = {config.model.path, config.model.tokenizer or config.model.path, config.reference_path}
     inputs = [storage.join(uri, "config.json") for uri in sorted(models)]
-    for pattern in [*config.data.train, *config.data.eval]:
+    for _, pattern in config.data.sources:
         try:
             inputs.append(storage.expand(pattern)[0].uri)
         except DpoRayError:

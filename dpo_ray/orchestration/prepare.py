@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -79,16 +79,15 @@ Sample = list[tuple[str, dict[str, Any] | RowError]]
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """An entry of `data.train` or `data.eval`, and its files."""
+    """An entry of `data.train` or `data.eval`, the part of the store that it goes to, and its files."""
 
-    split: str
+    part: str
     pattern: str
     files: list[FileInfo]
 
 
 def _sources(config: Config) -> list[_Source]:
-    entries = [("train", entry) for entry in config.data.train] + [("eval", entry) for entry in config.data.eval]
-    sources = [_Source(split, pattern, storage.expand(pattern)) for split, pattern in entries]
+    sources = [_Source(part, pattern, storage.expand(pattern)) for part, pattern in config.data.sources]
     for file in (file for source in sources for file in source.files):
         if not file.uri.endswith(rows.SUFFIXES):
             raise DataError(f"{file.uri}: unknown kind of file; known are {', '.join(rows.SUFFIXES)}")
@@ -119,7 +118,7 @@ def check_reachable(config: Config) -> None:
         StorageError: Nothing answers.
     """
     models = [config.model.path, config.model.tokenizer or config.model.path, config.reference_path]
-    for uri in dict.fromkeys([config.storage_path, *models, *config.data.train, *config.data.eval]):
+    for uri in dict.fromkeys([config.storage_path, *models, *(pattern for _, pattern in config.data.sources)]):
         storage.check_reachable(uri)
 
 
@@ -151,7 +150,7 @@ def survey(config: Config, watcher: Watcher | None = None) -> Survey:
     samples = [_sample(source) for source in sources]
     readings = [_recognised(config, source, sample) for source, sample in zip(sources, samples, strict=True)]
     files = _source_files(sources, readings)
-    about["files"] = [[file.uri, file.identity, file.split, _about(file.reading)] for file in files]
+    about["files"] = [[file.uri, file.identity, file.part, _about(file.reading)] for file in files]
     _check_rule(config, readings)
     if ":" in data.format:
         about["format_code"] = code_digest(data.format)
@@ -238,29 +237,44 @@ def prepare(config: Config, watcher: Watcher | None = None, found: Survey | None
 def _make(config: Config, job: Job, about: dict[str, Any], watcher: Watcher) -> PairStore:
     uri = job.uri
     total: Counter[str] = Counter()
-    written: dict[str, list[Run]] = {"train": [], "eval": []}
+    written: dict[str, list[Run]] = {part: [] for part in (*dict(config.data.sources), "eval")}
     for record in _make_runs(job, watcher):
         total.update(record["counts"])
-        for split, run in record["runs"].items():
-            written[split].append(Run(**run))
+        for part, run in record["runs"].items():
+            written[part].append(Run(**run))
     counts = {name: total[name] for name in store.COUNTS}
     if _too_many_rejects(config, counts):
         shown = _show_rejects(config, uri)
         storage.remove(storage.join(uri, "runs"))
         _check_rejects(config, counts, shown)
-    good = {split: total[f"good_{split}"] for split in written}
-    if not good["train"]:
+    good = {part: total[f"good_{part}"] for part in written}
+    if empty := _without_pairs(config, good):
         storage.remove(storage.join(uri, "runs"))
-        raise DataError(f"{', '.join(config.data.train)}: no pair to train on; of the rows: {json.dumps(counts)}")
+        raise DataError(f"{empty}: no pair to train on; of the rows: {json.dumps(counts)}")
     chunks = _write_chunks(config, uri, written, good, watcher)
-    counts["pairs"], counts["eval_pairs"] = (sum(chunk.num_pairs for chunk in chunks[split]) for split in written)
+    train, held = ([chunk for part in _parts(written, split) for chunk in chunks[part]] for split in ("train", "eval"))
+    counts["pairs"], counts["eval_pairs"] = (sum(chunk.num_pairs for chunk in each) for each in (train, held))
     counts["duplicates"] = sum(good.values()) - counts["pairs"] - counts["eval_pairs"]
-    made = PairStore(uri, tuple(chunks["train"]), tuple(chunks["eval"]), counts)
-    if not made.train:
-        raise DataError(f"{', '.join(config.data.train)}: every pair is held out too; {json.dumps(counts)}")
+    made = PairStore(uri, tuple(train), tuple(held), counts)
+    if empty := _without_pairs(config, {part: len(own) for part, own in chunks.items()}):
+        raise DataError(
+            f"{empty}: every pair is held out too, or in an entry of data.train before it; {json.dumps(counts)}"
+        )
     store.write_manifest(made, about)
     storage.remove(storage.join(uri, "runs"))
     return made
+
+
+def _parts(parts: Iterable[str], split: str) -> list[str]:
+    """The parts of a split, in the order of their numbers."""
+    own = [part for part in parts if part.partition(".")[0] == split]
+    return sorted(own, key=lambda part: int(part.partition(".")[2] or 0))
+
+
+def _without_pairs(config: Config, numbers: Mapping[str, int]) -> str:
+    """The entries of `data.train` that have nothing to train on; empty where all have."""
+    empty = [part for part in _parts(numbers, "train") if not numbers[part]]
+    return ", ".join(pattern for part, pattern in config.data.sources if part in empty)
 
 
 def _recognised(config: Config, source: _Source, sample: Sample) -> Reading:
@@ -308,13 +322,15 @@ def _source_files(sources: list[_Source], readings: list[Reading]) -> tuple[Sour
     files: dict[str, SourceFile] = {}
     for source, reading in zip(sources, readings, strict=True):
         for file in source.files:
-            entry = SourceFile(file.uri, file.num_bytes, file.identity, source.split, reading)
+            entry = SourceFile(file.uri, file.num_bytes, file.identity, source.part, reading)
             known = files.setdefault(file.uri, entry)
-            if known.split != source.split:
-                raise DataError(f"{file.uri} is in data.train and in data.eval: keep it in one of them")
+            if known.part != source.part:
+                first, second = (f"data.{part.partition('.')[0]}" for part in (known.part, source.part))
+                where = f"{first} and in {second}" if first != second else f"two entries of {first}"
+                raise DataError(f"{file.uri} is in {where}: keep it in one of them")
             if known.reading != reading:
                 raise DataError(
-                    f"{file.uri} is in two entries of data.{source.split}, read as {known.reading.format} and as "
+                    f"{file.uri} is in two entries of the data, read as {known.reading.format} and as "
                     f"{reading.format}: keep it in one of them"
                 )
     return tuple(files[uri] for uri in sorted(files))
@@ -400,32 +416,34 @@ def _make_runs(job: Job, watcher: Watcher) -> Iterator[dict[str, Any]]:
 def _write_chunks(
     config: Config, uri: str, written: dict[str, list[Run]], good: dict[str, int], watcher: Watcher
 ) -> dict[str, list[Chunk]]:
-    """Pass 2. Returns the chunks of each split, in order."""
-    merges = []
-    has_eval_files = bool(config.data.eval)  # Else a pair is held out by its id, and none is in both splits.
-    for split, its_runs in written.items():
-        if not good[split]:
+    """Pass 2. Returns the chunks of each part, in order."""
+    merges, train = [], _parts(written, "train")
+    # Without such files a pair is held out by its id, and none is in both splits.
+    held_out = [run for part in _parts(written, "eval") for run in written[part]] if config.data.eval else []
+    for part, its_runs in written.items():
+        if not good[part]:
             continue
-        chunks = store.num_chunks(good[split], config.data.chunk_pairs)
+        chunks = store.num_chunks(good[part], config.data.chunk_pairs)
         num_bytes = sum(run.num_bytes for run in its_runs)
         tasks = min(chunks, -(-num_bytes // MERGE_BYTES), max(1, MOST_REQUESTS // len(its_runs)))
+        before = [run for each in train[: train.index(part)] for run in written[each]] if part in train else []
         for task in range(tasks):
             first, stop = (chunks * bound // tasks for bound in (task, task + 1))
             ids = store.chunk_start(first, chunks), store.chunk_start(stop, chunks)
-            held_out = runs.extents(written["eval"], *ids) if split == "train" and has_eval_files else []
-            merges.append(Merge(split, chunks, first, stop, runs.extents(its_runs, *ids), held_out))
+            others = runs.extents([*held_out, *before], *ids) if part in train else []
+            merges.append(Merge(part, chunks, first, stop, runs.extents(its_runs, *ids), others))
 
     def write(batch: dict[str, Any]) -> pa.Table:
         chunks = [asdict(chunk) for item in batch["item"] for chunk in rows.write_chunks(pickle.loads(item), uri)]
         return pa.table({"chunks": [json.dumps(chunks)]})
 
     blocks = ray.data.from_items([pickle.dumps(merge) for merge in merges], override_num_blocks=len(merges))
-    found: dict[str, list[Chunk]] = {split: [] for split in written}
+    found: dict[str, list[Chunk]] = {part: [] for part in written}
     for done, row in enumerate(blocks.map_batches(write, batch_size=1, num_cpus=1).iter_rows(), start=1):
         for chunk in json.loads(row["chunks"]):
             found[chunk["name"].split("-")[0]].append(Chunk(**chunk))
         watcher.progress("writing chunks", done, len(merges))
-    return {split: sorted(chunks, key=lambda chunk: chunk.name) for split, chunks in found.items()}
+    return {part: sorted(chunks, key=lambda chunk: chunk.name) for part, chunks in found.items()}
 
 
 def _show_rejects(config: Config, uri: str) -> list[dict[str, Any]]:

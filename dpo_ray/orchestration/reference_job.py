@@ -21,6 +21,7 @@ from dpo_ray.orchestration.resources import ensure_resources
 from dpo_ray.orchestration.stream import make_plan
 from dpo_ray.orchestration.trainer import final_errors, finished_run, start_ray
 from dpo_ray.orchestration.watch import Watcher, warnings_to
+from dpo_ray.pairs.store import Chunk, PairStore
 from dpo_ray.reference.claims import living_fillers
 from dpo_ray.reference.usage import Unused, note_use, remove_unused, unused
 
@@ -66,10 +67,7 @@ def fill_reference(config: Config, watcher: Watcher | None = None) -> tuple[Fill
             pairs = prepare(config, watcher, found)
         reference = open_reference_store(config, pairs.uri)
         note_use(reference, config.run_uri, pairs.uri)
-        moves_at = config.reference.sync_steps
-        order = chunks_in_order_of_need(config, make_plan(config, pairs), pairs, 0, moves_at)
-        if moves_at is None:
-            order = list(dict.fromkeys([*order, *pairs.eval]))
+        order = _needed(config, pairs)
         filler = ReferenceFiller(config, pairs, order, reference, f"fill-{uuid.uuid4().hex[:12]}")
         if filler.missing:
             ensure_resources(config, workers=False)
@@ -85,13 +83,20 @@ def fill_reference(config: Config, watcher: Watcher | None = None) -> tuple[Fill
         return filler.filled, reference.uri
 
 
+def _needed(config: Config, pairs: PairStore) -> list[Chunk]:
+    """What a run needs scores of, in the order of need; of a reference that moves, before it does."""
+    moves_at = config.reference.sync_steps
+    order = chunks_in_order_of_need(config, make_plan(config, pairs), pairs, 0, moves_at)
+    return order if moves_at is not None else list(dict.fromkeys([*order, *pairs.eval]))
+
+
 @dataclass(frozen=True, slots=True)
 class Status:
-    """How much of a run's pairs has scores.
+    """How much of what a run needs has scores.
 
     Attributes:
         store_uri: The reference store.
-        chunks: Of the run's pair store, train and held out.
+        chunks: Of the run's pair store, those that it needs.
         scored_chunks: Those with scores.
         pairs: Pairs in them all.
         scored_pairs: Those with scores.
@@ -116,7 +121,7 @@ def reference_status(config: Config) -> Status:
     """
     pairs = prepared(config)
     reference = open_reference_store(config, pairs.uri)
-    chunks = [*pairs.train, *pairs.eval]
+    chunks = _needed(config, pairs)
     missing = reference.missing(chunks)
     total, left = (sum(chunk.num_pairs for chunk in each) for each in (chunks, missing))
     refused = len(reference.refused() & {chunk.key for chunk in chunks})

@@ -9,7 +9,7 @@ import functools
 import json
 import math
 import socket
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
@@ -52,14 +52,14 @@ class SourceFile:
         uri: The file.
         num_bytes: Its size.
         identity: What changes when its content does.
-        split: "train" or "eval".
+        part: Of the store that its pairs go to, see `store.chunk_name`.
         reading: How its rows are read.
     """
 
     uri: str
     num_bytes: int
     identity: str
-    split: str
+    part: str
     reading: Reading
 
 
@@ -191,11 +191,11 @@ def _record(place: str) -> dict[str, Any] | None:
 
 
 def _make_runs(block: pa.Table, job: Job, place: str) -> dict[str, Any]:
-    tables: dict[str, list[pa.Table]] = {"train": [], "eval": []}
+    tables: defaultdict[str, list[pa.Table]] = defaultdict(list)
     rejects, counts = list[dict[str, Any]](), Counter[str]()
     # Arrow tables at once: as Python objects short pairs take ten times the memory of their tokens.
     for start in range(0, block.num_rows, ROWS_PER_READ):
-        good: dict[str, list[_Good]] = {split: [] for split in tables}
+        good: defaultdict[str, list[_Good]] = defaultdict(list)
         for file, row, text, made, brought in _tokenize(block.slice(start, ROWS_PER_READ), job):
             counts["rows"] += 1
             if isinstance(made, TiedError):
@@ -207,22 +207,20 @@ def _make_runs(block: pa.Table, job: Job, place: str) -> dict[str, Any]:
                 counts["identical"] += 1
             else:
                 made = replace(made, pair=pair)
-                split = "eval" if store.held_out(made.pair.pair_id, job.eval_fraction) else file.split
-                good[split].append((made, file.uri, row, brought))
+                part = "eval" if store.held_out(made.pair.pair_id, job.eval_fraction) else file.part
+                good[part].append((made, file.uri, row, brought))
                 counts["prompts_cut"] += made.prompt_tokens_cut > 0
                 counts["answers_cut"] += sum(cut > 0 for cut in made.answer_tokens_cut)
                 counts["tokens_cut"] += made.prompt_tokens_cut + sum(made.answer_tokens_cut)
                 counts["prompts_differ"] += made.prompt_differs
-        for split, pairs in good.items():
-            counts[f"good_{split}"] += len(pairs)
-            tables[split].append(_run_table(pairs, job))
+        for part, pairs in good.items():
+            counts[f"good_{part}"] += len(pairs)
+            tables[part].append(_run_table(pairs, job))
     counts["rejects"] = len(rejects)
     if rejects:
         storage.write_json_lines(storage.join(job.uri, "rejects", f"{storage.name_of(place)}.jsonl"), rejects)
     written = {
-        split: asdict(runs.write_run(f"{place}.{split}.arrow", pa.concat_tables(parts)))
-        for split, parts in tables.items()
-        if counts[f"good_{split}"]
+        part: asdict(runs.write_run(f"{place}.{part}.arrow", pa.concat_tables(each))) for part, each in tables.items()
     }
     return {"counts": counts, "runs": written}
 
@@ -347,23 +345,23 @@ def _run_table(made: list[_Good], job: Job) -> pa.Table:
 
 @dataclass(frozen=True, slots=True)
 class Merge:
-    """Consecutive chunks of one split that one task writes.
+    """Consecutive chunks of one part of the store that one task writes.
 
     Attributes:
-        split: "train" or "eval".
-        chunks: How many chunks the split has.
+        part: Which, see `store.chunk_name`.
+        chunks: How many chunks the part has.
         first: The first to write.
         stop: The one after the last to write.
         parts: Where the pairs are.
-        held_out: Where held-out pairs with ids of this range are: what stands there is not trained on.
+        others: Where pairs of other parts with ids of this range are: what stands there is left out here.
     """
 
-    split: str
+    part: str
     chunks: int
     first: int
     stop: int
     parts: list[runs.Extent]
-    held_out: list[runs.Extent]
+    others: list[runs.Extent]
 
 
 def write_chunks(merge: Merge, uri: str) -> Iterator[store.Chunk]:
@@ -376,10 +374,10 @@ def write_chunks(merge: Merge, uri: str) -> Iterator[store.Chunk]:
             f"{uri}: a file of this pair store went away while it was made ({error}): another run that makes the same "
             "store has given up; give the command again"
         ) from None
-    if merge.held_out:
-        ids = runs.read_range(merge.held_out, starts[0], starts[-1])["pair_id"]
+    if merge.others:
+        ids = runs.read_range(merge.others, starts[0], starts[-1])["pair_id"]
         table = table.filter(pc.invert(pc.is_in(table["pair_id"], value_set=ids.combine_chunks())))
     bounds = [0, *runs.id_heads(table).searchsorted(np.array(starts[1:-1], dtype=np.uint64)).tolist(), table.num_rows]
     for index, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False), start=merge.first):
         if stop > start:
-            yield store.write_chunk(uri, store.chunk_name(merge.split, index), table.slice(start, stop - start))
+            yield store.write_chunk(uri, store.chunk_name(merge.part, index), table.slice(start, stop - start))

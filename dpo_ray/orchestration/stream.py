@@ -19,8 +19,8 @@ from dpo_ray.config import Config
 from dpo_ray.errors import DataError
 from dpo_ray.orchestration.forget import ForgetBlocks
 from dpo_ray.pairs import pack
-from dpo_ray.pairs.plan import Plan, plan_of
-from dpo_ray.pairs.store import Chunk, PairStore, open_store
+from dpo_ray.pairs.plan import Plan, plan_of, source_weights
+from dpo_ray.pairs.store import PairStore, open_store
 from dpo_ray.reference.store import ReferenceStore, fill_check
 from dpo_ray.reference.versions import References
 from dpo_ray.training.feed import Feed
@@ -37,7 +37,8 @@ INLINE_BYTES = 4096
 def make_plan(config: Config, pairs: PairStore) -> Plan:
     """The order of training."""
     train = config.train
-    return plan_of(pairs.train, config.seed, train.global_batch_pairs, train.epochs, train.max_steps)
+    about = config.seed, train.global_batch_pairs, train.epochs, train.max_steps, source_weights(config.data.train)
+    return plan_of(pairs.train, *about)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,14 +71,18 @@ def make_feed(config: Config, places: Places, attempt: Attempt) -> tuple[Feed, P
     if places.reference_uri:
         start = ReferenceStore(places.reference_uri, filled_beside=config.reference.place != "adapter_off")
         references = References(start, config.run_uri, config.reference.sync_steps, attempt)
-    check, ld_alpha = fill_check(places.fill_error), config.objective.ld_alpha
-    return Feed(make_plan(config, pairs), pairs.uri, references, check, places.costs, ld_alpha), pairs
+    about = references, fill_check(places.fill_error), places.costs, config.objective.ld_alpha
+    return Feed(make_plan(config, pairs), pairs.uri, *about, chosen_only=config.objective.chosen_only), pairs
 
 
-def eval_feed(config: Config, feed: Feed, chunks: tuple[Chunk, ...]) -> Feed:
-    """One pass over the held-out pairs, in batches of the training's size."""
-    plan = plan_of(chunks, config.seed, config.train.global_batch_pairs, epochs=1, max_steps=None)
-    return replace(feed, plan=plan)
+def eval_feeds(config: Config, feed: Feed, pairs: PairStore) -> dict[str, Feed]:
+    """One pass over each held-out set, by its name, in batches of the training's size."""
+    feeds = {}
+    for number, name in enumerate(config.data.eval_sets):
+        chunks = [chunk for chunk in pairs.eval if chunk.source == number]
+        plan = plan_of(chunks, config.seed, config.train.global_batch_pairs, epochs=1, max_steps=None)
+        feeds[name] = replace(feed, plan=plan, chosen_only=False)
+    return feeds
 
 
 def open_streams(config: Config, places: Places, attempt: Attempt) -> list[ray.data.DataIterator]:

@@ -175,11 +175,14 @@ def _train(config: Config, watcher: Watcher, found: Survey, lease: RunLease) -> 
     filler: ReferenceFiller | MovingFiller | None = None
     try:
         pairs = prepare(config, watcher, found)
-        if config.train.eval_every_steps and not pairs.eval:
-            raise ConfigError(
-                f"train.eval_every_steps is set, but of {pairs.counts['rows']} rows none was held out: "
-                "raise data.eval_fraction, name files in data.eval, or set train.eval_every_steps: null"
-            )
+        there = {chunk.source for chunk in pairs.eval}
+        for number, held in enumerate(config.data.eval_sets if config.train.eval_every_steps else ()):
+            if number not in there:
+                raise ConfigError(
+                    f"train.eval_every_steps is set, but of {pairs.counts['rows']} rows none was held out"
+                    f"{f' for the set {held} of data.eval' if held else ''}: raise data.eval_fraction, name files with "
+                    "pairs in data.eval, or set train.eval_every_steps: null"
+                )
         plan = make_plan(config, pairs)
         lease.check()
         _refuse_other_pairs(config, pairs)

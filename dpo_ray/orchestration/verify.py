@@ -1,8 +1,9 @@
 """Proves from a run's directory and its pair store that every pair was trained on exactly once per epoch.
 
-The plan is made anew from the run's configuration and the ids in the pair store, and compared with the ledger step by
-step. That the plan's epochs have every pair once is counted here, not taken from the plan's own arithmetic. Nothing is
-written, and neither Ray nor torch is needed; a run may go on meanwhile.
+Or, in a mixture, as often as its source's weight says. The plan is made anew from the run's configuration and the ids
+in the pair store, and compared with the ledger step by step. That the plan's epochs have every pair so often is counted
+here, not taken from the plan's own arithmetic. Nothing is written, and neither Ray nor torch is needed; a run may go on
+meanwhile.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import time
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ import yaml
 from dpo_ray import storage
 from dpo_ray.errors import CheckpointError, DataError
 from dpo_ray.orchestration.watch import Watcher
-from dpo_ray.pairs.plan import Plan, batch_digest, pair_order
+from dpo_ray.pairs.plan import Plan, Take, batch_digest, source_weights
 from dpo_ray.pairs.store import Chunk, PairStore, open_store, read_pair_ids
 from dpo_ray.training import manifest
 
@@ -75,6 +76,7 @@ class Verdict:
         total_steps: Where the run ends.
         steps_per_epoch: Global batches of one epoch.
         pairs: Pairs of one epoch.
+        weighted: Whether the epoch is a mixture, and so has pairs as often as their sources' weights say.
         pairs_trained: Pairs of all steps in the ledger.
         checkpoint: Step of the newest committed checkpoint, or None.
         redone_steps: Steps that are known to have been done more than once; there may be more.
@@ -90,6 +92,7 @@ class Verdict:
     total_steps: int
     steps_per_epoch: int
     pairs: int
+    weighted: bool
     pairs_trained: int
     checkpoint: int | None
     redone_steps: int
@@ -106,8 +109,11 @@ class Verdict:
         if not self.steps:
             return f"exact so far: {reached}, nothing trained yet"
         epochs, steps = divmod(self.steps, self.steps_per_epoch)
-        begun = f"{steps} of {self.steps_per_epoch} steps of epoch {epochs + 1}, no pair twice" if steps else ""
-        parts = [reached, "every pair once per epoch" if epochs else "", begun]
+        begun = f"{steps} of {self.steps_per_epoch} steps of epoch {epochs + 1}" if steps else ""
+        if begun and not self.weighted:
+            begun += ", no pair twice"
+        whole = "every pair as often as its source's weight says" if self.weighted else "every pair once per epoch"
+        parts = [reached, whole if epochs else "", begun]
         said = ", ".join(part for part in parts if part)
         return f"exact: {said}" if self.finished else f"exact so far: {said}; the run is not finished"
 
@@ -177,10 +183,11 @@ def verify(run_uri: str, watcher: Watcher | None = None) -> Verdict:
     pairs = _open_pairs(run_uri, run.about["pairs"])
     attempts = _attempts(run, findings)
 
-    num_pairs, batch = sum(chunk.num_pairs for chunk in pairs.train), run.config["train"]["global_batch_pairs"]
-    per_epoch = -(-num_pairs // batch)
+    batch, weights = run.config["train"]["global_batch_pairs"], source_weights(run.config["data"]["train"])
+    plan = Plan(run.config["seed"], pairs.train, batch, 0, weights)
+    per_epoch = plan.steps_per_epoch
     if per_epoch != run.about["steps_per_epoch"]:
-        found = f"{num_pairs} pairs of {pairs.uri} in batches of {batch} make {per_epoch} steps per epoch"
+        found = f"{plan.num_pairs} pairs of {pairs.uri} in batches of {batch} make {per_epoch} steps per epoch"
         findings.add(None, f"{found}, config.yaml says {run.about['steps_per_epoch']}")
     planned = min(per_epoch * run.config["train"]["epochs"], run.config["train"]["max_steps"] or 2**62)
     # A run whose end was brought forward keeps the steps that it had done.
@@ -188,7 +195,7 @@ def verify(run_uri: str, watcher: Watcher | None = None) -> Verdict:
     newest = max(run.checkpoints, default=None)
     finished = run.exported is not None and run.exported >= planned and (run.swept or newest == run.exported)
 
-    walk = _Walk(Plan(run.config["seed"], pairs.train, batch, total), pairs, findings)
+    walk = _Walk(replace(plan, total_steps=total), pairs, findings)
     walk.ledger(run.ledger, watcher or Watcher())
     _check_attempts(walk.stretches, attempts, run, finished, findings)
     _check_ends(walk.steps, run, attempts, total if finished else None, findings)
@@ -199,7 +206,8 @@ def verify(run_uri: str, watcher: Watcher | None = None) -> Verdict:
         steps=walk.steps,
         total_steps=total,
         steps_per_epoch=per_epoch,
-        pairs=num_pairs,
+        pairs=plan.num_pairs,
+        weighted=bool(weights),
         pairs_trained=walk.pairs_trained,
         checkpoint=newest,
         redone_steps=_known_redone(attempts),
@@ -225,7 +233,7 @@ def _read_run(run_uri: str) -> _Run:
         numbers = [config["seed"], config["train"]["epochs"], config["train"]["global_batch_pairs"]]
         if not all(isinstance(number, int) for number in [*numbers, about["steps_per_epoch"]]) or not all(numbers[1:]):
             raise TypeError("seed, epochs, global_batch_pairs or steps_per_epoch is no number to go by")
-        _, _ = config["train"]["max_steps"], about["pairs"]
+        _ = config["train"]["max_steps"], config["data"]["train"], about["pairs"]
     except FileNotFoundError:
         raise DataError(
             f"{run_uri}: not the directory of a run: it has no config.yaml; give <storage_path>/<name>"
@@ -349,7 +357,7 @@ class _Walk:
                 epoch_ids += own
                 listed += 1
             if self.steps % self._per_epoch == 0:
-                if listed == self._per_epoch:
+                if listed == self._per_epoch and not self._plan.weights:
                     self._count(self.steps // self._per_epoch, bytes(epoch_ids))
                 epoch_ids, listed = bytearray(), 0
             if time.monotonic() - told > PROGRESS_EVERY_S:
@@ -401,37 +409,37 @@ class _Walk:
     def _batches(self) -> Iterator[tuple[int, list[bytes]]]:
         """Step and ordered ids of each global batch of the plan.
 
-        That each epoch takes every pair of every chunk once is counted on the way.
+        How often the epochs take each pair of every chunk is counted on the way.
         """
-        size, covered = self._plan.global_batch_pairs, dict.fromkeys((c.name for c in self._pairs.train), 0)
-        ordered: tuple[tuple[int, str], list[bytes]] = (-1, ""), []
+        size, uses = self._plan.global_batch_pairs, {c.name: np.zeros(c.num_pairs, np.int32) for c in self._plan.chunks}
+        ordered: tuple[tuple[int, Take] | None, list[int], list[bytes]] = None, [], []
         for window in self._plan.windows(0):
             waiting: list[bytes] = []
             for segment in window.segments:
-                key = (window.epoch, segment.chunk.name)
+                key = (window.epoch, segment.take)
                 if ordered[0] != key:
-                    ordered = key, self._in_plan_order(segment.chunk, window.epoch)
-                if segment.start != covered[segment.chunk.name]:
-                    self._plan_is_wrong(window.epoch, segment.chunk, segment.start, covered[segment.chunk.name])
-                covered[segment.chunk.name] = segment.stop
-                waiting += ordered[1][segment.start : segment.stop]
+                    pair_ids = self._ids(segment.chunk)
+                    ordered = key, self._plan.pair_order(segment.take, window.epoch, pair_ids), pair_ids
+                taken = ordered[1][segment.start : segment.stop]
+                np.add.at(uses[segment.chunk.name], taken, 1)
+                waiting += [ordered[2][index] for index in taken]
             batches = [waiting[start : start + size] for start in range(0, len(waiting), size)]
             if (window.first_step + len(batches) - 1) % self._per_epoch == 0:
-                for chunk in self._pairs.train:
-                    if covered[chunk.name] != chunk.num_pairs:
-                        self._plan_is_wrong(window.epoch, chunk, covered[chunk.name], chunk.num_pairs)
-                    covered[chunk.name] = 0
+                self._check_uses(window.epoch + 1, uses)
             yield from enumerate(batches, window.first_step)
 
-    def _in_plan_order(self, chunk: Chunk, epoch: int) -> list[bytes]:
-        pair_ids = self._ids(chunk)
-        order = pair_order(self._plan.seed, epoch, pair_ids)
-        if sorted(order) != list(range(len(pair_ids))):
-            self._plan_is_wrong(epoch, chunk, len(set(order)), len(pair_ids))
-        return [pair_ids[index] for index in order]
-
-    def _plan_is_wrong(self, epoch: int, chunk: Chunk, found: int, expected: int) -> None:
-        self._findings.add(None, f"the plan of epoch {epoch + 1} is at pair {found} of {chunk.name}, not at {expected}")
+    def _check_uses(self, epochs: int, uses: dict[str, np.ndarray]) -> None:
+        """Whether the plan has taken each pair once in each epoch, or as often as its source's weight says."""
+        for source, weight in enumerate(self._plan.weights or (1.0,)):
+            chunks = [chunk for chunk in self._plan.chunks if chunk.source == source]
+            num_pairs = sum(chunk.num_pairs for chunk in chunks)
+            taken = epochs * max(1, round(weight * num_pairs))
+            least, most = taken // num_pairs, -(-taken // num_pairs)
+            for chunk in chunks:
+                for place in np.flatnonzero((uses[chunk.name] < least) | (uses[chunk.name] > most)):
+                    found = f"pair {place} of {chunk.name} {uses[chunk.name][place]} times"
+                    said = f"{least} or {most}" if most > least else f"{least}"
+                    self._findings.add(None, f"after epoch {epochs} the plan has taken {found}, not {said}")
 
     def _ids(self, chunk: Chunk) -> list[bytes]:
         """Ids of a chunk, in store order; the first chunks are kept, the others read again in the next epoch."""

@@ -16,7 +16,7 @@ from ray.data.collate_fn import ArrowBatchCollateFn
 from dpo_ray import errors
 from dpo_ray.config import Config
 from dpo_ray.orchestration.monitor import Failure, FailureKind, Reporter
-from dpo_ray.orchestration.stream import Places, eval_feed, make_feed
+from dpo_ray.orchestration.stream import Places, eval_feeds, make_feed
 from dpo_ray.orchestration.watch import warnings_to
 from dpo_ray.pairs import pack
 from dpo_ray.training.attempts import Fence
@@ -112,7 +112,7 @@ def _context(assignment: Assignment, reporter: Reporter) -> WorkerContext:
         torch.set_num_threads(max(1, int(config.scaling.cpus_per_worker)))
     rank, world_size = ray_context.get_world_rank(), ray_context.get_world_size()
     feed, pairs = make_feed(config, assignment.places, attempt)
-    held = eval_feed(config, feed, pairs.eval)
+    held = eval_feeds(config, feed, pairs)
     costs = assignment.places.costs
 
     def batches(tokens_per_microbatch: int) -> Iterator[GlobalBatch]:
@@ -124,8 +124,8 @@ def _context(assignment: Assignment, reporter: Reporter) -> WorkerContext:
         stream = assignment.streams[rank].iter_torch_batches(batch_size=1, prefetch_batches=0, collate_fn=unpack)
         return iter(stream)
 
-    def eval_batches(step: int, tokens_per_microbatch: int) -> Iterator[GlobalBatch]:
-        return replace(held, scored_as=step).rank_batches(0, rank, world_size, tokens_per_microbatch)
+    def eval_batches(name: str, step: int, tokens_per_microbatch: int) -> Iterator[GlobalBatch]:
+        return replace(held[name], scored_as=step).rank_batches(0, rank, world_size, tokens_per_microbatch)
 
     return WorkerContext(
         rank=rank,
@@ -133,6 +133,7 @@ def _context(assignment: Assignment, reporter: Reporter) -> WorkerContext:
         device=device,
         attempt=attempt,
         batches=batches,
+        eval_sets=config.data.eval_sets,
         eval_batches=eval_batches,
         publish=reporter.publish,
         control=reporter,

@@ -56,6 +56,11 @@ class Chunk:
     num_pairs: int
     num_tokens: int
 
+    @property
+    def source(self) -> int:
+        """Number of the source, or of the held-out set, that its pairs are of; 0 where they are not kept apart."""
+        return int(self.name.partition("-")[0].partition(".")[2] or 0)
+
 
 @dataclass(frozen=True, slots=True)
 class PairStore:
@@ -74,9 +79,15 @@ class PairStore:
     counts: dict[str, int]
 
 
-def chunk_name(split: str, index: int) -> str:
-    """File name of a chunk."""
-    return f"{split}-{index:06d}.parquet"
+def chunk_name(part: str, index: int) -> str:
+    """File name of a chunk.
+
+    Args:
+        part: `train` or `eval`; with the number of a source or set behind it, e.g. `train.1`, where these are kept
+            apart.
+        index: Counted from 0 in its part.
+    """
+    return f"{part}-{index:06d}.parquet"
 
 
 def num_chunks(num_pairs: int, chunk_pairs: int) -> int:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from dpo_ray.pairs import pack
-from dpo_ray.pairs.plan import Plan, Window, pair_order
+from dpo_ray.pairs.plan import Plan, Window
 from dpo_ray.pairs.store import Chunk, read_chunk, sources_of
 from dpo_ray.reference.store import ReferenceStore
 from dpo_ray.reference.versions import References
@@ -28,6 +28,7 @@ class Feed:
         costs: To balance the ranks by.
         ld_alpha: See `pack.token_weights`; other than 1 where the stores have scores of tokens.
         scored_as: The step of training whose reference all batches are compared with; None: each with its own.
+        chosen_only: Whether the rejected answers are left out, which the objective does not look at.
     """
 
     plan: Plan
@@ -37,6 +38,7 @@ class Feed:
     costs: pack.Costs
     ld_alpha: float = 1.0
     scored_as: int | None = None
+    chosen_only: bool = False
 
     def rows(self, window: Window, world_size: int) -> Iterator[list[dict[str, Any]]]:
         """Per global batch of a window, one row per rank (see `pack.RANK_BATCH_SCHEMA`).
@@ -47,7 +49,7 @@ class Feed:
         size, step = self.plan.global_batch_pairs, window.first_step
         for segment in window.segments:
             loaded = self._load(segment.chunk)
-            order = pair_order(self.plan.seed, window.epoch, loaded.ids)
+            order = self.plan.pair_order(segment.take, window.epoch, loaded.ids)
             waiting += [(loaded, index) for index in order[segment.start : segment.stop]]
             while len(waiting) >= size:
                 yield self._pack(waiting[:size], step, window.epoch, world_size)
@@ -73,6 +75,8 @@ class Feed:
 
     def _load(self, chunk: Chunk) -> _Loaded:
         pairs = read_chunk(self.pairs_uri, chunk)
+        if self.chosen_only:
+            pairs = [replace(pair, answers=pair.answers[:1]) for pair in pairs]
         return _Loaded(chunk, pairs, [pair.pair_id for pair in pairs])
 
     def _pack(

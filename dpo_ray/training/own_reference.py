@@ -55,7 +55,7 @@ def with_own_reference(
     if config.reference.place != "adapter_off":
         return context
     chunks = train.plan.chunks_in_order_of_need(context.attempt.position)
-    chunks += held.plan.chunks if config.train.eval_every_steps else ()
+    chunks += [chunk for feed in held.values() for chunk in feed.plan.chunks] if config.train.eval_every_steps else ()
     tokens = min(config.reference.tokens_per_microbatch, tokens_per_microbatch)
     about = train.references.start, train.pairs_uri, model, tokens, config.needs_token_scores
     own = OwnReference(*about, context.control.doing, budget.watched)
@@ -72,9 +72,9 @@ def with_own_reference(
             yield replace(batch, reference_wait_s=batch.reference_wait_s + waited_s)
         yield from stream or ()
 
-    def eval_batches(step: int, tokens: int) -> Iterator[GlobalBatch]:
-        own.score(held.plan.chunks)
-        yield from context.eval_batches(step, tokens)
+    def eval_batches(name: str, step: int, tokens: int) -> Iterator[GlobalBatch]:
+        own.score(held[name].plan.chunks)
+        yield from context.eval_batches(name, step, tokens)
 
     return replace(context, batches=batches, eval_batches=eval_batches)
 

@@ -404,7 +404,7 @@ def test_a_run_goes_on(local_ray: None, tmp_path: Path, tiny_model: Path, pairs_
     config = config_of(tmp_path, "parts", tiny_model, pairs_file)
     pairs = prepare(config)
     reference = open_reference_store(config, pairs.uri)
-    last = make_plan(config, pairs).chunk_order(0)[-1]
+    last = make_plan(config, pairs).takes(0)[-1].chunk
     Path(reference.place(last.key)).unlink(missing_ok=True)
     Path(reference.place(pairs.eval[0].key)).write_bytes(b"")
     parts = train(config)

@@ -125,11 +125,20 @@ def test_a_start_by_likelihood_comes_first(local_ray: None, tmp_path: Path, tiny
     likelihood = [line["loss"] for line in steps_of(tmp_path / "run-sft")]
     assert len(likelihood) == 6
     assert likelihood[-1] < likelihood[0] - 0.3
+    # Of the rejected answers nothing is computed.
+    line = steps_of(tmp_path / "run-sft")[0]
+    assert "logps/rejected" not in line
     (pairs_uri,) = (tmp_path / "store" / "pairs").iterdir()
     store, first = open_store(str(pairs_uri)), steps_of(tmp_path / "run")[0]
     assert store is not None
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)
     pair_of = {pair.pair_id.hex(): pair for chunk in store.train for pair in read_chunk(store.uri, chunk)}
+    at_start = [pair_of[pair_id] for pair_id in read_lines(tmp_path / "run-sft" / "ledger.jsonl")[0]["pair_ids"]]
+    assert line["num_tokens"] == sum(len(pair.prompt) + len(pair.answers[0]) for pair in at_start)
+    untrained = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    with torch.no_grad():
+        per_token = [-float(plain_logps(untrained, pair)[0]) / len(pair.answers[0]) for pair in at_start]
+    assert line["loss"] == pytest.approx(sum(per_token) / len(at_start), abs=1e-5)
     batch = [pair_of[pair_id] for pair_id in read_lines(tmp_path / "run" / "ledger.jsonl")[0]["pair_ids"]]
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "run-sft" / "export", dtype=torch.float32)
     with torch.no_grad():

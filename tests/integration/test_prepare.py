@@ -4,7 +4,7 @@ import gzip
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from dpo_ray.orchestration.prepare import Survey, _make_runs, prepare, survey
 from dpo_ray.orchestration.rows import Job, SourceFile, json_object
 from dpo_ray.orchestration.watch import SourcePreview, Watcher
 from dpo_ray.pairs.formats import Reading
-from dpo_ray.pairs.store import read_chunk
+from dpo_ray.pairs.store import Chunk, read_chunk
 from dpo_ray.pairs.tokenize import Limits
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
@@ -158,6 +158,36 @@ def test_held_out_pairs_are_not_trained_on(tmp_path: Path, tiny_model: Path, loc
     assert not ids[0] & ids[1]
     assert len(ids[1]) == len(set(rows[100:]))
     assert len(ids[0]) + len(ids[1]) == len(set(rows))
+
+
+def test_sources_and_held_out_sets_are_kept_apart(tmp_path: Path, tiny_model: Path, local_ray: None) -> None:
+    """A pair of two sources stays in the one that comes first by name; one that is held out stays in no source."""
+    rows = list(dict.fromkeys(json.dumps(row) for row in make_pairs(200, seed=6)))
+    parts = {"b": rows[:60], "a": rows[50:100], "x": rows[100:110] + rows[:5], "y": rows[105:120]}
+    for name, lines in parts.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    place = {name: str(tmp_path / f"{name}.jsonl") for name in parts}
+    data = {"train": {place["b"]: 0.5, place["a"]: 2.0}, "eval": {"y": [place["y"]], "x": [place["x"]]}}
+    data["eval_fraction"] = 0.0
+    made = prepare(tiny_config(str(tmp_path), "run", tiny_model, "", data=data))
+    assert {chunk.source for chunk in made.train} == {chunk.source for chunk in made.eval} == {0, 1}
+
+    def num(chunks: Sequence[Chunk], source: int) -> int:
+        return sum(chunk.num_pairs for chunk in chunks if chunk.source == source)
+
+    assert [num(made.train, 0), num(made.train, 1)] == [50, 60 - 10 - 5]
+    assert [num(made.eval, 0), num(made.eval, 1)] == [15, 15]
+    assert made.counts["duplicates"] == 15
+    # Other weights, and another order of names, are no other store.
+    data["train"] = {place["a"]: 1.0, place["b"]: 1.0}
+    assert prepare(tiny_config(str(tmp_path), "run", tiny_model, "", data=data)) == made
+    (tmp_path / "c.jsonl").write_text("\n".join(rows[50:60]))
+    data["train"] = {place["a"]: 1.0, str(tmp_path / "c.jsonl"): 1.0}
+    with pytest.raises(DataError, match=r"c.jsonl: every pair is held out too, or in an entry of data.train before it"):
+        prepare(tiny_config(str(tmp_path), "run", tiny_model, "", data=data))
+    data["train"] = {place["a"]: 1.0, str(tmp_path / "[a].jsonl"): 1.0}
+    with pytest.raises(DataError, match=r"a.jsonl is in two entries of data.train: keep it in one of them"):
+        survey(tiny_config(str(tmp_path), "run", tiny_model, "", data=data))
 
 
 def test_a_store_is_named_by_how_its_files_are_read(tmp_path: Path, tiny_model: Path) -> None:

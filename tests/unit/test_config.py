@@ -100,6 +100,12 @@ def with_values(**sections: dict[str, Any]) -> dict[str, Any]:
             "but data.chat_template: none uses no template",
         ),
         (with_values(data={"chat_template_kwargs": {"tokenize": 1}}), "tokenize is not the template's"),
+        (with_values(data={"train": []}), r"data.train is \[\]: write a list of files, or files with weights such as"),
+        (with_values(data={"train": {"a": 0}}), "data.train gives a the weight 0: write a number above 0"),
+        (with_values(data={"train": {"a": 1, "./a": 2}}), r"data.train names a place twice: a, ./a; name it once"),
+        (with_values(data={"eval": {"a b": ["x"]}}), "data.eval: 'a b' cannot be the name of a set: write letters"),
+        (with_values(data={"eval": {"a": "x"}}), r"data.eval is {'a': 'x'}: write a list of files, or such lists by"),
+        (with_values(data={"eval": {"a": []}}), "data.eval: the set a has no files: name some, or leave it out"),
         (
             with_values(model={"gradient_checkpointing": "offload"}),
             "offload does nothing without .*use true",

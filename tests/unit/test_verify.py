@@ -22,6 +22,7 @@ from dpo_ray.errors import DataError
 from dpo_ray.orchestration.verify import Verdict, verify
 from dpo_ray.orchestration.watch import Watcher
 from dpo_ray.pairs import store
+from dpo_ray.pairs.plan import Plan
 from dpo_ray.pairs.tokenize import pair_id
 from dpo_ray.training import manifest
 from dpo_ray.types import TokenizedPair, TrainState
@@ -45,6 +46,8 @@ class Run:
     exported: int | None = None
     config: dict[str, Any] = field(default_factory=dict)
     full: bool = True
+    data: list[str] | dict[str, float] = field(default_factory=lambda: ["pairs.jsonl"])
+    per_epoch: int = PER_EPOCH
 
     def entry(self, step: int, attempt: int) -> dict[str, Any]:
         """The line that an attempt writes for a step."""
@@ -78,8 +81,8 @@ class Run:
         """Puts the run on storage."""
         train = {"epochs": EPOCHS, "global_batch_pairs": BATCH, "max_steps": None, "ledger": "full", **self.config}
         described = {
-            "config": {"seed": SEED, "train": train, "of": "another version"},
-            "about": {"pairs": self.pairs_uri, "steps_per_epoch": PER_EPOCH},
+            "config": {"seed": SEED, "train": train, "data": {"train": self.data}, "of": "another version"},
+            "about": {"pairs": self.pairs_uri, "steps_per_epoch": self.per_epoch},
         }
         storage.remove(uri)
         storage.write_bytes(storage.join(uri, "config.yaml"), yaml.safe_dump(described).encode())
@@ -160,6 +163,45 @@ def test_an_exact_run(tmp_path: Path, made: tuple[str, list[list[bytes]]], full:
     assert [each.steps for each in verdict.attempts] == [5, 0, 5, 0, 12]
     assert verdict.redone_steps == 5
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def mixture(folder: str) -> Run:
+    """A source of 30 pairs twice an epoch, and round(25 / 2) = 12 pairs of another: 72 pairs, 9 steps."""
+    rng, chunks = np.random.default_rng(1), []
+    for source, size in enumerate((30, 25)):
+        pairs = []
+        for _ in range(size):
+            prompt, *answers = (rng.integers(0, 99, 6, dtype=np.int32) for _ in range(3))
+            pairs.append(TokenizedPair(pair_id(prompt, tuple(answers)), prompt, tuple(answers)))
+        chunks.append(store.write_chunk(folder, store.chunk_name(f"train.{source}", 0), chunk_table(pairs)))
+    uri, _ = commit(folder, chunks)
+    plan = Plan(SEED, tuple(chunks), BATCH, 18, (2.0, 0.5))
+    ids = {chunk.name: [pair.pair_id for pair in store.read_chunk(uri, chunk)] for chunk in chunks}
+    order = [
+        ids[take.chunk.name][index]
+        for epoch in range(EPOCHS)
+        for take in plan.takes(epoch)
+        for index in plan.pair_order(take, epoch, ids[take.chunk.name])
+    ]
+    run = Run(uri, [order[start : start + BATCH] for start in range(0, len(order), BATCH)])
+    run.data, run.per_epoch = {"a.jsonl": 2.0, "b.jsonl": 0.5}, 9
+    run.steps(run.begin(0, 2), 18)
+    run.checkpoints, run.exported = {18: 0}, 18
+    return run
+
+
+def test_a_mixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = mixture(str(tmp_path / "store" / "pairs" / "abc"))
+    verdict = verify(run.write(str(tmp_path / "run")))
+    assert verdict.findings == ()
+    assert verdict.line == "exact: 18 of 18 steps, every pair as often as its source's weight says"
+    assert (verdict.pairs, verdict.pairs_trained) == (72, 144)
+    run.data = {"a.jsonl": 2.0, "b.jsonl": 0.6}
+    assert "steps per epoch" in texts(verify(run.write(str(tmp_path / "run"))))
+    # A plan that takes the same half in both epochs is found by counting.
+    run.data = {"a.jsonl": 2.0, "b.jsonl": 0.5}
+    monkeypatch.setattr(Plan, "takes", lambda plan, epoch, takes=Plan.takes: takes(plan, 0))
+    assert "train.1-000000.parquet 2 times, not 0 or 1" in texts(verify(run.write(str(tmp_path / "run"))))
 
 
 def test_no_ids_are_kept_in_memory_when_there_is_no_room(

@@ -11,7 +11,7 @@ from helpers import chunk_table
 from dpo_ray.errors import ReferenceMismatchError
 from dpo_ray.pairs import store
 from dpo_ray.pairs.pack import Costs
-from dpo_ray.pairs.plan import Plan, pair_order
+from dpo_ray.pairs.plan import Plan
 from dpo_ray.pairs.tokenize import pair_id
 from dpo_ray.reference.store import ReferenceStore
 from dpo_ray.reference.versions import References, Version, version_store
@@ -60,7 +60,7 @@ def test_a_batch_waits_for_its_own_chunks_only(tmp_path: Path, chunks: tuple[sto
     plan = Plan(5, chunks, 4, 6)
     reference = ReferenceStore(str(tmp_path / "reference"))
     feed = Feed(plan, str(tmp_path), still(reference), refuse, Costs())
-    order = plan.chunk_order(0)
+    order = [take.chunk for take in plan.takes(0)]
     done = 0
     for number in range(1, 4):
         score(reference, tmp_path, order[number - 1])
@@ -86,11 +86,10 @@ def test_scores_belong_to_their_answers(tmp_path: Path, chunks: tuple[store.Chun
             assert micro.ref_logps is not None
             assert micro.ref_logps.tolist() == [value for i in ids for value in score_of(i)]
         seen += batch.pair_ids
-    order = feed.plan.chunk_order(0)
     expected = []
-    for chunk in order:
-        ids = [pair.pair_id for pair in store.read_chunk(str(tmp_path), chunk)]
-        expected += [ids[index] for index in pair_order(5, 0, ids)]
+    for take in feed.plan.takes(0):
+        ids = [pair.pair_id for pair in store.read_chunk(str(tmp_path), take.chunk)]
+        expected += [ids[index] for index in feed.plan.pair_order(take, 0, ids)]
     assert seen == expected
 
 

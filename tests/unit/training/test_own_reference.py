@@ -17,7 +17,7 @@ def test_what_a_step_needs_is_named_before_it(sizes: list[int], batch: int, posi
     of_step: dict[int, set[str]] = {}
     for step in range(plan.total_steps):
         epoch, index = divmod(step, plan.steps_per_epoch)
-        pairs = [chunk.key for chunk in plan.chunk_order(epoch) for _ in range(chunk.num_pairs)]
+        pairs = [take.chunk.key for take in plan.takes(epoch) for _ in range(take.num_pairs)]
         of_step[step + 1] = set(pairs[index * batch : (index + 1) * batch])
     needs, named = Needs(plan, position), set[str]()
     for step in range(position + 1, plan.total_steps + 1):
