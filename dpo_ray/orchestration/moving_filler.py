@@ -140,7 +140,8 @@ class MovingFiller:
         if self._filler is not None:
             self._filler.stop()
             done = self._filler.filled
-        store = version_store(self._config.run_uri, version) if version.number else self._start
+        about = self._config.run_uri, version, self._config.model.attention
+        store = version_store(*about) if version.number else self._start
         stop = (version.number + 1) * self._every
         order = chunks_in_order_of_need(self._config, self._plan, self._pairs, position, stop)
         moved = version if version.number else None

@@ -70,7 +70,7 @@ def make_feed(config: Config, places: Places, attempt: Attempt) -> tuple[Feed, P
     references = None
     if places.reference_uri:
         start = ReferenceStore(places.reference_uri, filled_beside=config.reference.place != "adapter_off")
-        references = References(start, config.run_uri, config.reference.sync_steps, attempt)
+        references = References(start, config.run_uri, config.reference.sync_steps, attempt, config.model.attention)
     about = references, fill_check(places.fill_error), places.costs, config.objective.ld_alpha
     return Feed(make_plan(config, pairs), pairs.uri, *about, chosen_only=config.objective.chosen_only), pairs
 

@@ -31,9 +31,9 @@ def version_after(step: int, attempt: int, every: int) -> Version:
     return Version(step // every, attempt)
 
 
-def version_store(run_uri: str, version: Version) -> ReferenceStore:
-    """Scores of one version of a run's moving reference; version 0 is no such."""
-    folder = f"version-{version.number:06d}-attempt-{version.attempt:04d}"
+def version_store(run_uri: str, version: Version, attention: str) -> ReferenceStore:
+    """Scores of one version of a run's moving reference, by an implementation of attention; version 0 is no such."""
+    folder = f"version-{version.number:06d}-attempt-{version.attempt:04d}-{attention}"
     return ReferenceStore(storage.join(run_uri, "reference", folder))
 
 
@@ -46,12 +46,14 @@ class References:
         run_uri: The run's folder.
         every: After how many steps it moves; None: never.
         attempt: The attempt.
+        attention: The implementation that the versions are scored with.
     """
 
     start: ReferenceStore
     run_uri: str
     every: int | None
     attempt: Attempt
+    attention: str
 
     def at(self, step: int) -> ReferenceStore:
         """What step `step`, counted from 1, is trained with, and what an evaluation after it compares with."""
@@ -59,4 +61,5 @@ class References:
             return self.start
         version = version_after(step - 1, self.attempt.attempt, self.every)
         inherited = version_after(self.attempt.position, self.attempt.reference_attempt, self.every)
-        return version_store(self.run_uri, inherited if inherited.number == version.number else version)
+        version = inherited if inherited.number == version.number else version
+        return version_store(self.run_uri, version, self.attention)

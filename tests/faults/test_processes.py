@@ -215,7 +215,7 @@ def test_a_reference_that_moves(place: Place, drivers: Any) -> None:
     # Each version by the attempt that made it; the second had nothing of its own before step 10.
     stores = storage.list_names(storage.join(place.uri("moving"), "reference"))
     made = [(1, 0), (2, 1), (3, 1), (4, 2)]
-    assert sorted(stores) == [f"version-{version:06d}-attempt-{attempt:04d}" for version, attempt in made]
+    assert sorted(stores) == [f"version-{version:06d}-attempt-{attempt:04d}-packed" for version, attempt in made]
 
 
 def test_a_failure_that_comes_again(place: Place, drivers: Any) -> None:

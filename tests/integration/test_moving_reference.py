@@ -123,7 +123,7 @@ def test_losses_in_two_parts(local_ray: None, tmp_path: Path, tiny_model: Path, 
     expected, _ = plain_numbers(tmp_path, tiny_model, Path(run))
     assert [line["loss"] for line in steps_of(Path(run))] == pytest.approx(expected, abs=1e-5)
     stores = sorted(path.name for path in Path(run, "reference").iterdir())
-    assert stores == ["version-000001-attempt-0000", "version-000002-attempt-0001"]
+    assert stores == ["version-000001-attempt-0000-packed", "version-000002-attempt-0001-packed"]
     assert read_manifest(run, f"step-{STEPS:08d}").state.reference_attempt == 1
 
 

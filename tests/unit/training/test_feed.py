@@ -42,7 +42,7 @@ def chunks(tmp_path: Path) -> tuple[store.Chunk, ...]:
 
 def still(reference: ReferenceStore) -> References:
     """A reference that does not move."""
-    return References(reference, "", None, Attempt(0, 1, 0, None, 1, "test", "now"))
+    return References(reference, "", None, Attempt(0, 1, 0, None, 1, "test", "now"), "packed")
 
 
 def score_of(pair: bytes) -> list[float]:
@@ -192,8 +192,10 @@ def test_each_step_has_the_scores_of_its_version(tmp_path: Path, chunks: tuple[s
     """Batches of 4 out of chunks of 7 to 9, and a reference that moves every 2 steps: it does so within chunks."""
     start = ReferenceStore(str(tmp_path / "reference"))
     # Attempt 3 began after step 3, with what attempt 1 had made after step 2.
-    references = References(start, str(tmp_path), 2, Attempt(3, 1, 3, None, 1, "test", "now", reference_attempt=1))
-    stores = {0: start, 1: version_store(str(tmp_path), Version(1, 1)), 2: version_store(str(tmp_path), Version(2, 3))}
+    attempt = Attempt(3, 1, 3, None, 1, "test", "now", reference_attempt=1)
+    references = References(start, str(tmp_path), 2, attempt, "packed")
+    later = {n: version_store(str(tmp_path), Version(n, by), "packed") for n, by in ((1, 1), (2, 3))}
+    stores = {0: start, **later}
     for number, each in stores.items():
         for chunk in chunks:
             ids = [pair.pair_id for pair in store.read_chunk(str(tmp_path), chunk)]
