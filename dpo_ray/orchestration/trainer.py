@@ -190,6 +190,8 @@ def _train(config: Config, watcher: Watcher, found: Survey, lease: RunLease) -> 
         newest = manifest.newest(config.run_uri)
         position = newest[1].state.step if newest else 0
         reference = open_reference_store(config, pairs.uri) if config.needs_reference else None
+        if plan.weights:
+            watcher.phase(_mixture(config, plan))
         watcher.planned(plan, position)
         if reference is not None:
             note_use(reference, config.run_uri, pairs.uri)
@@ -219,6 +221,15 @@ def _train(config: Config, watcher: Watcher, found: Survey, lease: RunLease) -> 
     result = finished_run(config)
     assert result is not None
     return result
+
+
+def _mixture(config: Config, plan: Plan) -> str:
+    """What an epoch takes from each source, for people to read."""
+    parts = []
+    for number, name in enumerate(sorted(config.data.train)):
+        there = sum(chunk.num_pairs for chunk in plan.chunks if chunk.source == number)
+        parts.append(f"{plan.pairs_of_source(number):,} pairs from the {there:,} of {name}")
+    return "an epoch takes " + ", ".join(parts)
 
 
 def _filler(
