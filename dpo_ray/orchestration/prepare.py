@@ -324,15 +324,13 @@ def _source_files(sources: list[_Source], readings: list[Reading]) -> tuple[Sour
         for file in source.files:
             entry = SourceFile(file.uri, file.num_bytes, file.identity, source.part, reading)
             known = files.setdefault(file.uri, entry)
+            first, second = (f"data.{part.partition('.')[0]}" for part in (known.part, source.part))
+            where = f"{first} and in {second}" if first != second else f"two entries of {first}"
             if known.part != source.part:
-                first, second = (f"data.{part.partition('.')[0]}" for part in (known.part, source.part))
-                where = f"{first} and in {second}" if first != second else f"two entries of {first}"
                 raise DataError(f"{file.uri} is in {where}: keep it in one of them")
             if known.reading != reading:
-                raise DataError(
-                    f"{file.uri} is in two entries of the data, read as {known.reading.format} and as "
-                    f"{reading.format}: keep it in one of them"
-                )
+                how = f"read as {known.reading.format} and as {reading.format}"
+                raise DataError(f"{file.uri} is in {where}, {how}: keep it in one of them")
     return tuple(files[uri] for uri in sorted(files))
 
 
