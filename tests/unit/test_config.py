@@ -79,7 +79,7 @@ def with_values(**sections: dict[str, Any]) -> dict[str, Any]:
             "reference.replicas is 3, which does nothing with reference.place: none",
         ),
         (with_values(sft={"learning_rate": 1e-4}), "sft.learning_rate is 0.0001, which does nothing without sft.epo"),
-        (with_values(sft={"epochs": 1}, objective={"loss": "sft"}), "sft.epochs is 1, but objective.loss: sft is such a start"),
+        (with_values(sft={"epochs": 1}, objective={"loss": "sft"}), "sft.epochs is 1, but objective.loss: sft is such"),
         (with_values(objective={"f_divergence": "alpha"}), r"f_alpha is null: set it in \(0, 1\)"),
         (
             with_values(objective={"f_alpha": 0.5}),

@@ -135,6 +135,23 @@ def test_metrics_of_pairs_with_several_rejected_answers():
     )
 
 
+def test_metrics_of_chosen_answers_alone():
+    """-log pi / |y| of 10 / 2 and 12 / 4 nats a token; of rejected answers nothing is said."""
+    stats = AnswerStats(
+        policy_logps=torch.tensor([-10.0, -12.0]),
+        ref_logps=None,
+        num_tokens=torch.tensor([2, 4]),
+        num_answers=[1, 1],
+        entropy=torch.tensor([3.0, 6.0]),
+        mean_logits=torch.tensor([4.0, -1.0]),
+    )
+    losses = LOSSES["sft"].of_pairs(stats, {})
+    assert losses.tolist() == [5.0, 3.0]
+    assert finish_metrics(metric_sums(stats, losses, BETA)) == pytest.approx(
+        {"loss": 4.0, "logps/chosen": -11.0, "logits/chosen": 3 / 6, "entropy": 9 / 6}
+    )
+
+
 @pytest.mark.parametrize("num_answers", [[2, 2, 2], [4, 2]])
 @pytest.mark.parametrize("name", LOSSES)
 def test_nothing_waits_for_the_device(name, num_answers):
