@@ -155,7 +155,7 @@ def under_divergence(stats: AnswerStats, f_divergence: str, f_alpha: float | Non
     Raises:
         ValueError: There are no reference scores.
 
-    Source: arXiv 2309.16240 table 1 (f-DPO).
+    Source: arXiv 2309.16240 (f-DPO).
     """
     if f_divergence == "reverse_kl":
         return stats
@@ -516,7 +516,7 @@ def cpo(stats: AnswerStats, *, beta: float, nll_weight: float) -> torch.Tensor:
     Returns:
         Shape (C,), the dtype of the log-probabilities.
 
-    Source: arXiv 2401.08417 eq. 3, and the likelihood term added to it.
+    Source: arXiv 2401.08417, the preference loss and the likelihood term added to it.
     """
     chosen, rejected = stats.pairwise(beta * stats.policy_logps)
     return -F.logsigmoid(chosen - rejected) + nll_weight * sft(stats)

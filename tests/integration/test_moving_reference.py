@@ -58,7 +58,7 @@ def mean_loss(policy: torch.nn.Module, reference: torch.nn.Module, pairs: list[T
 
 
 def plain_loop(model: Path, batches: list[list[TokenizedPair]]) -> Iterator[tuple[float, Any, Any]]:
-    """TR-DPO's soft update (arXiv 2404.09656, equation 3) in a few lines; after each step the loss and both models."""
+    """TR-DPO's soft update (arXiv 2404.09656) in a few lines; after each step the loss and both models."""
     policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     reference = deepcopy(policy)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=RATE, weight_decay=0.0)
