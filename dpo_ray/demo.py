@@ -1,6 +1,7 @@
 """`dpo-ray demo`: the whole way on one machine, with data, tokenizer and model of its own.
 
-A tiny Llama gets its start by likelihood on the chosen answers, then DPO; both are the same job as on a cluster.
+A tiny Llama gets its start by likelihood on the chosen answers, then DPO. To compare, the untrained model gets the same
+DPO: it learns to tell pairs apart, and not to answer. All are the same jobs as on a cluster.
 """
 
 from __future__ import annotations
@@ -8,21 +9,30 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from dpo_ray.config import Config, parse_config
 from dpo_ray.demo_data import all_requests, byte_tokenizer, follows_rule, make_pairs, tiny_llama_config
 from dpo_ray.display import ProgressBar
-from dpo_ray.orchestration.trainer import Result, train
+from dpo_ray.orchestration.trainer import Result, make_start, train
 
 NUM_PAIRS, NUM_HELD_OUT = 3000, 300
 GOAL_ACCURACY = 0.9
 SHOWN_PROMPTS = 3
+START, ALIGNED, ALONE = "start", "start, DPO", "DPO alone"
+ROWS = {
+    "accuracy of the implicit reward": ("eval_rewards/accuracies", ".3f"),
+    "margin of the implicit reward": ("eval_rewards/margins", ".3f"),
+    "log-probability of chosen": ("eval_logps/chosen", ".2f"),
+    "log-probability of rejected": ("eval_logps/rejected", ".2f"),
+}
 
 
 def run_demo(folder: str, console: Console) -> bool:
@@ -33,52 +43,59 @@ def run_demo(folder: str, console: Console) -> bool:
         console: Where to write.
 
     Returns:
-        Whether held-out accuracy after DPO reached the goal.
+        Whether held-out accuracy after DPO reached the goal, and answers follow the rule more often than after the
+        start or after DPO alone.
     """
     disable_progress_bar()
     shutil.rmtree(folder, ignore_errors=True)
     folder = os.path.abspath(folder)
     _write_inputs(folder)
-    with ProgressBar(console) as watcher:
-        watcher.phase("1/2 the start: likelihood of the chosen answers")
-        started = train(_config(folder, "start", "sft"), watcher)
-    with ProgressBar(console) as watcher:
-        watcher.phase("2/2 DPO: 2 FSDP workers, 1 reference actor")
-        aligned = train(_config(folder, "dpo", "sigmoid"), watcher)
-    accuracy = aligned.eval_metrics["eval_rewards/accuracies"]
-    console.print(_table(started, aligned))
-    console.print(_answers(started, aligned))
-    console.print(f"model    {aligned.export_uri}\nmetrics  {aligned.run_uri}/metrics.jsonl")
+    whole = _config(folder, "dpo", sft={"epochs": 3, "max_steps": 200, "learning_rate": 3e-3})
+    alone = _config(folder, "dpo-alone")
+    runs: dict[str, Result] = {}
+    for name, title, run, config in (
+        (START, "1/3 dpo-ray sft", make_start, whole),
+        (ALIGNED, "2/3 dpo-ray train: DPO from there, 2 FSDP workers, 1 reference actor", train, whole),
+        (ALONE, "3/3 dpo-ray train without sft: DPO alone", train, alone),
+    ):
+        with ProgressBar(console) as watcher:
+            watcher.phase(title)
+            runs[name] = run(config, watcher)
+    prompts = [request.prompt for request in all_requests(held_out=True)]
+    answers = {name: answer(result.export_uri, prompts) for name, result in runs.items()}
+    rates = {name: sum(map(follows_rule, prompts, texts)) / len(prompts) for name, texts in answers.items()}
+    console.print(_table(runs, rates))
+    console.print(_answers(prompts, answers))
+    console.print(f"model    {runs[ALIGNED].export_uri}\nmetrics  {runs[ALIGNED].run_uri}/metrics.jsonl")
     console.print(f"curves   tensorboard --logdir {folder}")
+    accuracy, failures = runs[ALIGNED].eval_metrics["eval_rewards/accuracies"], []
     if accuracy < GOAL_ACCURACY:
-        console.print(f"[red]held-out accuracy {accuracy:.3f} is below {GOAL_ACCURACY}[/red]")
-    return accuracy >= GOAL_ACCURACY
+        failures.append(f"held-out accuracy {accuracy:.3f} is below {GOAL_ACCURACY}")
+    if rates[ALIGNED] <= max(rates[START], rates[ALONE]):
+        failures.append("answers follow the rule no more often than without DPO, or without the start")
+    for failure in failures:
+        console.print(f"[red]{failure}[/red]")
+    return not failures
 
 
-def _config(folder: str, name: str, loss: str) -> Config:
-    first = loss == "sft"
-    steps = 200 if first else 94
+def _config(folder: str, name: str, **sections: dict[str, Any]) -> Config:
     return parse_config(
         {
             "name": name,
             "storage_path": folder,
-            "model": {"path": f"{folder}/model" if first else f"{folder}/start/export", "compute_dtype": "float32"},
+            "model": {"path": f"{folder}/model", "compute_dtype": "float32"},
             "data": {"train": [f"{folder}/pairs/train.jsonl"], "eval": [f"{folder}/pairs/held-out.jsonl"]},
-            "objective": {"loss": loss, "beta": 1.0},
-            "optimizer": {
-                "learning_rate": 3e-3 if first else 5e-5,
-                "betas": [0.9, 0.98] if first else [0.9, 0.999],
-                "schedule": "linear",
-                "warmup_steps": 10,
-            },
+            "objective": {"beta": 1.0},
+            "optimizer": {"learning_rate": 5e-5, "warmup_steps": 10},
             "train": {
                 "global_batch_pairs": 32,
                 "epochs": 3,
-                "max_steps": steps,
-                "eval_every_steps": steps // 2,
-                "checkpoint_every_steps": steps // 2,
+                "max_steps": 94,
+                "eval_every_steps": 100,
+                "checkpoint_every_steps": 100,
             },
             "scaling": {"workers": 2},
+            **sections,
         }
     )
 
@@ -94,35 +111,26 @@ def _write_inputs(folder: str) -> None:
     tokenizer.save_pretrained(f"{folder}/model")
 
 
-def _table(started: Result, aligned: Result) -> Table:
+def _table(runs: dict[str, Result], rates: dict[str, float]) -> Table:
     table = Table(title="held-out pairs")
-    for column, justify in (("", "left"), ("before DPO", "right"), ("after DPO", "right")):
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
-    before, after = started.eval_metrics, aligned.eval_metrics
-    # Before DPO the policy is its own reference: no margin, and so no pair told apart.
-    table.add_row("accuracy of the implicit reward", "0.000", f"{after['eval_rewards/accuracies']:.3f}")
-    table.add_row("margin of the implicit reward", "0.000", f"{after['eval_rewards/margins']:.3f}")
-    for name in ("chosen", "rejected"):
-        key = f"eval_logps/{name}"
-        table.add_row(f"log-probability of {name}", f"{before[key]:.2f}", f"{after[key]:.2f}")
-    prompts = sorted({request.prompt for request in all_requests(held_out=True)})
-    rates = [
-        sum(map(follows_rule, prompts, answer(result.export_uri, prompts))) / len(prompts)
-        for result in (started, aligned)
-    ]
-    table.add_row(f"answers that follow the rule ({len(prompts)} prompts)", *(f"{rate:.3f}" for rate in rates))
+    table.add_column("")
+    for name in runs:
+        table.add_column(name, justify="right")
+    for title, (key, form) in ROWS.items():
+        # The start has no reference, and looks at chosen answers alone.
+        values = [result.eval_metrics.get(key) for result in runs.values()]
+        table.add_row(title, *("" if value is None else format(value, form) for value in values))
+    table.add_row("answers that follow the rule", *(f"{rate:.3f}" for rate in rates.values()))
     return table
 
 
-def _answers(started: Result, aligned: Result) -> Table:
-    requests = all_requests(held_out=True)
-    prompts = [request.prompt for request in requests[:: len(requests) // SHOWN_PROMPTS]][:SHOWN_PROMPTS]
+def _answers(prompts: list[str], answers: dict[str, list[str]]) -> Table:
     table = Table(title="greedy answers")
-    for column in ("prompt", "before DPO", "after DPO"):
+    for column in ("prompt", *answers):
         table.add_column(column)
-    before, after = answer(started.export_uri, prompts), answer(aligned.export_uri, prompts)
-    for row in zip(prompts, before, after, strict=True):
-        table.add_row(*row)
+    for index in range(0, len(prompts), len(prompts) // SHOWN_PROMPTS)[:SHOWN_PROMPTS]:
+        # What an untrained model says may be anything.
+        table.add_row(prompts[index], *(Text(repr(texts[index])) for texts in answers.values()))
     return table
 
 
