@@ -13,8 +13,10 @@ from typing import Any
 
 import pyarrow as pa
 import torch
+from typer.testing import CliRunner, Result
 
-from dpo_ray.config import Config, parse_config
+from dpo_ray.cli import app
+from dpo_ray.config import Config, parse_config, to_yaml
 from dpo_ray.demo_data import make_pairs
 from dpo_ray.errors import RowError
 from dpo_ray.pairs import store
@@ -80,6 +82,12 @@ def dpo_ray_command(*arguments: str, **environment: str) -> subprocess.Completed
     return subprocess.run(
         command, capture_output=True, text=True, timeout=240, check=False, env={**os.environ, **environment}
     )
+
+
+def command_here(name: str, config: Config, folder: Path) -> Result:
+    """Runs a command in this process, with its Ray; an error stands in `exception`."""
+    (folder / "run.yaml").write_text(to_yaml(config))
+    return CliRunner().invoke(app, [name, str(folder / "run.yaml")])
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import plain_logps, read_lines, steps_of, tiny_config, write_pairs
+from helpers import command_here, plain_logps, read_lines, steps_of, tiny_config, write_pairs
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM
 
 from dpo_ray import train
 from dpo_ray.config import Config
 from dpo_ray.errors import ConfigError
-from dpo_ray.orchestration.trainer import make_start
 from dpo_ray.pairs.store import open_store, read_chunk
 from dpo_ray.training.manifest import read_manifest
 from dpo_ray.types import TokenizedPair
@@ -145,19 +145,25 @@ def test_a_start_by_likelihood_comes_first(local_ray: None, tmp_path: Path, tiny
         chosen = sum(float(plain_logps(plain, pair)[0]) for pair in batch) / len(batch)
     assert first["logps/chosen"] == pytest.approx(chosen, rel=1e-5)
     assert train(config) == result
+    shown = command_here("sft", config, tmp_path)
+    assert shown.exit_code == 0, shown.output
+    assert "run-sft is finished: nothing to do" in shown.output
+    assert f"model    {tmp_path}/run-sft/export\n" in shown.output
     # What follows has begun: nothing touches its start any more.
     exported = tmp_path / "run-sft" / "export" / "exported.json"
     before = exported.read_bytes()
     longer = tiny_config(
         str(tmp_path), "run", tiny_model, pairs, **{**options, "sft": {**options["sft"], "max_steps": 8}}
     )
-    for command in (train, make_start):
-        with pytest.raises(ConfigError, match="sft.max_steps: 6 -> 8"):
-            command(longer)
+    for command in ("train", "sft"):
+        refused = command_here(command, longer, tmp_path).exception
+        assert isinstance(refused, ConfigError)
+        assert "sft.max_steps: 6 -> 8" in str(refused)
     assert exported.read_bytes() == before
     exported.unlink()
-    with pytest.raises(ConfigError, match="has begun with the model of .*run-sft, which is not there any more"):
-        make_start(config)
+    refused = command_here("sft", config, tmp_path).exception
+    assert isinstance(refused, ConfigError)
+    assert re.search("has begun with the model of .*run-sft, which is not there any more", str(refused))
     # A row more makes another order of pairs, in the middle of which nobody goes on.
     exported.write_bytes(before)
     Path(pairs).write_text(Path(pairs).read_text() + json.dumps({"prompt": "Q", "chosen": "a", "rejected": "b"}) + "\n")

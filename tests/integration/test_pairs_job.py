@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import plain_logps, read_lines, tiny_config
+from helpers import command_here, plain_logps, read_lines, tiny_config
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -19,7 +19,7 @@ from transformers import (
 from dpo_ray.config import Config
 from dpo_ray.demo_data import byte_tokenizer, tiny_llama_config
 from dpo_ray.errors import ConfigError, DataError
-from dpo_ray.orchestration.pairs_job import _Part, make_pairs
+from dpo_ray.orchestration.pairs_job import Made, _Part, make_pairs
 from dpo_ray.orchestration.prepare import prepare
 from dpo_ray.types import TokenizedPair
 
@@ -62,10 +62,14 @@ def rows_of(uri: str) -> list[dict[str, Any]]:
 def test_answers_and_rewards(local_ray: None, tmp_path: Path, judges: dict[str, Path]) -> None:
     """Rewards are the judge's of prompt and answer; a part that is lost is made again, to the byte; all is data."""
     config = config_of(tmp_path, judges)
-    made = make_pairs(config)
-    rows = rows_of(made.uri)
-    assert (made.prompts, made.rows, made.without) == (PROMPTS, len(rows), PROMPTS - len(rows))
-    assert len(rows) >= PROMPTS - 3
+    shown = command_here("pairs", config, tmp_path)
+    assert shown.exit_code == 0, shown.output
+    uri = f"{config.run_uri}/pairs"
+    rows = rows_of(uri)
+    without = PROMPTS - len(rows)
+    assert without <= 3
+    assert f"{len(rows)} rows of {PROMPTS} prompts; {without} had no two answers that ended" in shown.output
+    assert f"pairs  {uri}/*.jsonl\n" in shown.output
     tokenizer = AutoTokenizer.from_pretrained(judges["reward_model"])
     judge = LlamaForSequenceClassification.from_pretrained(judges["reward_model"]).eval()
     for row in rows:
@@ -75,11 +79,11 @@ def test_answers_and_rewards(local_ray: None, tmp_path: Path, judges: dict[str, 
             ids = tokenizer(tokenizer.apply_chat_template(turns, tokenize=False), add_special_tokens=False).input_ids
             with torch.no_grad():
                 assert score == pytest.approx(judge(torch.tensor([ids])).logits.item(), abs=1e-5)
-    parts = sorted(Path(made.uri).glob("part-*.jsonl"))
+    parts = sorted(Path(uri).glob("part-*.jsonl"))
     assert [part.name for part in parts] == [f"part-{index:06d}.jsonl" for index in range(3)]
     before = {part: (part.read_bytes(), part.stat().st_mtime_ns) for part in parts}
     parts[1].unlink()
-    assert make_pairs(config) == made
+    assert make_pairs(config) == Made(uri, PROMPTS, len(rows), without)
     assert {part: part.read_bytes() for part in parts} == {part: data for part, (data, _) in before.items()}
     assert all(part.stat().st_mtime_ns == before[part][1] for part in (parts[0], parts[2]))
     store = prepare(config)
@@ -118,11 +122,7 @@ def test_log_ratios_and_who_is_chosen(local_ray: None, tmp_path: Path, judges: d
         assert prepare(config_of(tmp_path, judges, label="log_ratio", choose=choose)).train
 
 
-def test_what_does_not_fit_is_refused(tmp_path: Path, judges: dict[str, Path]) -> None:
-    with pytest.raises(ConfigError, match="pairs.prompts is not set: say where prompts are"):
-        make_pairs(tiny_config(str(tmp_path), "run", judges["policy"], "x.jsonl"))
-    with pytest.raises(ConfigError, match="pairs.judge is not set"):
-        make_pairs(tiny_config(str(tmp_path), "run", judges["policy"], "x.jsonl", pairs={"prompts": ["p.jsonl"]}))
+def test_a_prompt_that_cannot_be_read_is_refused(tmp_path: Path, judges: dict[str, Path]) -> None:
     config = config_of(tmp_path, judges)
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "Q"}\n{"prompt": 3}\n')
     with pytest.raises(DataError, match=r"prompts.jsonl row 2: column 'prompt' is of type int: write a list of turns"):
