@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dpo_ray.errors import RowError
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 SENTINEL = "\U00107fff"
 _QUOTED, _REAL = 0x108000, 0x10C000
 _RESERVED = re.compile("[\U00107fff-\U0010ffff]")
+# What stands for a quoted one, as Python's repr and ASCII JSON write it where a template prints an object.
+_ESCAPED = re.compile(r"\\U0010[89ab][0-9a-f]{3}|\\udbe[0-9a-f]\\ud[c-f][0-9a-f]{2}")
 
 
 def special_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
@@ -67,16 +69,29 @@ class Encoder:
         """Without the second vocabulary, which takes a second to build and is seldom needed."""
         return {**self.__dict__, "_guarded": None}
 
-    def quotes_controls(self, text: str) -> bool:
-        """Whether a text spells a control token."""
-        return self._controls.search(text) is not None
+    def quotes_controls(self, value: Any) -> bool:
+        """Whether a text, or one anywhere in a JSON value, spells a control token."""
+        if isinstance(value, str):
+            return self._controls.search(value) is not None
+        if isinstance(value, (list, tuple)):
+            return any(map(self.quotes_controls, value))
+        return isinstance(value, Mapping) and any(map(self.quotes_controls, (*value, *value.values())))
 
-    def quote(self, text: str) -> str:
-        """A text for a template that then writes no control token because of it.
+    def quote(self, value: Any) -> Any:
+        """A text, or a JSON value with its texts, for a template that then writes no control token because of it.
 
         Raises:
             RowError: It holds characters that are used for this, or the tokenizer cannot keep it as text.
         """
+        if isinstance(value, str):
+            return self._quote_text(value)
+        if isinstance(value, (list, tuple)):
+            return [self.quote(item) for item in value]
+        if isinstance(value, Mapping):
+            return {self.quote(key): self.quote(item) for key, item in value.items()}
+        return value
+
+    def _quote_text(self, text: str) -> str:
         found = _RESERVED.search(text)
         if found:
             raise RowError(
@@ -91,7 +106,16 @@ class Encoder:
         return self._controls.sub(lambda match: self._quoted[match[0]], text)
 
     def guard(self, rendered: str) -> str:
-        """A rendering of quoted texts in the guarded alphabet: what the template wrote is real, what it quotes text."""
+        """A rendering of quoted texts in the guarded alphabet: what the template wrote is real, what it quotes text.
+
+        Raises:
+            RowError: The template escapes the private characters.
+        """
+        if _ESCAPED.search(rendered):
+            raise RowError(
+                "the text of a special token stands in tools or tool calls, and the chat template writes these with "
+                "escapes, so that it cannot be kept as text: drop it, or give the tokenizer a template that uses tojson"
+            )
         return self._controls.sub(lambda match: self._real[match[0]], rendered).translate(self._unquoted)
 
     def spell(self, guarded: str) -> str:
