@@ -6,7 +6,7 @@ A pair is a prompt with two or more answers, best first: the first is chosen, th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
@@ -17,10 +17,21 @@ if TYPE_CHECKING:
 
 
 class Message(NamedTuple):
-    """One turn of a conversation."""
+    """One turn of a conversation.
+
+    Attributes:
+        role: Who speaks.
+        content: What is said; None where there are tool calls instead.
+        extra: Its other keys that chat templates know, such as tool_calls, as JSON has them.
+    """
 
     role: str
-    content: str
+    content: str | None
+    extra: Mapping[str, Any] | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The turn as chat templates take it."""
+        return {"role": self.role, "content": self.content, **(self.extra or {})}
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +41,13 @@ class PreferencePair:
     `layout` says how the row was written, and so how it reads without a chat template: `text` is a plain
     prompt and plain answers, `dialogue` an hh-rlhf transcript, `messages` a list of turns (which has no
     reading without a template), `raw` two texts with a common beginning (which have none with a template).
+    `tools` describes the functions that the model may call, as JSON has them; None where there are none.
     """
 
     prompt: tuple[Message, ...]
     answers: tuple[tuple[Message, ...], ...]
     layout: Literal["text", "dialogue", "messages", "raw"]
+    tools: list[dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -101,7 +101,7 @@ def _name(index: int) -> str:
     return f"part-{index:06d}.jsonl"
 
 
-def _prompts(config: Config) -> Iterator[list[dict[str, str]]]:
+def _prompts(config: Config) -> Iterator[list[dict[str, Any]]]:
     """The turns of each prompt, in the order of the files and their rows."""
     for pattern in config.pairs.prompts:
         for file in storage.expand(pattern):
@@ -117,9 +117,14 @@ def _prompts(config: Config) -> Iterator[list[dict[str, str]]]:
                         turns = prompt_turns(Fields(row, {"prompt": column}))
                         if turns[-1].role == "assistant":
                             raise RowError("the prompt ends with an assistant turn: end it with what is to be answered")
+                        for key in (key for turn in turns for key in turn.extra or ()):
+                            raise RowError(
+                                f"a turn of the prompt has {key!r}, and the model is asked with roles and contents "
+                                "alone: leave the row out"
+                            )
                     except RowError as error:
                         raise DataError(f"{file.uri} row {number}: {error}") from None
-                    yield [{"role": turn.role, "content": turn.content} for turn in turns]
+                    yield [turn.as_dict() for turn in turns]
 
 
 def _settle(config: Config, uri: str, prompts: Sequence[Any]) -> None:

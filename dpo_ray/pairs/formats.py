@@ -17,11 +17,12 @@ from dpo_ray.errors import ConfigError, DataError, RowError
 from dpo_ray.extensions import imported
 from dpo_ray.pairs import parsers
 from dpo_ray.pairs.parsers import HUMAN_MARKER, Fields, RankingRule, Role
+from dpo_ray.pairs.turns import is_list
 from dpo_ray.types import PreferencePair, TokenRow
 
 _ROLES: tuple[Role, ...] = get_args(Role)
-_OPTIONAL: tuple[Role, ...] = ("system", "input", "scores")
-_OF_PAIRS: tuple[Role, ...] = ("prompt", "chosen", "rejected", "system", "input")
+_OPTIONAL: tuple[Role, ...] = ("system", "input", "tools", "scores")
+_OF_PAIRS: tuple[Role, ...] = ("prompt", "chosen", "rejected", "system", "input", "tools")
 # Columns of these names may mean anything beside a pair: they are looked for in rankings alone.
 _OF_RANKINGS: tuple[Role, ...] = ("answers", "scores")
 
@@ -32,6 +33,7 @@ _NAMES: dict[Role, tuple[str, ...]] = {
     "rejected": ("rejected",),
     "system": ("system",),
     "input": ("input",),
+    "tools": ("tools",),
     "answers": ("answers", "responses", "completions"),
     "scores": ("scores", "ratings"),
 }
@@ -100,7 +102,7 @@ FORMATS: dict[str, Format] = {
     ),
     "conversations": Format(
         "'chosen' and 'rejected' alone, as lists of turns that begin alike",
-        ("chosen", "rejected", "system"),
+        ("chosen", "rejected", "system", "tools"),
         parsers.is_conversations,
         parsers.parse_conversations,
     ),
@@ -121,7 +123,7 @@ FORMATS: dict[str, Format] = {
         "'prompt' as a string or a list of turns, 'answers' as a list of two or more answers with 'scores', or, where "
         "data.format: ranking says so, best first; an answer is a string, a list of turns, or an object "
         "{'response': ..., 'score': ...}",
-        ("prompt", "answers", "scores", "system", "input"),
+        ("prompt", "answers", "scores", "system", "input", "tools"),
         parsers.is_ranking,
         parsers.parse_ranking,
     ),
@@ -268,7 +270,9 @@ def _without_reading(reading: Reading) -> list[Role]:
 
 def _says_something(row: Mapping[str, Any], reading: Reading, role: Role) -> bool:
     value = row.get(reading.columns[role])
-    return bool(value.strip()) if isinstance(value, str) else value is not None
+    if isinstance(value, str):
+        return bool(value.strip())
+    return value is not None and not (is_list(value) and len(value) == 0)
 
 
 def _most_likely(rows: Sequence[Mapping[str, Any]], readings: Mapping[str, Reading]) -> str | None:

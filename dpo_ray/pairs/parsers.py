@@ -10,10 +10,20 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from dpo_ray.errors import RowError, TiedError
-from dpo_ray.pairs.turns import is_list, kind, num_shared, read_text, read_turns, split_conversations
+from dpo_ray.pairs.turns import (
+    ALL_TRAINED,
+    is_list,
+    kind,
+    num_shared,
+    read_objects,
+    read_text,
+    read_turns,
+    says_nothing,
+    split_conversations,
+)
 from dpo_ray.types import Message, PreferencePair, TokenRow
 
-Role = Literal["prompt", "chosen", "rejected", "system", "input", "answers", "scores"]
+Role = Literal["prompt", "chosen", "rejected", "system", "input", "tools", "answers", "scores"]
 
 HUMAN_MARKER = "\n\nHuman: "
 ASSISTANT_MARKER = "\n\nAssistant: "
@@ -83,6 +93,10 @@ class Fields:
         text = "" if value is None else read_text(value, self.where(role))
         return text if text.strip() else ""
 
+    def tools(self) -> list[dict[str, Any]] | None:
+        """The functions that the model may call; None where there are none. Raises RowError."""
+        return read_objects(self.get("tools"), self.where("tools")) or None
+
 
 def transcript(messages: Sequence[Message]) -> str:
     """Joins turns to an hh-rlhf dialogue: the inverse of how one is parsed.
@@ -93,7 +107,7 @@ def transcript(messages: Sequence[Message]) -> str:
     Returns:
         The dialogue, each turn behind its marker.
     """
-    return "".join(_MARKER_OF_ROLE[message.role] + message.content for message in messages)
+    return "".join(_MARKER_OF_ROLE[message.role] + (message.content or "") for message in messages)
 
 
 def describe(row: Mapping[str, Any]) -> str:
@@ -142,7 +156,7 @@ def _string_answer(row: Fields, role: Role, text: str) -> tuple[Message, ...]:
 
 
 def _require_content(row: Fields, role: Role, answer: Sequence[Message]) -> None:
-    if not any(message.content.strip() for message in answer):
+    if says_nothing(answer):
         raise RowError(
             f"the answer of {row.where(role)} is empty or blank: there is nothing to learn; leave the row out"
         )
@@ -157,7 +171,7 @@ def is_text(row: Fields) -> bool:
 def _text_pair(row: Fields, chosen: str, rejected: str) -> PreferencePair:
     prompt = _with_system(row, prompt_turns(row))
     answers = (_string_answer(row, "chosen", chosen), _string_answer(row, "rejected", rejected))
-    return PreferencePair(prompt, answers, "text" if len(prompt) == 1 else "messages")
+    return PreferencePair(prompt, answers, "text" if len(prompt) == 1 else "messages", row.tools())
 
 
 def parse_text(row: Fields) -> PreferencePair:
@@ -209,14 +223,15 @@ def parse_messages(row: Fields) -> PreferencePair:
         if not _repeats_turns(prompt, shared):
             raise RowError(
                 f"the conversations of 'chosen' and 'rejected' have another prompt than {row.where('prompt')}: write "
-                "the same turns, or assistant turns only, or set data.columns: {prompt: null}"
+                "the same turns, or all turns before the answers into 'prompt', or set data.columns: {prompt: null} "
+                "where these hold whole conversations"
             )
         prompt = shared
     else:
         answers = (chosen, rejected)
     for role, answer in zip(("chosen", "rejected"), answers, strict=True):
         _require_content(row, role, answer)  # type: ignore[arg-type]
-    return PreferencePair(_with_system(row, prompt), answers, "messages")
+    return PreferencePair(_with_system(row, prompt), answers, "messages", row.tools())
 
 
 def _answer(row: Fields, role: Role) -> tuple[Message, ...]:
@@ -286,9 +301,8 @@ def _several(row: Fields, answers: Sequence[tuple[Message, ...]]) -> PreferenceP
     if prompt[-1].role == "assistant":
         raise RowError(f"{row.where('prompt')} ends with an assistant turn: end it with the turn that is answered")
     plain = len(prompt) == 1 and prompt[0].role == "user" and all(len(answer) == 1 for answer in answers)
-    return PreferencePair(
-        prompt, tuple(answers), "text" if plain and isinstance(row.get("prompt"), str) else "messages"
-    )
+    layout: Literal["text", "messages"] = "text" if plain and isinstance(row.get("prompt"), str) else "messages"
+    return PreferencePair(prompt, tuple(answers), layout, row.tools())
 
 
 def _text_key(answer: Mapping[str, Any]) -> str | None:
@@ -302,8 +316,11 @@ def _ranked_answer(value: Any, where: str) -> tuple[Message, ...]:
             value = read_text(value[key], f"{key!r} of {where}")
     turns = (Message("assistant", read_text(value, where)),) if isinstance(value, str) else read_turns(value, where)
     if any(turn.role != "assistant" for turn in turns):
-        raise RowError(f"{where} has a turn that is not the assistant's: write the prompt's turns into 'prompt'")
-    if not any(turn.content.strip() for turn in turns):
+        raise RowError(
+            f"{where} has a turn that is not the assistant's, and {ALL_TRAINED}: write the prompt's turns into "
+            "'prompt', and end the answer before any other"
+        )
+    if says_nothing(turns):
         raise RowError(f"{where} is empty or blank: there is nothing to learn; leave it out")
     return turns
 
@@ -351,7 +368,7 @@ def parse_conversations(row: Fields) -> PreferencePair:
     prompt, answers = split_conversations(_answer(row, "chosen"), _answer(row, "rejected"))
     _require_content(row, "chosen", answers[0])
     _require_content(row, "rejected", answers[1])
-    return PreferencePair(_with_system(row, prompt), answers, "messages")
+    return PreferencePair(_with_system(row, prompt), answers, "messages", row.tools())
 
 
 def is_dialogue(row: Fields) -> bool:

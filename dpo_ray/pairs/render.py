@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
@@ -10,13 +11,14 @@ from jinja2 import TemplateError
 from dpo_ray.errors import ConfigError, RowError
 from dpo_ray.pairs.parsers import ASSISTANT_MARKER, transcript
 from dpo_ray.pairs.specials import SENTINEL, Encoder
-from dpo_ray.pairs.turns import num_shared
-from dpo_ray.types import Message, PreferencePair
+from dpo_ray.pairs.turns import REASONING_KEYS, num_shared
+from dpo_ray.types import PreferencePair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _Made = TypeVar("_Made")
+_Turn = dict[str, Any]
 
 _TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, AttributeError)
 # Added tokens that templates write too, but that an answer's text means as such.
@@ -66,10 +68,11 @@ def turn_marks(tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str,
 
 
 class _Conversation(NamedTuple):
-    """A pair as a template takes it: the prompt's turns, and those of prompt and answer for each answer."""
+    """A pair as a template takes it: the prompt's turns, those of prompt and answer for each answer, and tools."""
 
-    prompt: list[dict[str, str]]
-    fulls: list[list[dict[str, str]]]
+    prompt: list[_Turn]
+    fulls: list[list[_Turn]]
+    tools: list[dict[str, Any]] | None
     guarded: bool
 
 
@@ -107,8 +110,19 @@ class Renderer:
         ]
 
     def _as_it_stands(self, pair: PreferencePair) -> Rendered:
+        if pair.tools:
+            raise RowError(
+                "tools have no reading without a chat template: set data.chat_template: tokenizer, or data.columns: "
+                "{tools: null} to leave them out"
+            )
+        for key in (key for turns in (pair.prompt, *pair.answers) for turn in turns for key in turn.extra or ()):
+            raise RowError(
+                f"a turn's {key!r} has no reading without a chat template: set data.chat_template: tokenizer, or leave "
+                "it out"
+            )
         if pair.layout in ("text", "raw"):
-            return Rendered(pair.prompt[0].content, [answer[0].content for answer in pair.answers], False, False)
+            prompt, *answers = (turns[0].content or "" for turns in (pair.prompt, *pair.answers))
+            return Rendered(prompt, answers, False, False)
         if pair.layout == "messages":
             raise RowError(
                 "a prompt that is a list of turns, or has a system text, has no reading without a chat template: "
@@ -129,10 +143,10 @@ class Renderer:
                 "set data.chat_template: none, or write the prompt into a column 'prompt'"
             )
         encoder = self._encoder
-        messages = [*pair.prompt, *(message for answer in pair.answers for message in answer)]
-        guarded = encoder.always_guards or any(encoder.quotes_controls(text) for turn in messages for text in turn)
-        prompt, *answers = ([_turn(turn, encoder, guarded) for turn in turns] for turns in (pair.prompt, *pair.answers))
-        return _Conversation(prompt, [prompt + answer for answer in answers], guarded)
+        said: list[Any] = [[turn.as_dict() for turn in turns] for turns in (pair.prompt, *pair.answers)]
+        guarded = encoder.always_guards or encoder.quotes_controls((pair.prompt, pair.answers, pair.tools))
+        prompt, *answers, tools = encoder.quote([*said, pair.tools]) if guarded else [*said, pair.tools]
+        return _Conversation(prompt, [prompt + answer for answer in answers], tools, guarded)
 
     def _render_alone(self, conversation: _Conversation) -> Rendered:
         try:
@@ -144,27 +158,57 @@ class Renderer:
 
     def _apply_template(self, conversations: Sequence[_Conversation]) -> list[tuple[str, list[str]]]:
         """Prompt, and prompt and answer for each answer, as the template renders them, quotes in place."""
-        if not conversations:
-            return []
-        asked = self._tokenizer.apply_chat_template(
-            [conversation.prompt for conversation in conversations],
-            tokenize=False,
-            add_generation_prompt=True,
-            **self._template_kwargs,
+        # One call takes one list of tools.
+        by_tools: dict[str, list[int]] = {}
+        for index, conversation in enumerate(conversations):
+            by_tools.setdefault(json.dumps(conversation.tools), []).append(index)
+        texts: dict[int, tuple[str, list[str]]] = {}
+        for indices in by_tools.values():
+            group = [conversations[index] for index in indices]
+            tools = group[0].tools
+            asked = self._rendered([conversation.prompt for conversation in group], tools, ask=True)
+            fulls = [full for conversation in group for full in conversation.fulls]
+            answered = iter(self._rendered(fulls, tools, ask=False))
+            for index, conversation, prompt in zip(indices, group, asked, strict=True):
+                texts[index] = prompt, [next(answered) for _ in conversation.fulls]
+        return [texts[index] for index in range(len(conversations))]
+
+    def _rendered(self, conversations: list[list[_Turn]], tools: list[dict[str, Any]] | None, ask: bool) -> list[str]:
+        texts = self._tokenizer.apply_chat_template(
+            conversations, tools=tools, tokenize=False, add_generation_prompt=ask, **self._template_kwargs
         )
-        answered = iter(
-            self._tokenizer.apply_chat_template(
-                [full for conversation in conversations for full in conversation.fulls],
-                tokenize=False,
-                **self._template_kwargs,
+        return [str(text) for text in texts]
+
+    def _rendered_or_empty(self, turns: list[_Turn], tools: list[dict[str, Any]] | None, ask: bool) -> str:
+        """One conversation, or nothing where the template refuses it."""
+        try:
+            return self._rendered([turns], tools, ask)[0]
+        except _TEMPLATE_ERRORS:
+            return ""
+
+    def _require_all(self, conversation: _Conversation, asked: str, fulls: list[str]) -> None:
+        """Raises RowError where the template leaves out what the row says: it would train on something else."""
+        tools, num_prompt = conversation.tools, len(conversation.prompt)
+        if tools and self._rendered_or_empty(conversation.prompt, None, ask=True) == asked:
+            raise RowError(
+                "the chat template leaves tools out: give the tokenizer one that renders them, or set data.columns: "
+                "{tools: null}"
             )
-        )
-        return [
-            (str(prompt), [str(next(answered)) for _ in conversation.fulls])
-            for prompt, conversation in zip(asked, conversations, strict=True)
-        ]
+        for turns, full in zip(conversation.fulls, fulls, strict=True):
+            # Of earlier turns many templates leave the reasoning out on purpose.
+            for keys, first in ((("tool_calls",), 0), (REASONING_KEYS, num_prompt)):
+                named = next((key for turn in turns[first:] for key in keys if key in turn), None)
+                if named is None:
+                    continue
+                without = [{key: turn[key] for key in turn if key not in keys} for turn in turns[first:]]
+                if self._rendered_or_empty(turns[:first] + without, tools, ask=False) == full:
+                    raise RowError(
+                        f"the chat template leaves {named!r} out: give the tokenizer one that renders it, or take it "
+                        "out of the row"
+                    )
 
     def _split(self, conversation: _Conversation, asked: str, fulls: list[str]) -> Rendered:
+        self._require_all(conversation, asked, fulls)
         prompt_differs = not all(full.startswith(asked) for full in fulls)
         prompt = self._before_the_answer(conversation, asked, fulls) if prompt_differs else asked
         texts = [prompt, *(full[len(prompt) :] for full in fulls)]
@@ -177,11 +221,8 @@ class Renderer:
     def _before_the_answer(self, conversation: _Conversation, asked: str, fulls: list[str]) -> str:
         """What stands before the answers in renderings that do not begin with what the model is asked with."""
         num_prompt = len(conversation.prompt)
-        probe = [*conversation.prompt, {**conversation.fulls[0][num_prompt], "content": SENTINEL}]
-        try:
-            text = str(self._tokenizer.apply_chat_template(probe, tokenize=False, **self._template_kwargs))
-        except _TEMPLATE_ERRORS:
-            text = ""
+        probe = [*conversation.prompt, {"role": conversation.fulls[0][num_prompt]["role"], "content": SENTINEL}]
+        text = self._rendered_or_empty(probe, conversation.tools, ask=False)
         prompt = text.partition(SENTINEL)[0]
         if SENTINEL in text and prompt and all(full.startswith(prompt) for full in fulls):
             return prompt
@@ -191,12 +232,6 @@ class Renderer:
             f"{at}, {asked[at : at + 30]!r} becomes {[full[at : at + 30] for full in fulls]}; "
             "give the tokenizer a template that only appends, or set data.chat_template: none"
         )
-
-
-def _turn(message: Message, encoder: Encoder, guarded: bool) -> dict[str, str]:
-    if not guarded:
-        return {"role": message.role, "content": message.content}
-    return {"role": encoder.quote(message.role), "content": encoder.quote(message.content)}
 
 
 def or_reason(make: Callable[..., _Made], *args: Any) -> _Made | RowError:

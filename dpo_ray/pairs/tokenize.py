@@ -88,9 +88,11 @@ class PairTokenizer:
           template rendered with its generation prompt. Where a full text does not begin with that, the prompt's text
           is what the template writes before the answer's content, if both answers agree on it. The answer's text is
           what follows the prompt's, so that both together are always the template's rendering. A template that
-          writes today's date makes other tokens tomorrow.
+          writes today's date makes other tokens tomorrow. A row is refused whose tools, tool calls or answers'
+          reasoning the template leaves out.
         - `none`: prompt and answer verbatim; of an hh-rlhf dialogue the transcript, whose prompt ends with
-          "\\n\\nAssistant:" and whose answer begins with the space that follows. A list of turns has no such reading.
+          "\\n\\nAssistant:" and whose answer begins with the space that follows. A list of turns has no such reading,
+          nor have tools.
 
     Tokens:
         - A template writes its own special tokens, the tokenizer adds none. With `none` the prompt gets the BOS that

@@ -127,3 +127,6 @@ def test_a_prompt_that_cannot_be_read_is_refused(tmp_path: Path, judges: dict[st
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "Q"}\n{"prompt": 3}\n')
     with pytest.raises(DataError, match=r"prompts.jsonl row 2: column 'prompt' is of type int: write a list of turns"):
         make_pairs(config)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": [{"role": "tool", "content": "noon", "tool_call_id": "1"}]}')
+    with pytest.raises(DataError, match=r"row 1: a turn of the prompt has 'tool_call_id'"):
+        make_pairs(config)

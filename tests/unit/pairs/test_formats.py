@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -414,7 +416,22 @@ DIALOGUE = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d"
         (
             "messages",
             {"prompt": TURNS, "chosen": [{"role": "assistant", "content": "a", "tool_calls": [1]}], "rejected": "b"},
-            ["'chosen'", "'tool_calls'", "not supported"],
+            ["entry 1 of 'tool_calls' of turn 1 of column 'chosen' is of type int"],
+        ),
+        (
+            "messages",
+            {"prompt": TURNS, "chosen": {"role": "assistant", "content": None}, "rejected": "b"},
+            ["'chosen'", "'content' = null"],
+        ),
+        (
+            "messages",
+            {"prompt": [{**WHY, "name": 7}], "chosen": "a", "rejected": "b"},
+            ["'name' of turn 1 of column 'prompt' is of type int"],
+        ),
+        (
+            "messages",
+            {"prompt": [WHY], "chosen": {"role": "assistant", "content": "a", "function_call": {}}, "rejected": "b"},
+            ["'chosen'", "'function_call'", "write 'tool_calls'"],
         ),
         ("messages", {"prompt": TURNS, "chosen": "a", "rejected": 1.5}, ["'rejected'", "of type float"]),
         ("messages", {"prompt": TURNS, "chosen": [], "rejected": "b"}, ["'chosen'", "empty list"]),
@@ -535,6 +552,106 @@ def test_an_input_that_the_prompt_has_already_is_not_added_again() -> None:
     assert recognise([row] * 5).columns == {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
     del row["prompt"]
     assert recognise([row] * 5).columns["input"] == "input"
+
+
+# Tools.
+
+WEATHER = {"name": "weather", "parameters": {"properties": {"city": {"type": "string", "default": None}}}}
+CLOCK = {"name": "clock", "parameters": {"properties": {"zone": {"type": "string"}}}}
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "clock", "arguments": {}}}]}
+RESULT = {"role": "tool", "content": "noon", "tool_call_id": "1", "name": "clock"}
+CALLS = Message("assistant", None, {"tool_calls": CALL["tool_calls"]})
+RETURNS = Message("tool", "noon", {"tool_call_id": "1", "name": "clock"})
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Q", "chosen": "a", "rejected": "b"},
+        {"prompt": "Quick", "chosen": "Quick, a", "rejected": "Quick, b"},
+        {"prompt": [WHY], "chosen": [YES], "rejected": [NO]},
+        {"chosen": [WHY, YES], "rejected": [WHY, NO]},
+        {"prompt": "Q", "chosen": "a", "rejected": ["b", "c"]},
+        {"prompt": "Q", "answers": ["a", "b"], "scores": [2, 1]},
+    ],
+)
+def test_tools_of_any_format_are_a_list_or_json_of_one(row: dict[str, Any]) -> None:
+    assert "tools" not in recognise([row] * 4).columns
+    for tools in ([CLOCK], json.dumps([CLOCK]), np.array([CLOCK], dtype=object)):
+        assert parse({**row, "tools": tools}).tools == [CLOCK]
+    for nothing in (None, [], "", "[]", "null"):
+        assert parse({**row, "tools": nothing}).tools is None
+    assert parse({**row, "tools": [CLOCK]}, columns={"tools": None}).tools is None
+    assert parse({**row, "functions": [CLOCK]}, columns={"tools": "functions"}).tools == [CLOCK]
+
+
+def test_keys_that_parquet_fills_in_are_dropped_but_json_is_kept(tmp_path: Path) -> None:
+    """Each struct of a column has the keys of all of them: here "zone" in the first one, and "city" in the second."""
+    pq.write_table(pa.table({"tools": [[WEATHER, CLOCK]]}), tmp_path / "tools.parquet")
+    filled = pq.read_table(tmp_path / "tools.parquet").to_pylist()[0]["tools"]
+    assert filled[1]["parameters"]["properties"]["city"] is None
+    row = {"prompt": "Q", "chosen": "a", "rejected": "b"}
+    without_default = {"name": "weather", "parameters": {"properties": {"city": {"type": "string"}}}}
+    assert parse({**row, "tools": filled}).tools == [without_default, CLOCK]
+    assert parse({**row, "tools": json.dumps([WEATHER])}).tools == [WEATHER]
+
+
+@pytest.mark.parametrize(
+    ("tools", "words"),
+    [
+        (CLOCK, "column 'tools' is an object: write a list"),
+        (json.dumps(CLOCK), "column 'tools' is an object: write a list"),
+        (3, "column 'tools' is of type int: write a list"),
+        ("[{", "column 'tools' is not valid JSON: Expecting"),
+        ("clock", "column 'tools' is not valid JSON"),
+        ([CLOCK, "clock"], "entry 2 of column 'tools' is a string: write an object"),
+        ([None], "entry 1 of column 'tools' is null"),
+        (json.dumps([{"name": "\ud800"}]), "a text of column 'tools' holds half of a UTF-16 surrogate pair"),
+        (json.dumps([{"\ud800": 1}]), "a key of column 'tools' holds half of a UTF-16 surrogate pair"),
+        ("[" + '{"a":' * 100 + "1" + "}" * 100 + "]", "column 'tools' has more than 64 objects and lists within"),
+        ("[" * 100_000, "column 'tools' is not valid JSON: "),
+    ],
+)
+def test_what_is_no_list_of_tools(tools: Any, words: str) -> None:
+    with pytest.raises(RowError, match=words):
+        parse_row({"prompt": "Q", "chosen": "a", "rejected": "b", "tools": tools}, Reading("text", columns("tools")))
+
+
+def test_a_format_without_turns_has_no_reading_for_tools() -> None:
+    row = {"chosen": DIALOGUE, "rejected": DIALOGUE}
+    assert "column 'tools' has no reading in format 'dialogue'" in misfit_of([{**row, "tools": [CLOCK]}] * 4)
+    assert parse({**row, "tools": []}).tools is None
+
+
+def test_calls_and_what_they_return_are_kept_as_they_are() -> None:
+    filled = {**CALL, "tool_calls": [{**CALL["tool_calls"][0], "id": None}], "name": None}
+    context = (user("Why is it so?"), CALLS, RETURNS)
+    answers = ((assistant("Yes"),), (CALLS,))
+    rows: list[dict[str, Any]] = [
+        {"prompt": [WHY, filled, RESULT], "chosen": [YES], "rejected": filled},
+        {"chosen": [WHY, filled, RESULT, YES], "rejected": [WHY, CALL, RESULT, filled]},
+        {"prompt": [WHY], "chosen": [WHY, CALL, RESULT, YES], "rejected": [WHY, CALL, RESULT, CALL]},
+        {"prompt": [WHY, CALL, RESULT], "answers": [[CALL], [YES]], "scores": [1, 2]},
+        {"prompt": [WHY, CALL, RESULT], "chosen": "Yes", "rejected": [[CALL]]},
+    ]
+    for row in rows:
+        pair = parse(row)
+        assert (pair.prompt, pair.answers) == (context, answers)
+    thought = {**YES, "reasoning_content": "Hm"}
+    pair = parse({"prompt": [WHY], "chosen": thought, "rejected": {"from": "gpt", "value": "No", "thinking": ""}})
+    assert pair.answers[0] == (Message("assistant", "Yes", {"reasoning_content": "Hm"}),)
+    assert pair.answers[1] == (Message("assistant", "No", {"thinking": ""}),)
+
+
+def test_what_a_tool_returns_is_no_part_of_an_answer() -> None:
+    reasons = [
+        reason_of({"chosen": [WHY, CALL, RESULT, YES], "rejected": [WHY, NO]}, "conversations"),
+        reason_of({"prompt": [WHY], "chosen": [CALL, RESULT, YES], "rejected": [NO]}, "messages"),
+    ]
+    with pytest.raises(RowError) as caught:
+        parse_row({"prompt": "Q", "answers": [[CALL, RESULT, YES], "b"]}, ranking())
+    for reason in (*reasons, str(caught.value)):
+        assert "every token of an answer is trained, and what a user says or a tool returns is not" in reason
 
 
 # Rankings.

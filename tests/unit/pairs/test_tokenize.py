@@ -123,7 +123,7 @@ def decoded(tokenizer: PreTrainedTokenizerBase, pair: TokenizedPair) -> tuple[st
 
 
 def chatml(messages: tuple[Message, ...]) -> str:
-    return "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in messages)
+    return "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content, _ in messages)
 
 
 def test_template_text_parts_behind_the_generation_prompt(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -654,6 +654,85 @@ def test_smollm2_parts_as_its_own_tokenization_does(smollm2_tokenizer: PreTraine
     whole = chatml((Message("system", SMOLLM2_SYSTEM), *pair.prompt, *pair.answers[1]))
     assert [*tokens.prompt, *tokens.answers[1]] == smollm2_tokenizer.encode(whole, add_special_tokens=False)
     assert tokens.answers[1].tolist()[-2:] == smollm2_tokenizer.encode("<|im_end|>\n", add_special_tokens=False)
+
+
+CLOCK = {"type": "function", "function": {"name": "clock", "description": "Tells the time."}}
+CALL = Message("assistant", "Hm", {"tool_calls": [{"function": {"name": "clock", "arguments": {}}}]})
+TOOLS_CHATML = "{% if tools %}{{ tools | tojson }}{% endif %}" + CHATML.replace(
+    "m['content']", "(m.thinking or '') + (m.content or '') + (m.tool_calls | tojson if m.tool_calls else '')"
+)
+
+
+def pair_with_tools(
+    chosen: Message, tools: list[dict[str, Any]] | None = None, said: tuple[Message, ...] = ()
+) -> PreferencePair:
+    prompt = (Message("user", "Hi"), *said)
+    return PreferencePair(prompt, ((chosen,), (Message("assistant", "no"),)), "text", tools)
+
+
+def test_tools_and_calls_and_thoughts_are_rendered() -> None:
+    tokenizer = byte_tokenizer(template=TOOLS_CHATML)
+    calls = json.dumps(CALL.as_dict()["tool_calls"])
+    pair = pair_with_tools(Message("assistant", None, {"thinking": "So.", **(CALL.extra or {})}), [CLOCK], (CALL,))
+    assert decoded(tokenizer, tokens_of(tokenizer, "tokenizer", pair)) == (
+        f"{json.dumps([CLOCK])}<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHm{calls}<|im_end|>\n"
+        "<|im_start|>assistant\n",
+        f"So.{calls}<|im_end|>\n",
+        "no<|im_end|>\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("pair", "left_out"),
+    [
+        (pair_with_tools(Message("assistant", "yes"), [CLOCK]), "tools"),
+        (pair_with_tools(CALL), "'tool_calls'"),
+        (pair_with_tools(Message("assistant", "yes"), said=(CALL, Message("tool", "noon"))), "'tool_calls'"),
+        (pair_with_tools(Message("assistant", "yes", {"reasoning": "So."})), "'reasoning'"),
+    ],
+)
+def test_what_a_template_leaves_out_is_refused(
+    tokenizer: PreTrainedTokenizerFast, pair: PreferencePair, left_out: str
+) -> None:
+    fine = text_pair("Hi", "yes", "no")
+    refused, alone = PairTokenizer(tokenizer, "tokenizer", NO_LIMIT)([pair, fine])
+    assert f"the chat template leaves {left_out} out" in str(refused)
+    assert isinstance(alone, Tokenized)
+    with pytest.raises(RowError, match=f"{left_out} .*no reading without a chat template"):
+        tokens_of(tokenizer, "none", pair)
+
+
+def test_a_generation_prompt_that_opens_a_thought_stands_behind_tools_too() -> None:
+    tokenizer = byte_tokenizer(template=TOOLS_CHATML.replace("assistant\n' }}", "assistant\n<think>\n' }}"))
+    prompt, chosen, _ = decoded(tokenizer, tokens_of(tokenizer, "tokenizer", pair_with_tools(CALL, [CLOCK])))
+    assert prompt == f"{json.dumps([CLOCK])}<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert chosen.startswith("Hm[{")
+
+
+def test_earlier_thoughts_may_be_left_out() -> None:
+    tokenizer = byte_tokenizer()
+    pair = pair_with_tools(Message("assistant", "yes"), said=(Message("assistant", "Hm", {"thinking": "So."}),))
+    assert "So." not in decoded(tokenizer, tokens_of(tokenizer, "tokenizer", pair))[0]
+
+
+def test_a_template_for_tools_of_its_own_renders_them() -> None:
+    """The default one refuses tools' turns, so that there is no rendering without tools to compare with."""
+    refuses = "{% for m in messages if m.role == 'tool' %}{{ raise_exception('tool') }}{% endfor %}" + CHATML
+    tokenizer = byte_tokenizer(template={"default": refuses, "tool_use": TOOLS_CHATML})
+    said = (CALL, Message("tool", "noon"))
+    prompt = decoded(tokenizer, tokens_of(tokenizer, "tokenizer", pair_with_tools(CALL, [CLOCK], said)))[0]
+    assert prompt.startswith(json.dumps([CLOCK]))
+
+
+@pytest.mark.parametrize("how", ["string", "tojson(ensure_ascii=True)"])
+def test_a_special_token_that_the_template_escapes_is_refused(how: str) -> None:
+    tokenizer = byte_tokenizer(template="{% if tools %}{{ tools | " + how + " }}{% endif %}" + CHATML)
+    for name, refused in (("</s>", True), ("/s", False)):
+        (result,) = PairTokenizer(tokenizer, "tokenizer", NO_LIMIT)(
+            [pair_with_tools(Message("assistant", "yes"), [{"name": name}])]
+        )
+        assert isinstance(result, RowError) == refused
+        assert not refused or "writes these with escapes" in str(result)
 
 
 def test_what_else_the_template_is_given() -> None:
