@@ -1,4 +1,8 @@
-"""The command line. Exit codes: 0 done, 2 the user's mistake (one message, no traceback), 1 anything else."""
+"""The command line.
+
+Exit codes: 0 done, 2 the user's mistake (one message, no traceback), 128 + its number for a signal that asked to stop
+(a checkpoint is written), 1 anything else.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dpo_ray import config as configuration
-from dpo_ray.errors import ConfigError, FinalError, UserError
+from dpo_ray.errors import ConfigError, FinalError, StoppedError, UserError
 
 if TYPE_CHECKING:
     from dpo_ray.orchestration.verify import Verdict
@@ -67,6 +71,58 @@ def _train(parsed: configuration.Config, only_start: bool = False) -> None:
     console.print(closing_table(result))
     console.print(f"model    {result.export_uri}\nmetrics  {result.run_uri}/metrics.jsonl")
     console.print(f"curves   tensorboard --logdir {result.run_uri}/tensorboard")
+
+
+@app.command()
+def submit(
+    config: Annotated[str | None, typer.Argument(metavar="[CONFIG]", help="A YAML file: the run to start.")] = None,
+    address: Annotated[
+        str | None, typer.Option(help="The cluster's dashboard, e.g. http://127.0.0.1:8265; else by Ray's own rules.")
+    ] = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Does not wait for the end.")] = False,
+    status: Annotated[str | None, typer.Option(metavar="JOB", help="Shows how a job stands.")] = None,
+    follow: Annotated[str | None, typer.Option(metavar="JOB", help="Shows what a job writes, until it ends.")] = None,
+    stop: Annotated[str | None, typer.Option(metavar="JOB", help="Has a job write a checkpoint and end.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Trains as a job of a Ray cluster, and shows what it writes; the exit code is the job's.
+
+    The resolved configuration, and losses and formats of your own, travel with it; of the environment of this machine
+    nothing does. Ctrl-C leaves the job alone. Given again, it goes on where the run stands.
+
+    Example: dpo-ray submit my-run.yaml --address http://127.0.0.1:8265
+    """
+    from dpo_ray.display import job_table
+    from dpo_ray.orchestration.submit import Jobs, local_places
+
+    if sum(each is not None for each in (config, status, follow, stop)) != 1:
+        raise ConfigError("dpo-ray submit: give a CONFIG, or one of --status, --follow and --stop with a job's id")
+    if config is None and overrides or detach and config is None:
+        raise ConfigError("dpo-ray submit: --set and --detach are for a CONFIG")
+    parsed = configuration.load_config(config, overrides) if config is not None else None
+    jobs = Jobs(address)
+    if status is not None:
+        console.print(job_table(jobs.job(status)))
+        return
+    if parsed is not None:
+        if places := local_places(parsed):
+            console.print(f"paths that must be the same on every node: {', '.join(places)}")
+        job = jobs.submit(parsed)
+        console.print(f"job    {job}\nrun    {parsed.run_uri}")
+        if detach:
+            return
+    else:
+        job = follow or stop or ""
+    if stop is not None:
+        jobs.stop(job)
+    try:
+        ended = jobs.follow(job, lambda text: console.print(Text.from_ansi(text), end=""))
+    except KeyboardInterrupt:
+        console.print(f"\nthe job goes on; dpo-ray submit --follow {job}, or --stop {job}")
+        raise typer.Exit(0) from None
+    console.print(f"job {job}: {ended.status}")
+    if ended.exit_code:
+        raise typer.Exit(ended.exit_code)
 
 
 @app.command()
@@ -290,6 +346,9 @@ def main() -> None:
         sys.path.append(os.getcwd())
     try:
         app()
+    except StoppedError as error:
+        Console(stderr=True, highlight=False).print(str(error), style="yellow", markup=False, soft_wrap=True)
+        sys.exit(128 + error.signal)
     except FinalError as error:
         Console(stderr=True, highlight=False).print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         sys.exit(2 if isinstance(error, UserError) else 1)

@@ -915,6 +915,11 @@ class Config(Section):
         return Config.model_validate({**self.model_dump(), "model": model})
 
     @property
+    def own_code(self) -> list[str]:
+        """Losses and formats of the user's own, as `module:name`."""
+        return [name for name in (*self.objective.shares, self.data.format) if ":" in name]
+
+    @property
     def run_uri(self) -> str:
         """The run directory."""
         return f"{self.storage_path.rstrip('/')}/{self.name}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from dpo_ray.pairs.store import COUNTS, PairStore
 
 if TYPE_CHECKING:  # Not every command needs Ray.
     from dpo_ray.orchestration.reference_job import Status
+    from dpo_ray.orchestration.submit import Job
     from dpo_ray.orchestration.trainer import Result
     from dpo_ray.reference.usage import Unused
 
@@ -269,6 +271,18 @@ def reference_table(status: Status) -> Table:
     table.add_row("chunks with scores", f"{status.scored_chunks:,} of {status.chunks:,}")
     table.add_row("refused by a reader, to be scored again", f"{status.refused_chunks:,}")
     table.add_row("scoring now", Text("\n".join(status.fillers) or "nobody"))
+    return table
+
+
+def job_table(job: Job) -> Table:
+    """How a job of a cluster stands."""
+    table = Table(title=Text(job.job_id), title_justify="left", show_header=False)
+    table.add_row("status", job.status)
+    table.add_row("run", Text(job.run_uri))
+    for name, moment in (("started", job.started), ("ended", job.ended)):
+        if moment is not None:
+            table.add_row(name, time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(moment)))
+    table.add_row("", Text(job.message[-SHOWN_CHARS:]))
     return table
 
 

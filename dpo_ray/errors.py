@@ -61,6 +61,22 @@ class RecoveryError(FinalError):
     """More failures in a row than the configuration allows."""
 
 
+class StoppedError(FinalError):
+    """The run was asked to stop, and has.
+
+    Attributes:
+        signal: The number of the signal that asked.
+    """
+
+    def __init__(self, message: str, signal: int) -> None:
+        """Takes the message and the signal's number."""
+        super().__init__(message, signal)
+        self.signal = int(signal)
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 class VersionError(UserError):
     """Files that another version of this package has written."""
 

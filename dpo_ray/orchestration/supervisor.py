@@ -20,6 +20,7 @@ from dpo_ray.orchestration.group import End, WorkerGroup
 from dpo_ray.orchestration.monitor import Place
 from dpo_ray.orchestration.nodes import draining_nodes
 from dpo_ray.orchestration.resources import as_text, demands, room
+from dpo_ray.orchestration.stop import Stop
 from dpo_ray.orchestration.stream import Places
 from dpo_ray.orchestration.watch import Watcher
 from dpo_ray.training import attempts, manifest
@@ -84,6 +85,7 @@ def supervise(
         RecoveryError: More failures in a row than `recovery` allows.
         FinalError: What failed would fail again.
         LeaseLostError: Another driver has taken the run over.
+        StoppedError: A signal asked for it; workers that were training have written a checkpoint.
     """
     (_, _, each), *_ = demands(config)
     # An autoscaler adds what somebody asks for; a group that waits for room has not asked Ray yet.
@@ -91,23 +93,30 @@ def supervise(
     failures = Failures(config.recovery)
     reason = "start" if manifest.newest(config.run_uri) is None else "continue"
     try:
-        while True:
-            num_workers, node_ids = _wait_for_room(config, references, lease, watcher)
-            attempt = attempts.begin(config.run_uri, lease.generation, num_workers, reason)
-            manifest.collect_orphans(config.run_uri, attempt.attempt)
-            if references is not None:
-                references.begins(attempt)
-            group = WorkerGroup(config, places, attempt, node_ids, watcher, _tell(references))
-            end = group.run(_Look(config, attempt, lease, references))
-            if end.kind == "done" and finished():
-                return
-            reason = end.reason
-            if end.kind == "done":
-                continue
-            failures.count(end, attempt)
-            watcher.warning(f"{end.reason}; starting again from the newest checkpoint")
+        with Stop() as stop:
+            while True:
+                num_workers, node_ids = _wait_for_room(config, references, lease, watcher, stop)
+                attempt = attempts.begin(config.run_uri, lease.generation, num_workers, reason)
+                manifest.collect_orphans(config.run_uri, attempt.attempt)
+                if references is not None:
+                    references.begins(attempt)
+                group = WorkerGroup(config, places, attempt, node_ids, watcher, _tell(references))
+                end = group.run(_Look(config, attempt, lease, references, stop))
+                if end.kind == "done" and finished():
+                    return
+                _check(stop, config)
+                reason = end.reason
+                if end.kind == "done":
+                    continue
+                failures.count(end, attempt)
+                watcher.warning(f"{end.reason}; starting again from the newest checkpoint")
     finally:
         request_resources(num_cpus=0)
+
+
+def _check(stop: Stop, config: Config) -> None:
+    newest = manifest.newest(config.run_uri) if stop.asked else None
+    stop.check(config.run_uri, newest[1].state.step if newest else 0)
 
 
 def _tell(references: References | None) -> Callable[[dict[str, Any]], None]:
@@ -154,13 +163,14 @@ class Failures:
 
 
 def _wait_for_room(
-    config: Config, references: References | None, lease: RunLease, watcher: Watcher
+    config: Config, references: References | None, lease: RunLease, watcher: Watcher, stop: Stop
 ) -> tuple[int, list[str]]:
     """How many workers to start, and on which nodes; waits while there are too few."""
     scaling = config.scaling
     began, told = time.monotonic(), False
     while True:
         lease.check()
+        _check(stop, config)
         num_workers, node_ids = room(config, references is not None and references.working())
         waited_s = time.monotonic() - began
         if references is not None:
@@ -181,8 +191,11 @@ def _wait_for_room(
 class _Look:
     """What the driver looks for while a group trains."""
 
-    def __init__(self, config: Config, attempt: Attempt, lease: RunLease, references: References | None) -> None:
+    def __init__(
+        self, config: Config, attempt: Attempt, lease: RunLease, references: References | None, stop: Stop
+    ) -> None:
         self._config, self._attempt, self._lease, self._references = config, attempt, lease, references
+        self._stop = stop
         self._drain_looked = self._grow_looked = time.monotonic()
         self._roomy_since: float | None = None
 
@@ -193,6 +206,8 @@ class _Look:
             self._references.check()
             if len(places) == self._attempt.world_size:
                 self._references.workers_wait(None)
+        if self._stop.asked is not None:
+            return f"asked to stop ({self._stop.asked.name})"
         now = time.monotonic()
         own = [place.node_id for place in places.values()]
         if now - self._drain_looked > DRAIN_LOOK_S:

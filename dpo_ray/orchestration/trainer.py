@@ -311,7 +311,7 @@ def _write_config(config: Config, plan: Plan, pairs: PairStore) -> None:
 
 def _code(config: Config) -> dict[str, str]:
     """Digests of what the run uses of the user's own code."""
-    return {name: code_digest(name) for name in (*config.objective.shares, config.data.format) if ":" in name}
+    return {name: code_digest(name) for name in config.own_code}
 
 
 def _refuse_other_pairs(config: Config, pairs: PairStore) -> None:

@@ -64,6 +64,29 @@ def test_out_of_memory(place: Place, twin: str, drivers: Any) -> None:
     assert storage.read_json(storage.join(place.uri("memory"), "budget.json"))["tokens"] == 294
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop(place: Place, twin: str, drivers: Any, number: signal.Signals) -> None:
+    """The step under way is finished and kept, nothing is done twice, and the same command goes on after it."""
+    name = f"asked-{number.name}"
+    driver = place.start(place.config(name))
+    drivers.append(driver)
+    driver.wait_for_step(6)
+    driver.process.send_signal(number)
+    told = driver.fail()
+    newest = manifest.newest(place.uri(name))
+    assert newest is not None
+    step = newest[1].state.step
+    assert f"was stopped by {number.name}; its newest checkpoint is of step {step}, and the same command" in told
+    assert step >= 6
+    assert step % 4 or step == max(said["step"] for said in driver.said if said["event"] == "step")
+    again = place.start(place.config(name))
+    drivers.append(again)
+    again.finish()
+    place.assert_like_twin(name, twin)
+    assert [attempt["position"] for attempt in place.attempts(name)] == [0, step]
+    assert driver.warnings() == again.warnings() == []
+
+
 def test_kill_right_after_a_commit(place: Place, twin: str, drivers: Any) -> None:
     """Fault 2: what was committed is not lost."""
     driver = place.start(place.config("after-commit"))

@@ -1,0 +1,40 @@
+"""A signal asks; a second one does what it would have done before."""
+
+import signal
+import threading
+
+import pytest
+
+from dpo_ray.errors import StoppedError
+from dpo_ray.orchestration.stop import Stop
+
+
+def test_the_first_signal_asks_and_the_second_acts() -> None:
+    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    with Stop() as stop:
+        stop.check("runs/a", 3)
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.asked == signal.SIGTERM
+        with pytest.raises(StoppedError, match="runs/a was stopped by SIGTERM; .* of step 3, and the same") as found:
+            stop.check("runs/a", 3)
+        assert found.value.signal == 15
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_handlers_are_put_back_and_other_threads_ask_nobody() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with Stop():
+        assert signal.getsignal(signal.SIGINT) != before
+    assert signal.getsignal(signal.SIGINT) == before
+
+    def elsewhere() -> None:
+        with Stop():
+            found.append(signal.getsignal(signal.SIGINT))
+
+    found = list[object]()
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert found == [before]
