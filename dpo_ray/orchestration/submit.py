@@ -24,7 +24,7 @@ from dpo_ray.errors import ConfigError
 
 # How long Ray waits for a job that it has asked to stop: for the step under way, and for a checkpoint.
 STOP_WAIT_S = 600
-RECONNECT_S = 2.0
+RECONNECT_S, START_WAIT_S = 2.0, 60.0
 CONFIG_NAME = "run.yaml"
 
 
@@ -99,12 +99,20 @@ class Jobs:
         """
         with _errors(), tempfile.TemporaryDirectory(prefix="dpo_ray-job-") as folder:
             pack(config, folder)
-            return self._client.submit_job(
-                entrypoint=f"dpo-ray train {CONFIG_NAME}",
-                submission_id=f"{config.name}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}",
-                runtime_env={"working_dir": folder, "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}},
-                metadata={"run": config.run_uri},
-            )
+            deadline = time.monotonic() + START_WAIT_S
+            while True:
+                try:
+                    return self._client.submit_job(
+                        entrypoint=f"dpo-ray train {CONFIG_NAME}",
+                        submission_id=f"{config.name}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}",
+                        runtime_env={"working_dir": folder, "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}},
+                        metadata={"run": config.run_uri},
+                    )
+                except RuntimeError as error:
+                    # A cluster's dashboard answers some seconds before it takes jobs.
+                    if "No available agent" not in str(error) or time.monotonic() > deadline:
+                        raise
+                    time.sleep(RECONNECT_S)
 
     def job(self, job_id: str) -> Job:
         """How a job stands.

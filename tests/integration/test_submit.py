@@ -1,0 +1,122 @@
+"""A run as a job of a real cluster: what it needs travels with it, no secret does, and it stops with a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+from helpers import steps_of, tiny_config, write_pairs
+from ray.cluster_utils import Cluster
+from ray.job_submission import JobSubmissionClient
+from typer.testing import CliRunner
+
+from dpo_ray.cli import app
+from dpo_ray.config import to_yaml
+from dpo_ray.errors import ConfigError
+from dpo_ray.orchestration.submit import Jobs, _Log
+from dpo_ray.training import manifest
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+CANARY = "canary-7b1f3c"
+LOSS = """
+from dpo_ray.objective.losses import LossSpec
+from torch.nn.functional import softplus
+
+
+def steeper(stats):
+    chosen, rejected = stats.pairwise(stats.log_ratios())
+    return softplus(-2.0 * (chosen - rejected))
+
+
+STEEPER = LossSpec(steeper, "of one's own")
+"""
+
+
+@pytest.fixture(scope="module")
+def dashboard() -> Iterator[str]:
+    """A cluster's dashboard; its commands are those of this environment."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+        cluster = Cluster()
+        # Else every cluster of a machine wants the same port for its agent.
+        ports = {"dashboard_port": 0, "dashboard_agent_listen_port": 0}
+        head = cluster.add_node(num_cpus=6, include_dashboard=True, **ports)
+        yield f"http://{head.webui_url}"
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def test_a_job(dashboard: str, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "SOME_TOKEN"):
+        monkeypatch.setenv(name, CANARY)
+    (tmp_path / "losses_of_a_job.py").write_text(LOSS)
+    pairs = write_pairs(tmp_path / "pairs.jsonl", 60)
+    options = {"objective": {"loss": "losses_of_a_job:STEEPER"}, "train": {"max_steps": 2, "eval_every_steps": None}}
+    (tmp_path / "c.yaml").write_text(to_yaml(tiny_config(str(tmp_path / "s"), "short", tiny_model, pairs, **options)))
+    done = CliRunner().invoke(app, ["submit", "c.yaml", "--address", dashboard])
+    assert done.exit_code == 0, done.output
+    assert "2 steps done" in done.output
+    assert re.search(r"job short-\d+-\d+: succeeded", done.output)
+    assert len(steps_of(tmp_path / "s" / "short")) == 2
+
+    long = ["--set", "name=long", "--set", "train.max_steps=100000", "--set", "train.epochs=100000"]
+    long += ["--set", "train.checkpoint_every_steps=100000"]
+    begun = CliRunner().invoke(app, ["submit", "c.yaml", "--address", dashboard, "--detach", *long])
+    found = re.search(r"job    (long-\S+)", begun.output)
+    assert found, begun.output
+    ledger = tmp_path / "s" / "long" / "ledger.jsonl"
+    deadline = time.monotonic() + 120
+    while not (ledger.exists() and ledger.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    stopped = CliRunner().invoke(app, ["submit", "--stop", found[1], "--address", dashboard])
+    assert stopped.exit_code == 143, stopped.output
+    assert "writing a checkpoint after this step" in stopped.output
+    newest = manifest.newest(str(tmp_path / "s" / "long"))
+    assert newest is not None
+    assert f"its newest checkpoint is of step {newest[1].state.step}" in stopped.output
+    shown = CliRunner().invoke(app, ["submit", "--status", found[1], "--address", dashboard])
+    assert "stopped" in shown.output
+
+    # The environment of this machine has gone nowhere.
+    told = done.output + begun.output + stopped.output + shown.output
+    jobs = json.dumps([each.model_dump(mode="json") for each in JobSubmissionClient(dashboard).list_jobs()])
+    assert CANARY not in told + jobs
+    assert "RAY_JOB_STOP_WAIT_TIME_S" in jobs
+    session = Path("/tmp/ray/session_latest").resolve()
+    grep = subprocess.run(["grep", "-rl", CANARY, str(session / "logs"), str(tmp_path / "s")], capture_output=True)
+    assert grep.stdout == b""
+    with pytest.raises(ConfigError, match="the cluster refuses: .*nobody"):
+        Jobs(dashboard).job("nobody")
+
+
+def test_no_cluster() -> None:
+    with pytest.raises(ConfigError, match="no Ray dashboard answers: .* give --address"):
+        Jobs("http://127.0.0.1:9")
+
+
+def test_a_log_is_written_once_over_several_connections() -> None:
+    written = list[str]()
+    log = _Log(written.append)
+    for parts in (["abc", "def"], ["ab", "cdefg"], ["abcdefgh"], ["abcdefgh", "i"]):
+        log.begins()
+        for part in parts:
+            log.add(part)
+    assert "".join(written) == "abcdefghi"
+    assert all(written)
+
+
+def test_one_thing_at_a_time() -> None:
+    for arguments in ([], ["c.yaml", "--stop", "x"], ["--status", "a", "--stop", "b"], ["--stop", "a", "--detach"]):
+        done = CliRunner().invoke(app, ["submit", *arguments])
+        assert isinstance(done.exception, ConfigError), arguments
