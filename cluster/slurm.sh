@@ -12,7 +12,7 @@
 #SBATCH --exclusive
 #SBATCH --no-kill
 #SBATCH --requeue
-#SBATCH --signal=B:TERM@60
+#SBATCH --signal=B:TERM@300
 set -euo pipefail
 
 if (($# == 0)); then
@@ -36,8 +36,16 @@ end() {
     exit "$status"
 }
 trap end EXIT
-# Before the time is up, and when the job is cancelled. The run goes on from its newest checkpoint.
-trap 'exit 143' TERM INT
+# Before the time is up, and when the job is cancelled: the driver has a checkpoint written first.
+driver=
+stop() {
+    if [[ -n $driver ]]; then
+        kill -TERM "$driver" 2>/dev/null || true
+        wait "$driver" || true
+    fi
+    exit 143
+}
+trap stop TERM INT
 
 start_ray() {
     local node=$1
@@ -65,5 +73,6 @@ for node in "${nodes[@]:1}"; do
 done
 
 RAY_ADDRESS=$address dpo-ray train "$@" &
-started+=($!)
-wait $!
+driver=$!
+started+=("$driver")
+wait "$driver"
