@@ -139,6 +139,11 @@ class AdapterConfig(Section):
         True,
         description="export the model with the adapter merged into it; false: the adapter alone, as peft writes it",
     )
+    quantize: Literal["nf4"] | None = Field(
+        None,
+        description="nf4: QLoRA, the frozen linear layers in 4 bits, whole on each worker; needs the extra qlora, and "
+        "reference.place: adapter_off where there is a reference",
+    )
 
     @field_validator("target_modules", mode="before")
     @classmethod
@@ -815,6 +820,12 @@ class Config(Section):
             raise ValueError(
                 f"reference.sync_steps is {self.reference.sync_steps}, but adapter.rank {self.adapter.rank}: a mixture "
                 "of two adapters' matrices is not the mixture of the two models; leave one of them out"
+            )
+        if self.adapter.quantize and self.needs_reference and self.reference.place != "adapter_off":
+            raise ValueError(
+                f"adapter.quantize is {self.adapter.quantize}, but reference.place: {self.reference.place} has scores "
+                "of weights that are not quantized, and those are not the policy's start: set reference.place: "
+                "adapter_off"
             )
         if self.reference.place == "adapter_off":
             self._check_own_reference()

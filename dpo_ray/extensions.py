@@ -1,11 +1,14 @@
-"""What users bring as code of their own, by import path: a loss, a format."""
+"""What users bring: code of their own by import path, as a loss or a format, and the packages of extras."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib
+import importlib.util
 import inspect
 from typing import TypeVar
+
+from dpo_ray.errors import ConfigError
 
 _T = TypeVar("_T")
 
@@ -40,3 +43,20 @@ def imported(path: str, wanted: type[_T]) -> _T:
             f"{path!r} is of type {type(found).__name__}: it must be a {wanted.__module__}.{wanted.__name__}"
         )
     return found
+
+
+def check_installed(package: str, extra: str, wanted: str) -> None:
+    """Refuses an option whose package is not installed.
+
+    Args:
+        package: What is imported.
+        extra: Of dpo_ray, which brings it.
+        wanted: What the configuration asks for.
+
+    Raises:
+        ConfigError: It is missing; the message says how to install it.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise ConfigError(
+            f"{wanted}, but the package {package} is not installed: pip install 'dpo_ray[{extra}]', or leave it out"
+        )

@@ -29,13 +29,14 @@ _NAME = ".default."
 _WHERE = "names of its layers, as [q_proj, v_proj], a regular expression for whole names, or all-linear"
 
 
-def add_adapter(model: PreTrainedModel, config: AdapterConfig, dtype: torch.dtype) -> None:
-    """Freezes a model and puts an adapter into it, whose weights are on the meta device.
+def add_adapter(model: PreTrainedModel, config: AdapterConfig, dtype: torch.dtype, device: torch.device) -> None:
+    """Freezes a model and puts an adapter into it, whose weights have no values yet.
 
     Args:
         model: Of any device; it stays of its class.
         config: With a rank.
         dtype: Of the adapter.
+        device: Of the adapter.
 
     Raises:
         ConfigError: `adapter.target_modules` names what is not there, or what can have no adapter.
@@ -67,13 +68,23 @@ def add_adapter(model: PreTrainedModel, config: AdapterConfig, dtype: torch.dtyp
     for name, parameter in list(model.named_parameters()):
         if is_adapters(name):
             owner, _, own_name = name.rpartition(".")
-            trained = nn.Parameter(torch.empty_like(parameter, dtype=dtype, device="meta"))
+            trained = nn.Parameter(torch.empty_like(parameter, dtype=dtype, device=device))
             setattr(model.get_submodule(owner), own_name, trained)
 
 
 def is_adapters(name: str) -> bool:
     """Whether a parameter is the adapter's, by its name."""
     return any(matrix in name for matrix in _MATRICES)
+
+
+def is_quantized(parameter: torch.Tensor) -> bool:
+    """Whether a parameter holds quantized weights."""
+    return not parameter.is_floating_point()
+
+
+def num_weights(parameter: torch.Tensor) -> int:
+    """How many weights a parameter holds, two to a byte where it is quantized."""
+    return parameter.numel() * (2 if is_quantized(parameter) else 1)
 
 
 def name_in_files(name: str) -> str:

@@ -1,6 +1,7 @@
 """The trained model as a transformers directory: safetensors, tokenizer, generation config, model card.
 
-Of a run with an adapter it is the model with the adapter merged into it, or the adapter alone, as peft reads it.
+Of a run with an adapter it is the model with the adapter merged into it, or the adapter alone, as peft reads it. The
+model is the one at `model.path` also where the adapter was trained beside its quantized weights.
 """
 
 from __future__ import annotations
@@ -69,7 +70,8 @@ def _write_model(folder: str, model: nn.Module, config: Config, state: dict[str,
         whole.config.dtype = DTYPES[dtype]
         whole.save_pretrained(folder, state_dict=state)
     else:
-        # In bfloat16 most of what an adapter adds to a weight would round to nothing.
+        # In bfloat16 most of what an adapter adds to a weight would round to nothing. One that was trained beside
+        # quantized weights goes into those that they were made of.
         with tempfile.TemporaryDirectory(prefix="dpo_ray-adapter-") as alone:
             save_adapter(alone, model, path, state)
             merged(load_pretrained(path, "float32", attention), alone).save_pretrained(folder)
@@ -100,7 +102,8 @@ def model_card(config: Config, step: int) -> str:
     if adapter.rank is not None:
         where = adapter.target_modules if isinstance(adapter.target_modules, str) else ", ".join(adapter.target_modules)
         here = "merged into the weights" if adapter.merge else "here, without the model"
-        lora = f"| LoRA adapter | rank {adapter.rank}, alpha {adapter.alpha:g}, on {where}; {here} |\n"
+        beside = f", trained beside weights in {adapter.quantize}" if adapter.quantize else ""
+        lora = f"| LoRA adapter | rank {adapter.rank}, alpha {adapter.alpha:g}, on {where}{beside}; {here} |\n"
     return (
         f"---\n{about}\ntags: [dpo, dpo_ray]\n---\n\n"
         f"# {config.name}\n\n"

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 
 from dpo_ray import storage
 from dpo_ray.errors import ConfigError
+from dpo_ray.extensions import check_installed
 
 # Files of a model fetched at the same time.
 DOWNLOADS = 8
@@ -169,7 +170,7 @@ def refuse_auxiliary_loss(uri: str) -> None:
         ConfigError: It is one.
     """
     config = model_config(uri).get_text_config()
-    experts = max(getattr(config, name, None) or 0 for name in _EXPERTS)
+    experts = _num_experts(config)
     for name in _AUXILIARY_LOSS:
         if experts > 1 and getattr(config, name, None):
             raise ConfigError(
@@ -177,6 +178,10 @@ def refuse_auxiliary_loss(uri: str) -> None:
                 f"({name}: {getattr(config, name):g}), which dpo_ray does not compute; to train without it, set "
                 f"{name}: 0 in the model's config.json"
             )
+
+
+def _num_experts(config: PretrainedConfig) -> int:
+    return max(getattr(config, name, None) or 0 for name in _EXPERTS)
 
 
 def model_config(uri: str) -> PretrainedConfig:
@@ -195,6 +200,27 @@ def model_config(uri: str) -> PretrainedConfig:
         if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float):
             setattr(config, name, 0.0)
     return config
+
+
+def check_quantize(quantize: str | None, uri: str) -> None:
+    """Refuses to quantize weights that cannot be.
+
+    Args:
+        quantize: How; None: not at all.
+        uri: transformers directory.
+
+    Raises:
+        ConfigError: bitsandbytes is not installed, or leaves nearly all of the model as it is.
+    """
+    if quantize is None:
+        return
+    check_installed("bitsandbytes", "qlora", f"adapter.quantize is {quantize}")
+    config = model_config(uri).get_text_config()
+    if (experts := _num_experts(config)) > 1:
+        raise ConfigError(
+            f"{uri}: adapter.quantize is {quantize}, but {config.model_type} is a mixture of {experts} experts, whose "
+            "weights bitsandbytes leaves as they are: leave it out"
+        )
 
 
 def _no_config(uri: str) -> ConfigError:

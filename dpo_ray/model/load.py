@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from dpo_ray.errors import ConfigError
 from dpo_ray.model.attention import PACKED
-from dpo_ray.model.files import first_line, localize, model_config
+from dpo_ray.model.files import check_quantize, first_line, localize, model_config
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +31,37 @@ def load_pretrained(uri: str, dtype: str, attention: str) -> PreTrainedModel:
     Raises:
         ConfigError: The folder holds no causal language model in safetensors.
     """
+    return _from_pretrained(uri, dtype, attention)
+
+
+def load_quantized(uri: str, dtype: str, attention: str, quantize: str, device: torch.device) -> PreTrainedModel:
+    """A whole model whose linear layers, but for the output layer, hold weights in 4 bits, dropout off.
+
+    Quantized one by one on the device, and their scales again, as QLoRA does it (arXiv:2305.14314, section 3).
+
+    Args:
+        uri: transformers directory.
+        dtype: "float32" or "bfloat16": of the other weights, and of the products.
+        attention: "packed", or transformers' attention implementation.
+        quantize: "nf4".
+        device: Where the weights will be.
+
+    Raises:
+        ConfigError: The folder holds no causal language model in safetensors, or none that can be quantized here.
+    """
+    check_quantize(quantize, uri)
+    how = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantize,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=DTYPES[dtype],
+    )
+    model = _from_pretrained(uri, dtype, attention, quantization_config=how, device_map={"": device})
+    # In eval mode bitsandbytes packs weights for CPUs with bfloat16 products, through which no gradient comes.
+    return model.train()
+
+
+def _from_pretrained(uri: str, dtype: str, attention: str, **options: Any) -> PreTrainedModel:
     folder = localize(uri)
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -38,6 +70,7 @@ def load_pretrained(uri: str, dtype: str, attention: str) -> PreTrainedModel:
             dtype=DTYPES[dtype],
             attn_implementation=None if attention == PACKED else attention,
             use_safetensors=True,
+            **options,
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ConfigError(f"{uri}: cannot load a causal language model: {first_line(error)}") from None

@@ -32,24 +32,24 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from dpo_ray.config import AdapterConfig, ModelConfig
 from dpo_ray.errors import ConfigError
-from dpo_ray.model.adapter import add_adapter, is_adapters, name_in_files, start_adapter
+from dpo_ray.model.adapter import add_adapter, is_adapters, is_quantized, name_in_files, start_adapter
 from dpo_ray.model.attention import PACKED, packed_attention
 from dpo_ray.model.files import first_line, localize, weights_as_named
 from dpo_ray.model.forward import settle_layout, with_token_scores
-from dpo_ray.model.load import DTYPES, empty_model, load_pretrained
+from dpo_ray.model.load import DTYPES, empty_model, load_pretrained, load_quantized
 from dpo_ray.model.malloc import keep_freed_memory, return_freed_memory
 
 
 def sharded_policy(
     config: ModelConfig, device: torch.device, adapter: AdapterConfig | None = None, seed: int = 0
 ) -> PreTrainedModel:
-    """The policy at its start, every parameter a DTensor sharded over all ranks.
+    """The policy at its start, every parameter a DTensor sharded over all ranks; but quantized ones are whole on each.
 
     Args:
         config: Where the weights are, and their dtypes: those of the sharded (trained) weights and of forward and
             backward; gradients are reduced in float32.
         device: This rank's device.
-        adapter: With a rank: the weights are frozen, and an adapter beside them is trained.
+        adapter: With a rank: the weights are frozen, quantized where it says so, and an adapter beside them is trained.
         seed: Decides the adapter's start.
 
     Raises:
@@ -58,11 +58,14 @@ def sharded_policy(
     Collective: all ranks.
     """
     warnings.filterwarnings("ignore", "torch.distributed is disabled")  # DCP, where one rank is alone.
-    adapted = adapter is not None and adapter.rank is not None
-    # Frozen weights are never updated, and those of the reference: without the adapter it is the same function.
-    model = empty_model(config.path, config.compute_dtype if adapted else config.weights_dtype, config.attention)
-    if adapter is not None and adapted:
-        add_adapter(model, adapter, DTYPES[config.weights_dtype])
+    if adapter is None or adapter.rank is None:
+        model = empty_model(config.path, config.weights_dtype, config.attention)
+    else:
+        # Frozen weights are never updated, and those of the reference: without the adapter it is the same function.
+        frozen = config.path, config.compute_dtype, config.attention
+        model = load_quantized(*frozen, adapter.quantize, device) if adapter.quantize else empty_model(*frozen)
+        # Beside weights that are there it is there too: FSDP wants all of a block on one device.
+        add_adapter(model, adapter, DTYPES[config.weights_dtype], device if adapter.quantize else torch.device("meta"))
     freeze(model, config.freeze)
     if config.gradient_checkpointing:
         # Only reentrant checkpoints keep a block's input as a saved tensor, which can be kept elsewhere.
@@ -76,7 +79,8 @@ def sharded_policy(
     model.saves_on_host = config.gradient_checkpointing == "offload"
     if config.compile:
         compile_blocks(model)
-    _read_weights(model, config.path, device, torch.device("cpu") if config.cpu_offload else device)
+    if adapter is None or not adapter.quantize:
+        _read_weights(model, config.path, device, torch.device("cpu") if config.cpu_offload else device)
     start_adapter(model, seed)
     settle_layout(model)
     release_gathered(model)
@@ -223,9 +227,10 @@ def shard(model: PreTrainedModel, compute_dtype: str, device: torch.device, cpu_
         FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap"), model
     )
     blocks = [module for module in model.modules() if is_block is not None and is_block(module)]
+    quantized = {parameter for parameter in model.parameters() if is_quantized(parameter)}
     sharded: list[FSDPModule] = []
     for module in [*blocks, model]:
-        fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload)
+        fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload, ignored_params=quantized)
         assert isinstance(module, FSDPModule)
         sharded.append(module)
         if mesh.size() > 1:
@@ -277,6 +282,8 @@ def compile_blocks(model: PreTrainedModel) -> None:
 
 def _assert_sharded(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
+        if is_quantized(parameter):
+            continue
         assert isinstance(parameter, DTensor), f"{name} is not sharded"
         assert all(placement.is_shard() for placement in parameter.placements), f"{name} is {parameter.placements}"
 

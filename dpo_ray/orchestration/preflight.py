@@ -23,7 +23,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from dpo_ray import storage
 from dpo_ray.config import Config
 from dpo_ray.errors import ConfigError, DpoRayError
-from dpo_ray.model.files import check_vocabulary, first_line, load_tokenizer, model_config, refuse_auxiliary_loss
+from dpo_ray.model.files import (
+    check_quantize,
+    check_vocabulary,
+    first_line,
+    load_tokenizer,
+    model_config,
+    refuse_auxiliary_loss,
+)
 from dpo_ray.orchestration.prepare import survey
 from dpo_ray.orchestration.resources import as_number, as_text, demands, ensure_resources, possible_nodes
 from dpo_ray.orchestration.watch import SourcePreview, Watcher
@@ -197,6 +204,7 @@ def _check_model(config: Config) -> list[Row]:
     try:
         if not any(row.level == "wrong" for row in rows):
             refuse_auxiliary_loss(config.model.path)
+            check_quantize(config.adapter.quantize, config.model.path)
     except ConfigError as error:
         rows.append(Row("model", config.model.path, "wrong", str(error), "as the result says"))
     try:

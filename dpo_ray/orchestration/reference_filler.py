@@ -45,7 +45,8 @@ NEWEST = 0.2
 def open_reference_store(config: Config, pairs_uri: str) -> ReferenceStore:
     """The store of the configured reference's scores, or of those that came with the pairs."""
     digest = weights_digest(config.reference_path, storage.join(config.store_uri, "digests"))
-    name = store_fingerprint(digest, config.reference_dtype, config.model.attention, config.needs_token_scores)
+    model, per_token = config.model, config.needs_token_scores
+    name = store_fingerprint(digest, config.reference_dtype, model.attention, per_token, config.adapter.quantize)
     if config.reference.columns:
         name = brought_fingerprint(digest, pairs_uri)
     return ReferenceStore(storage.join(config.store_uri, "reference", name))

@@ -53,9 +53,14 @@ def fill_reference(config: Config, watcher: Watcher | None = None) -> tuple[Fill
         What was done, and the reference store.
 
     Raises:
-        ConfigError: The cluster has no room for a replica.
+        ConfigError: The cluster has no room for a replica, or replicas are not what scores for this run.
         ReferenceFillError: Not all chunks could be scored.
     """
+    if config.adapter.quantize:
+        raise ConfigError(
+            f"adapter.quantize is {config.adapter.quantize}, so that the reference is the policy's quantized weights, "
+            "which score as the run goes: nothing can be scored ahead of it"
+        )
     watcher = watcher or Watcher()
     # Here all that is missing is scored, whatever training may do.
     config = config.model_copy(update={"reference": config.reference.model_copy(update={"place": "actors"})})

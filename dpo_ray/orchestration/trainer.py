@@ -18,7 +18,7 @@ from dpo_ray.config import Config, changed_keys
 from dpo_ray.errors import ConfigError
 from dpo_ray.extensions import code_digest
 from dpo_ray.lease import RunLease
-from dpo_ray.model.files import refuse_auxiliary_loss, relative_costs
+from dpo_ray.model.files import check_quantize, refuse_auxiliary_loss, relative_costs
 from dpo_ray.orchestration.moving_filler import MovingFiller
 from dpo_ray.orchestration.prepare import Survey, check_reachable, prepare, survey
 from dpo_ray.orchestration.reference_filler import (
@@ -149,6 +149,7 @@ def _train_run(config: Config, watcher: Watcher) -> Result:
         if finished := _as_it_stands(config, watcher):
             return finished
         refuse_auxiliary_loss(config.model.path)
+        check_quantize(config.adapter.quantize, config.model.path)
         watcher.phase("looking at the pairs")
         found = survey(config, watcher)
         with RunLease(config.run_uri, watcher.phase) as lease:

@@ -27,7 +27,9 @@ MISSING_S = 30.0
 _SCHEMA = pa.schema([("pair_id", pa.binary(16)), ("ref_logps", pa.list_(pa.float32()))])
 
 
-def store_fingerprint(weights_digest: str, dtype: str, attention: str, per_token: bool) -> str:
+def store_fingerprint(
+    weights_digest: str, dtype: str, attention: str, per_token: bool, quantize: str | None = None
+) -> str:
     """Names the store of one reference: what decides its scores, and nothing that does not."""
     about: dict[str, Any] = {
         "format": FORMAT_VERSION,
@@ -35,7 +37,10 @@ def store_fingerprint(weights_digest: str, dtype: str, attention: str, per_token
         "dtype": dtype,
         "attention": attention,
     }
-    return storage.fingerprint({**about, "per_token": True} if per_token else about)
+    # Only where set: the names of stores that there are stay.
+    about |= {"per_token": True} if per_token else {}
+    about |= {"quantize": quantize} if quantize else {}
+    return storage.fingerprint(about)
 
 
 def brought_fingerprint(weights_digest: str, pairs_uri: str) -> str:

@@ -365,7 +365,9 @@ def tensors_of(model: nn.Module, optimizer: Optimizer) -> dict[str, torch.Tensor
     """
     names = _names_of(model)
     if any(map(is_adapters, names.values())):
-        names = {one: name for one, name in names.items() if one.requires_grad or not isinstance(one, nn.Parameter)}
+        # Not what else is in the state: quantized weights have their scales there.
+        kept = {one for one in model.parameters() if one.requires_grad} | set(model.buffers())
+        names = {one: name for one, name in names.items() if one in kept}
     tensors: dict[str, Any] = {f"model.{name}": tensor for tensor, name in names.items()}
     for parameter, state in optimizer.state.items():
         tensors |= {f"optimizer.{names[parameter]}.{key}": value for key, value in state.items()}

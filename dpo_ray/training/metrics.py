@@ -12,6 +12,7 @@ from torch import nn
 
 from dpo_ray.config import Config
 from dpo_ray.errors import FirstStepError, NonFiniteLossError
+from dpo_ray.model.adapter import num_weights
 from dpo_ray.model.peak import peak_flops
 from dpo_ray.objective.rewards import finish_metrics
 from dpo_ray.training.step import StepResult
@@ -89,7 +90,7 @@ class Stopwatch:
             context: This rank's device, and how many there are.
         """
         # Forward, and backward by the gradient of the states and, where a weight is trained, of the weight.
-        self._operations = sum((6 if each.requires_grad else 4) * each.numel() for each in model.parameters())
+        self._operations = sum((6 if each.requires_grad else 4) * num_weights(each) for each in model.parameters())
         dtype = getattr(torch, config.model.compute_dtype)
         self._peak_flops = peak_flops(context.device, dtype) * context.world_size
         self._ended = self._asked = self._got = time.perf_counter()

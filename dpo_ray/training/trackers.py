@@ -6,7 +6,6 @@ server is fast, slow or gone is nothing that training waits for.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import math
@@ -24,7 +23,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from dpo_ray import storage
 from dpo_ray.config import Config
-from dpo_ray.errors import ConfigError
+from dpo_ray.extensions import check_installed
 
 QUEUE_POINTS = 10_000
 BATCH_POINTS = 100
@@ -338,11 +337,8 @@ def check_trackers(config: Config) -> None:
     """
     for name in config.tracking.trackers:
         package = TRACKERS[name].package
-        if package is not None and importlib.util.find_spec(package) is None:
-            raise ConfigError(
-                f"tracking.trackers names {name}, but the package {package} is not installed: "
-                f"pip install 'dpo_ray[{name}]', or leave {name} out"
-            )
+        if package is not None:
+            check_installed(package, name, f"tracking.trackers names {name}")
 
 
 def open_trackers(config: Config, position: int, publish: Callable[[dict[str, Any]], None]) -> list[Tracker]:

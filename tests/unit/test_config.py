@@ -143,6 +143,17 @@ def with_values(**sections: dict[str, Any]) -> dict[str, Any]:
         (with_values(adapter={"merge": False}), "adapter.merge is False, which does nothing without adapter.rank"),
         (with_values(adapter={"rank": 4, "target_modules": []}), r"adapter.target_modules is \[\]: write all-linear"),
         (
+            with_values(adapter={"quantize": "nf4"}),
+            "adapter.quantize is 'nf4', which does nothing without adapter.rank",
+        ),
+        *(
+            (
+                with_values(adapter={"rank": 4, "quantize": "nf4"}, reference={"place": place}),
+                f"adapter.quantize is nf4, but reference.place: {place} has scores of weights that are not quantized",
+            )
+            for place in ("actors", "store_only")
+        ),
+        (
             with_values(reference={"place": "adapter_off"}),
             "reference.place is adapter_off, but adapter.rank is null.*set adapter.rank, or reference.place: actors",
         ),

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dpo_ray.errors import ConfigError
-from dpo_ray.model.files import refuse_auxiliary_loss
+from dpo_ray.model import files
+from dpo_ray.model.files import check_quantize, refuse_auxiliary_loss
 
 
 @pytest.mark.parametrize(
@@ -36,3 +38,17 @@ def test_a_router_s_own_loss_is_not_left_out_in_silence(
     else:
         with pytest.raises(ConfigError, match=message):
             refuse_auxiliary_loss(str(tmp_path))
+
+
+def test_what_cannot_be_quantized_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(
+        ConfigError, match=r"quantize is nf4, but the package bitsandbytes .*pip install 'dpo_ray\[qlora"
+    ):
+        check_quantize("nf4", str(tmp_path))
+    monkeypatch.setattr(files, "check_installed", lambda *_: None)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    check_quantize("nf4", str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3_moe", "num_experts": 128}')
+    with pytest.raises(ConfigError, match="qwen3_moe is a mixture of 128 experts, whose weights bitsandbytes leaves"):
+        check_quantize("nf4", str(tmp_path))

@@ -8,8 +8,9 @@ import pytest
 from helpers import tiny_config
 from safetensors.torch import load_file, save_file
 
-from dpo_ray.errors import ScoresLostError
+from dpo_ray.errors import ConfigError, ScoresLostError
 from dpo_ray.orchestration.reference_filler import open_reference_store
+from dpo_ray.orchestration.reference_job import fill_reference
 from dpo_ray.pairs.store import Chunk
 from dpo_ray.reference import store as module
 from dpo_ray.reference.store import ReferenceStore
@@ -45,14 +46,20 @@ def test_what_matters_misses(tmp_path: Path, tiny_model: Path) -> None:
     save_file(weights, other / "model.safetensors", {"format": "pt"})
     config = tiny_config(str(tmp_path), "run", tiny_model, "pairs.jsonl")
     eager = config.model_copy(update={"model": config.model.model_copy(update={"attention": "eager"})})
+    quantized = {"adapter": {"rank": 4, "quantize": "nf4"}, "reference": {"place": "adapter_off"}}
     places = {
         place(tmp_path, tiny_model),
         place(tmp_path, other),
         place(tmp_path, tiny_model, reference={"dtype": "bfloat16"}),
         open_reference_store(eager, "pairs").uri,
         place(tmp_path, tiny_model, objective={"ld_alpha": 0.5}),
+        place(tmp_path, tiny_model, **quantized),
     }
-    assert len(places) == 5
+    assert len(places) == 6
+    # An adapter beside weights as they are has the scores of those.
+    assert place(tmp_path, tiny_model, adapter={"rank": 4}, reference={"place": "adapter_off"}) in places
+    with pytest.raises(ConfigError, match="adapter.quantize is nf4, .* nothing can be scored ahead of it"):
+        fill_reference(tiny_config(str(tmp_path), "run", tiny_model, "pairs.jsonl", **quantized))
     # Scores of tokens are good for any.
     assert place(tmp_path, tiny_model, objective={"ld_alpha": 0.1}) in places
 
