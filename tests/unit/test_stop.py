@@ -2,11 +2,20 @@
 
 import signal
 import threading
+from collections.abc import Iterator
 
 import pytest
 
 from dpo_ray.errors import StoppedError
 from dpo_ray.orchestration.stop import Stop
+
+
+@pytest.fixture(autouse=True)
+def usual_handler() -> Iterator[None]:
+    """Python's own, which a process in the background of a shell does not have."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def test_the_first_signal_asks_and_the_second_acts() -> None:
