@@ -49,5 +49,5 @@ clean: ## remove .venv, build outputs and caches
 	@touch $@
 
 .venv/dev.stamp: .venv/core.stamp
-	$(PIP) -e '.[dev]'
+	$(PIP) -e '.[data,dev]'
 	@touch $@

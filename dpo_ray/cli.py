@@ -165,25 +165,39 @@ def pairs(config: ConfigPath, overrides: Overrides = None) -> None:
 def data(
     config: ConfigPath,
     as_json: Annotated[bool, typer.Option("--json", help="Prints the numbers as JSON, whole histograms too.")] = False,
+    near: Annotated[
+        bool,
+        typer.Option(
+            "--near-duplicates",
+            help="Also counts training and held-out pairs whose prompt and chosen answer are nearly those of another "
+            "training pair (extra `data`): of a million pairs in some 5 minutes, with 6 GB of memory.",
+        ),
+    ] = False,
     overrides: Overrides = None,
 ) -> None:
-    """Shows what the prepared pairs are like: counts, lengths, length bias, repeated prompts, rejects by reason.
+    """Shows what the prepared pairs are like: counts, lengths, length bias, repeated prompts, gaps of scores, rejects.
 
     Example: dpo-ray data jobs/dpo-smollm2-135m-1n0g-fsdp2.yaml
     """
     from dataclasses import asdict
 
-    from dpo_ray.display import ProgressBar, statistics_tables
+    from dpo_ray.display import ProgressBar, near_duplicates_tables, statistics_tables
     from dpo_ray.orchestration.prepare import prepared
+    from dpo_ray.pairs.near_duplicates import near_duplicates
     from dpo_ray.pairs.statistics import describe
 
     pairs = prepared(configuration.load_config(config, overrides))
     if as_json:
-        typer.echo(json.dumps(asdict(describe(pairs)), indent=1))
+        alike = {"near_duplicates": asdict(near_duplicates(pairs))} if near else {}
+        typer.echo(json.dumps({**asdict(describe(pairs)), **alike}, indent=1))
         return
+    tables = list[Table]()
     with ProgressBar(console) as watcher:
+        if near:
+            duplicates = near_duplicates(pairs, lambda done, total: watcher.progress("comparing chunks", done, total))
+            tables = near_duplicates_tables(duplicates, pairs)
         found = describe(pairs, lambda done, total: watcher.progress("reading chunks", done, total))
-    for table in statistics_tables(found):
+    for table in (*statistics_tables(found), *tables):
         console.print(table)
 
 

@@ -80,6 +80,15 @@ def _refuse_set(section: Section, but: str, prefix: str, why: str) -> None:
             raise ValueError(f"{prefix}.{name} is {value!r}, which {why} leave {prefix}.{name} out")
 
 
+def _two_columns(key: str, columns: list[str] | None, example: str) -> list[str] | None:
+    if columns is not None and (len(columns) != 2 or len(set(columns)) != 2):
+        raise ValueError(
+            f"{key} is {columns}: name two columns, of the chosen answer's and of the rejected one's score, e.g. "
+            f"{example}"
+        )
+    return columns
+
+
 class ModelConfig(Section):
     """The policy, and its start."""
 
@@ -197,6 +206,11 @@ class DataConfig(Section):
     ranking: Literal["all", "best_worst"] = Field(
         "all", description="of rows with a list of answers: use all of them, or only the best and the worst"
     )
+    score_columns: list[str] | None = Field(
+        None,
+        description="columns of the scores that a reward model or a judge gave the answers of a pair, best answer "
+        "first, e.g. [score_chosen, score_rejected]: a pair is used where they differ by more than min_score_gap",
+    )
     min_score_gap: float = Field(
         0.0,
         ge=0.0,
@@ -282,6 +296,11 @@ class DataConfig(Section):
             parts = [("eval", self.eval)]
         return (*train, *((part, entry) for part, entries in parts for entry in entries))
 
+    @field_validator("score_columns")
+    @classmethod
+    def _one_for_each_answer(cls, columns: list[str] | None) -> list[str] | None:
+        return _two_columns("data.score_columns", columns, "[score_chosen, score_rejected]")
+
     @model_validator(mode="after")
     def _kwargs_reach_a_template(self) -> DataConfig:
         if self.chat_template_kwargs and self.chat_template == "none":
@@ -365,12 +384,7 @@ class ReferenceConfig(Section):
     @field_validator("columns")
     @classmethod
     def _one_for_each_answer(cls, columns: list[str] | None) -> list[str] | None:
-        if columns is not None and (len(columns) != 2 or len(set(columns)) != 2):
-            raise ValueError(
-                f"reference.columns is {columns}: name two columns, of the chosen answer's and of the rejected one's "
-                "score, e.g. [ref_chosen_logps, ref_rejected_logps]"
-            )
-        return columns
+        return _two_columns("reference.columns", columns, "[ref_chosen_logps, ref_rejected_logps]")
 
     @field_validator("label_selector")
     @classmethod

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dpo_ray.orchestration.watch import SourcePreview, Watcher
+from dpo_ray.pairs.near_duplicates import SHINGLE_TOKENS, THRESHOLD, NearDuplicates
 from dpo_ray.pairs.plan import Plan
 from dpo_ray.pairs.statistics import PERCENTILES, Statistics, bars
 from dpo_ray.pairs.store import COUNTS, PairStore
@@ -182,15 +183,18 @@ def statistics_tables(found: Statistics) -> list[Table]:
     shares.add_row("chosen answer longer", f"{found.chosen_longer:.1%}")
     shares.add_row("chosen answer shorter", f"{found.chosen_shorter:.1%}")
     shares.add_row("tokens that a chosen answer has more", f"{found.more_tokens:+.1f}")
-    lengths = Table(title="lengths in tokens", title_justify="left")
-    lengths.add_column("")
-    for name in ("mean", *(f"{percent} %" for percent in PERCENTILES[:-1]), "longest"):
-        lengths.add_column(name, justify="right")
+    lengths = _numbers_table("lengths in tokens", "mean", *(f"{percent} %" for percent in PERCENTILES[:-1]), "longest")
     for name, each in found.lengths.items():
         lengths.add_row(name, f"{each.mean:.1f}", *(f"{length:,}" for length in each.percentiles))
     tables = [shares, lengths]
     for name, each in found.lengths.items():
         tables.append(_histogram(name, each.histogram))
+    if gaps := found.score_gaps:
+        title = f"scores of {gaps.pairs:,} pairs: the best answer's less the worst's"
+        table = _numbers_table(title, *(f"{percent} %" for percent in PERCENTILES[:-1]), "largest")
+        table.add_row("gap", *(f"{gap:.4g}" for gap in gaps.percentiles))
+        table.add_row("pairs left out with it as data.min_score_gap", *(f"{pairs:,}" for pairs in gaps.left_out))
+        tables.append(table)
     if found.rejects:
         rejects = Table(title="rejects, the most frequent reasons", title_justify="left")
         rejects.add_column("rows", justify="right")
@@ -199,6 +203,42 @@ def statistics_tables(found: Statistics) -> list[Table]:
             rejects.add_row(f"{rows:,}", Text(reason))
         tables.append(rejects)
     return tables
+
+
+def near_duplicates_tables(found: NearDuplicates, pairs: PairStore) -> list[Table]:
+    """How many pairs are near-duplicates, and some of them with their sources."""
+    title = (
+        f"near-duplicates: prompts and chosen answers share {THRESHOLD:.0%} of their runs of {SHINGLE_TOKENS} tokens"
+    )
+    counts = Table(title=title, title_justify="left", show_header=False)
+    counts.add_column()
+    counts.add_column(justify="right")
+    counts.add_column(justify="right")
+    for name, num, chunks in (
+        ("training pairs like another one", found.train, pairs.train),
+        ("held-out pairs like a training pair", found.eval, pairs.eval),
+    ):
+        if total := sum(chunk.num_pairs for chunk in chunks):
+            counts.add_row(name, f"{num:,}", f"{num / total:.1%}")
+    tables = [counts]
+    for name, matches in (("training", found.train_examples), ("held-out", found.eval_examples)):
+        if matches:
+            table = Table(title=f"some {name} pairs, and what each is most like", title_justify="left")
+            table.add_column("alike", justify="right")
+            table.add_column(f"{name} pair", overflow="fold")
+            table.add_column("training pair", overflow="fold")
+            for match in matches:
+                table.add_row(f"{match.similarity:.0%}", Text(match.place), Text(match.other))
+            tables.append(table)
+    return tables
+
+
+def _numbers_table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for name in columns:
+        table.add_column(name, justify="right")
+    return table
 
 
 def _histogram(name: str, histogram: Sequence[int]) -> Table:

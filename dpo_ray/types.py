@@ -42,20 +42,26 @@ class PreferencePair:
     prompt and plain answers, `dialogue` an hh-rlhf transcript, `messages` a list of turns (which has no
     reading without a template), `raw` two texts with a common beginning (which have none with a template).
     `tools` describes the functions that the model may call, as JSON has them; None where there are none.
+    `scores` are what a reward model or a judge gave the answers; empty where the row does not say.
     """
 
     prompt: tuple[Message, ...]
     answers: tuple[tuple[Message, ...], ...]
     layout: Literal["text", "dialogue", "messages", "raw"]
     tools: list[dict[str, Any]] | None = None
+    scores: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class TokenRow:
-    """A prompt and its answers, best first, that came as token ids: nothing is added to them."""
+    """A prompt and its answers, best first, that came as token ids: nothing is added to them.
+
+    `scores` as in `PreferencePair`.
+    """
 
     prompt: list[int]
     answers: tuple[list[int], ...]
+    scores: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

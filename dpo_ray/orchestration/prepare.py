@@ -54,7 +54,7 @@ REJECTS_SHOWN = 5
 # Of the data's options those that decide no pair, or that are said with what they are about.
 _APART = {
     *("train", "eval", "max_reject_fraction", "ranking", "min_score_gap", "chat_template_kwargs"),
-    *("weight_column", "margin_column"),
+    *("weight_column", "margin_column", "score_columns"),
 }
 
 
@@ -161,6 +161,8 @@ def survey(config: Config, watcher: Watcher | None = None) -> Survey:
         about["score_columns"] = list(score_columns)
         for source, sample in zip(sources, samples, strict=True):
             _check_columns(source, sample, score_columns, "reference.columns")
+    for source, sample in zip(sources, samples, strict=True):
+        _check_columns(source, sample, data.score_columns or (), "data.score_columns")
     columns = {"weight": data.weight_column, "margin": data.margin_column}
     number_columns = {name: column for name, column in columns.items() if column is not None}
     if number_columns:
@@ -284,26 +286,36 @@ def _recognised(config: Config, source: _Source, sample: Sample) -> Reading:
         reading = recognise(written, config.data.format, config.data.columns)
     except DataError as error:
         raise DataError(f"{source.pattern}: {error}") from None
-    if reading.format != RANKING:
-        return reading
-    return replace(reading, keep=config.data.ranking, min_score_gap=config.data.min_score_gap)
+    min_score_gap, score_columns = config.data.min_score_gap, config.data.score_columns
+    if reading.format == RANKING:
+        if score_columns:
+            raise ConfigError(
+                f"data.score_columns is {score_columns}, but {source.pattern} has rows with a list of answers (format "
+                f"{RANKING}), which brings a score for each of them: leave it out, or give these files to another run"
+            )
+        return replace(reading, keep=config.data.ranking, min_score_gap=min_score_gap)
+    if score_columns:
+        return replace(reading, min_score_gap=min_score_gap, score_columns=score_columns)
+    return reading
 
 
 def _about(reading: Reading) -> dict[str, Any]:
     """What of a reading decides the pairs."""
-    about = asdict(reading)
-    if reading.format != RANKING:
-        del about["keep"], about["min_score_gap"]
-    return about
+    ranking, scored = reading.format == RANKING, bool(reading.score_columns)
+    decides = {"keep": ranking, "min_score_gap": ranking or scored, "score_columns": scored}
+    return {name: value for name, value in asdict(reading).items() if decides.get(name, True)}
 
 
 def _check_rule(config: Config, readings: Sequence[Reading]) -> None:
-    for key in ("ranking", "min_score_gap"):
+    mends = {"ranking": "leave it out"}
+    if not config.data.score_columns:
+        mends["min_score_gap"] = "leave it out, or set data.score_columns to the columns of the two answers' scores"
+    for key, mend in mends.items():
         value = getattr(config.data, key)
         if value != type(config.data).model_fields[key].default and all(each.format != RANKING for each in readings):
             raise ConfigError(
                 f"data.{key} is {value!r}, but no source has rows with a list of answers (format {RANKING}; these are "
-                f"read as {', '.join(dict.fromkeys(each.format for each in readings))}): leave it out"
+                f"read as {', '.join(dict.fromkeys(each.format for each in readings))}): {mend}"
             )
 
 

@@ -35,10 +35,17 @@ RAW_SCHEMA = pa.schema(
 
 
 class _Brought(NamedTuple):
-    """What a row brings besides texts: the reference's scores, and numbers by their names in `store.PAIR_NUMBERS`."""
+    """What a row brings besides texts.
+
+    Attributes:
+        scores: The reference's.
+        numbers: By their names in `store.PAIR_NUMBERS`.
+        judged: The answers' own scores, see `PreferencePair.scores`.
+    """
 
     scores: list[float]
     numbers: dict[str, float]
+    judged: tuple[float, ...]
 
 
 _Good = tuple[Tokenized, str, int, _Brought]  # With source and row.
@@ -95,7 +102,8 @@ class Job:
 
     def columns(self, reading: Reading) -> list[str]:
         """The columns of a source that are read."""
-        return [*reading.columns.values(), *self.score_columns, *self.number_columns.values()]
+        own = (*reading.columns.values(), *reading.score_columns)
+        return [*own, *self.score_columns, *self.number_columns.values()]
 
 
 def open_rows(uri: str, columns: Sequence[str] | None = None) -> Iterator[tuple[list[bytes], float]]:
@@ -203,10 +211,13 @@ def _make_runs(block: pa.Table, job: Job, place: str) -> dict[str, Any]:
             elif isinstance(made, RowError):
                 shown = text.decode("utf-8", errors="backslashreplace")
                 rejects.append({"source": file.uri, "row": row, "reason": str(made), "text": shown})
-            elif len((pair := _distinct(made.pair)).answers) < 2:
+            elif len(kept := _distinct(made.pair)) < 2:
                 counts["identical"] += 1
             else:
-                made = replace(made, pair=pair)
+                made = replace(made, pair=_with_answers(made.pair, kept))
+                if brought.judged:
+                    brought = brought._replace(judged=tuple(brought.judged[index] for index in kept))
+                    counts["with_scores"] += 1
                 part = "eval" if store.held_out(made.pair.pair_id, job.eval_fraction) else file.part
                 good[part].append((made, file.uri, row, brought))
                 counts["prompts_cut"] += made.prompt_tokens_cut > 0
@@ -225,13 +236,17 @@ def _make_runs(block: pa.Table, job: Job, place: str) -> dict[str, Any]:
     return {"counts": counts, "runs": written}
 
 
-def _distinct(pair: TokenizedPair) -> TokenizedPair:
-    """A pair without answers that say the same as one before."""
+def _distinct(pair: TokenizedPair) -> list[int]:
+    """Which answers do not say the same as one before."""
     first = {answer.tobytes(): index for index, answer in reversed(list(enumerate(pair.answers)))}
-    if len(first) == len(pair.answers):
+    return sorted(first.values())
+
+
+def _with_answers(pair: TokenizedPair, kept: Sequence[int]) -> TokenizedPair:
+    if len(kept) == len(pair.answers):
         return pair
-    kept = tuple(pair.answers[index] for index in sorted(first.values()))
-    return replace(pair, pair_id=pair_id(pair.prompt, kept), answers=kept)
+    answers = tuple(pair.answers[index] for index in kept)
+    return replace(pair, pair_id=pair_id(pair.prompt, answers), answers=answers)
 
 
 def _tokenize(block: pa.Table, job: Job) -> Iterator[tuple[SourceFile, int, bytes, Tokenized | RowError, _Brought]]:
@@ -246,7 +261,7 @@ def _tokenize(block: pa.Table, job: Job) -> Iterator[tuple[SourceFile, int, byte
     tokenized = iter(tokenizer([each[0] for each in parsed if not isinstance(each, RowError)]))
     for (file, number, text), each in zip(rows, parsed, strict=True):
         if isinstance(each, RowError):
-            yield file, number, text, each, _Brought([], {})
+            yield file, number, text, each, _Brought([], {}, ())
             continue
         made, (_, brought) = next(tokenized), each
         if brought.scores and isinstance(made, Tokenized) and made.prompt_tokens_cut + sum(made.answer_tokens_cut):
@@ -282,9 +297,8 @@ def _parsed(text: bytes, reading: Reading, job: Job) -> tuple[PreferencePair | T
                 f"has {len(pair.answers)} answers; leave the row out, or reference.columns"
             )
         scores = [_score(row, column) for column in job.score_columns]
-        return pair, _Brought(
-            scores, {name: _number(row, name, job.number_columns[name]) for name in job.number_columns}
-        )
+        numbers = {name: _number(row, name, job.number_columns[name]) for name in job.number_columns}
+        return pair, _Brought(scores, numbers, pair.scores)
     except RowError as error:
         return error
 
@@ -334,7 +348,9 @@ def _run_table(made: list[_Good], job: Job) -> pa.Table:
     table = store.table_of([tokenized.pair for tokenized, *_ in made])
     sources = pa.array([source for _, source, *_ in made], pa.string())
     numbers = pa.array([row for _, _, row, _ in made], pa.int64())
-    table = table.append_column("source", sources).append_column("row", numbers)
+    judged = [brought.judged for *_, brought in made]
+    gaps = pa.array([each[0] - each[-1] if each else None for each in judged], store.SCORE_GAP.type)
+    table = table.append_column("source", sources).append_column("row", numbers).append_column(store.SCORE_GAP, gaps)
     for name in job.number_columns:
         table = table.append_column(name, pa.array([brought.numbers[name] for *_, brought in made], pa.float32()))
     if not job.score_columns:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 from dpo_ray.errors import ConfigError, DataError, RowError
@@ -145,13 +145,15 @@ class Reading:
         format: A key of `FORMATS`.
         columns: Role -> the column that fills it.
         keep: See `RankingRule`.
-        min_score_gap: Likewise.
+        min_score_gap: Likewise; with `score_columns`, by more than this the chosen answer's score is to be higher.
+        score_columns: Columns of the scores of a pair's answers, best answer first; empty where there are none.
     """
 
     format: str
     columns: dict[str, str]
     keep: str = "all"
     min_score_gap: float = 0.0
+    score_columns: list[str] = field(default_factory=list)
 
 
 def recognise(
@@ -233,12 +235,17 @@ def parse_row(row: Mapping[str, Any], reading: Reading) -> PreferencePair | Toke
 
     Raises:
         RowError: A column is missing or holds a wrong kind of value, or an answer is blank.
+        TiedError: By their scores no answer is better than another.
     """
     for role in _without_reading(reading):
         if _says_something(row, reading, role):
             raise RowError(_has_no_reading(role, reading))
     rule = RankingRule(reading.keep, reading.min_score_gap)
-    return format_named(reading.format).parse(Fields(row, reading.columns, rule))
+    pair = format_named(reading.format).parse(Fields(row, reading.columns, rule))
+    if not reading.score_columns:
+        return pair
+    scores = parsers.pair_scores(row, reading.score_columns, len(pair.answers), reading.min_score_gap)
+    return replace(pair, scores=scores)
 
 
 def _columns(known: Format, named: Mapping[Role, str | None], filled: Mapping[str, int]) -> dict[str, str]:

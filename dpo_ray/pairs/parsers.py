@@ -276,7 +276,8 @@ def parse_ranking(row: Fields) -> PreferencePair:
         order = kept
     if row.rule.keep == "best_worst":
         order = [order[0], order[-1]]
-    return _several(row, [answers[index] for index in order])
+    theirs = () if scores is None else tuple(scores[index] for index in order)
+    return _several(row, [answers[index] for index in order], theirs)
 
 
 def is_several_rejected(row: Fields) -> bool:
@@ -296,13 +297,13 @@ def parse_several_rejected(row: Fields) -> PreferencePair:
     return _several(row, answers)
 
 
-def _several(row: Fields, answers: Sequence[tuple[Message, ...]]) -> PreferencePair:
+def _several(row: Fields, answers: Sequence[tuple[Message, ...]], scores: tuple[float, ...] = ()) -> PreferencePair:
     prompt = _with_system(row, prompt_turns(row))
     if prompt[-1].role == "assistant":
         raise RowError(f"{row.where('prompt')} ends with an assistant turn: end it with the turn that is answered")
     plain = len(prompt) == 1 and prompt[0].role == "user" and all(len(answer) == 1 for answer in answers)
     layout: Literal["text", "messages"] = "text" if plain and isinstance(row.get("prompt"), str) else "messages"
-    return PreferencePair(prompt, tuple(answers), layout, row.tools())
+    return PreferencePair(prompt, tuple(answers), layout, row.tools(), scores)
 
 
 def _text_key(answer: Mapping[str, Any]) -> str | None:
@@ -352,10 +353,46 @@ def _scores(row: Fields, answers: Sequence[Any], where: Sequence[str]) -> list[f
     if not is_list(value) or len(value) != len(answers):
         found = f"has {len(value)}" if is_list(value) else f"is {kind(value)}"
         raise RowError(f"{row.where('scores')} {found}, beside {len(answers)} answers: write a number for each of them")
-    for score, place in zip(value, where, strict=True):
-        if isinstance(score, bool) or not isinstance(score, int | float | np.number) or not math.isfinite(score):
-            raise RowError(f"the score of {place} is {score!r}: write a finite number, the higher the better")
-    return [float(score) for score in value]
+    return [_score(score, f"the score of {place}") for score, place in zip(value, where, strict=True)]
+
+
+def _score(value: Any, where: str) -> float:
+    try:
+        if isinstance(value, int | float | np.number) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+    except OverflowError:  # JSON's integers have any length.
+        pass
+    raise RowError(f"{where} is {value!r:.40}: write a finite number, the higher the better")
+
+
+def pair_scores(row: Mapping[str, Any], columns: Sequence[str], num_answers: int, min_gap: float) -> tuple[float, ...]:
+    """The scores that stand beside a pair, of the chosen answer and of the rejected one.
+
+    Args:
+        row: Column name -> value.
+        columns: As `data.score_columns`.
+        num_answers: How many answers the row has.
+        min_gap: By more than this the chosen answer's is to be higher.
+
+    Raises:
+        TiedError: It is not.
+        RowError: A score is missing or no finite number, or there are more answers.
+    """
+    if num_answers != len(columns):
+        raise RowError(
+            f"{', '.join(columns)}: data.score_columns brings {len(columns)} scores, the row has {num_answers} "
+            "answers; leave the row out, or data.score_columns"
+        )
+    for column in columns:
+        if column not in row:
+            raise RowError(f"no column {column!r}, which data.score_columns names: write it, or leave the row out")
+    scores = tuple(_score(row[column], f"column {column!r}") for column in columns)
+    if not scores[0] - scores[1] > min_gap:
+        raise TiedError(
+            f"the chosen answer's score is not above the rejected one's by more than data.min_score_gap ({min_gap:g}): "
+            f"{', '.join(f'{score:g}' for score in scores)}"
+        )
+    return scores
 
 
 def is_conversations(row: Fields) -> bool:

@@ -1,4 +1,4 @@
-"""What a pair store holds, in numbers: lengths, length bias, repeated prompts, and why rows were left out."""
+"""What a pair store holds, in numbers: lengths, length bias, repeated prompts, gaps of scores, rejects by reason."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from dpo_ray import storage
-from dpo_ray.pairs.store import Chunk, PairStore, read_chunk
+from dpo_ray.pairs.store import Chunk, PairStore, read_ahead, read_chunk, score_gaps
+from dpo_ray.types import TokenizedPair
 
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99, 100)
 REASONS_SHOWN, REASON_CHARS = 20, 160
@@ -37,6 +38,21 @@ class Lengths:
 
 
 @dataclass(frozen=True, slots=True)
+class ScoreGaps:
+    """By how much the score of a pair's first answer is above that of its last.
+
+    Attributes:
+        pairs: How many pairs have scores.
+        percentiles: At `PERCENTILES`, the smallest gap that so many percent do not exceed.
+        left_out: How many pairs each of these would leave out as `data.min_score_gap`.
+    """
+
+    pairs: int
+    percentiles: list[float]
+    left_out: list[int]
+
+
+@dataclass(frozen=True, slots=True)
 class Statistics:
     """What a pair store holds.
 
@@ -50,6 +66,7 @@ class Statistics:
         more_tokens: How many tokens a chosen answer has more than a rejected one, in the mean.
         answers: How many pairs have how many answers.
         prompts: How many prompts there are.
+        score_gaps: Of the pairs whose answers have scores; None where none have.
         rejects: Reason -> rows, what differs from row to row left out; the most frequent ones.
     """
 
@@ -62,30 +79,39 @@ class Statistics:
     more_tokens: float
     answers: dict[int, int]
     prompts: int
+    score_gaps: ScoreGaps | None
     rejects: dict[str, int]
 
 
 def describe(pairs: PairStore, progress: Callable[[int, int], None] = lambda done, total: None) -> Statistics:
-    """Reads all chunks of a store, one at a time; of each prompt 8 bytes are kept.
+    """Reads all chunks of a store, a few at a time; of each prompt 8 bytes are kept, of each gap of scores 4.
 
     Args:
         pairs: The store; training and held-out pairs count alike.
         progress: Told how many of the chunks are read.
 
     Raises:
-        DataError: A chunk is missing or damaged.
+        DataError: A chunk, or what stands beside it, is missing or damaged.
     """
     lengths = {name: np.zeros(0, np.int64) for name in ("prompt", "chosen", "rejected")}
     gaps, answers = np.zeros(3), Counter[int]()  # Longer, shorter, tokens more.
-    prompts, chunks = list[np.ndarray](), (*pairs.train, *pairs.eval)
-    for done, chunk in enumerate(chunks, start=1):
-        found = _lengths_of(pairs.uri, chunk)
+    prompts, scores, chunks = list[np.ndarray](), list[np.ndarray](), (*pairs.train, *pairs.eval)
+
+    def read(chunk: Chunk) -> tuple[list[TokenizedPair], np.ndarray]:
+        its_pairs = read_chunk(pairs.uri, chunk)
+        if not pairs.counts["with_scores"]:
+            return its_pairs, np.zeros(0, np.float32)
+        return its_pairs, score_gaps(pairs.uri, chunk, [pair.pair_id for pair in its_pairs])
+
+    for done, (its_pairs, its_scores) in enumerate(read_ahead(read, chunks), start=1):
+        found = _lengths_of(its_pairs)
         for name, each in found[0].items():
             lengths[name] = _added(lengths[name], each)
         more = found[1]
         gaps += ((more > 0).sum(), (more < 0).sum(), more.sum())
         answers.update(found[2])
         prompts.append(found[3])
+        scores.append(its_scores[np.isfinite(its_scores)])
         progress(done, len(chunks))
     comparisons = int(lengths["rejected"].sum())
     return Statistics(
@@ -98,13 +124,13 @@ def describe(pairs: PairStore, progress: Callable[[int, int], None] = lambda don
         more_tokens=float(gaps[2] / comparisons),
         answers=dict(sorted(answers.items())),
         prompts=len(np.unique(np.concatenate(prompts))),
+        score_gaps=_score_gaps(np.sort(np.concatenate(scores))),
         rejects=_rejects(pairs.uri),
     )
 
 
-def _lengths_of(uri: str, chunk: Chunk) -> tuple[dict[str, np.ndarray], np.ndarray, list[int], np.ndarray]:
+def _lengths_of(pairs: Sequence[TokenizedPair]) -> tuple[dict[str, np.ndarray], np.ndarray, list[int], np.ndarray]:
     """Of a chunk: lengths, how much longer chosen answers are, numbers of answers, and digests of prompts."""
-    pairs = read_chunk(uri, chunk)
     sizes = [[len(answer) for answer in pair.answers] for pair in pairs]
     lengths = {
         "prompt": np.array([len(pair.prompt) for pair in pairs]),
@@ -126,6 +152,13 @@ def _described(histogram: np.ndarray) -> Lengths:
     total, below = int(histogram.sum()), histogram.cumsum()
     at = [int(below.searchsorted(max(1, -(-total * percent // 100)))) for percent in PERCENTILES]
     return Lengths(float(np.arange(len(histogram)) @ histogram / total), at, histogram.tolist())
+
+
+def _score_gaps(gaps: np.ndarray) -> ScoreGaps | None:
+    if not len(gaps):
+        return None
+    at = gaps[[max(1, -(-len(gaps) * percent // 100)) - 1 for percent in PERCENTILES]]
+    return ScoreGaps(len(gaps), at.tolist(), gaps.searchsorted(at, side="right").tolist())
 
 
 def _rejects(uri: str) -> dict[str, int]:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +24,7 @@ from dpo_ray.errors import DataError
 from dpo_ray.types import TokenizedPair
 
 FORMAT_VERSION = 2
+CHUNKS_AHEAD = 4
 TOKENS = pa.list_(pa.int32())
 PAIR_SCHEMA = pa.schema([("pair_id", pa.binary(16)), ("prompt", TOKENS), ("answers", pa.list_(TOKENS))])
 SOURCE_SCHEMA = pa.schema([("pair_id", pa.binary(16)), ("source", pa.string()), ("row", pa.int64())])
@@ -29,13 +32,17 @@ SOURCE_SCHEMA = pa.schema([("pair_id", pa.binary(16)), ("source", pa.string()), 
 PAIR_NUMBERS = ("weight", "margin")
 # Beside the source, where the data bring the reference's scores.
 BROUGHT_SCORES = pa.field("ref_logps", pa.list_(pa.float32()))
+# Likewise, where the answers have scores of a reward model or a judge: the first one's less the last one's.
+SCORE_GAP = pa.field("score_gap", pa.float32())
 # rows = pairs + eval_pairs + duplicates + identical + tied + rejects. The others are counted before duplicates are
-# dropped: prompts, answers and tokens cut, and prompts that the chat template renders otherwise when their answer
-# follows.
+# dropped: prompts, answers and tokens cut, prompts that the chat template renders otherwise when their answer follows,
+# and pairs whose answers have scores.
 COUNTS = (
     *("rows", "pairs", "eval_pairs", "duplicates", "identical", "tied", "rejects"),
-    *("prompts_cut", "answers_cut", "tokens_cut", "prompts_differ"),
+    *("prompts_cut", "answers_cut", "tokens_cut", "prompts_differ", "with_scores"),
 )
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,12 +128,13 @@ def write_chunk(uri: str, name: str, table: pa.Table) -> Chunk:
     Args:
         uri: The store.
         name: From `chunk_name`.
-        table: `PAIR_SCHEMA`, `SOURCE_SCHEMA` and perhaps `PAIR_NUMBERS` (float32) and `BROUGHT_SCORES`, sorted by id,
-            ids unique.
+        table: `PAIR_SCHEMA`, `SOURCE_SCHEMA` and perhaps `PAIR_NUMBERS` (float32), `BROUGHT_SCORES` and `SCORE_GAP`,
+            sorted by id, ids unique.
     """
     numbers = [name for name in PAIR_NUMBERS if name in table.column_names]
     data = _parquet(table.select([*PAIR_SCHEMA.names, *numbers]))
-    about = [name for name in (*SOURCE_SCHEMA.names, BROUGHT_SCORES.name) if name in table.column_names]
+    beside = (*SOURCE_SCHEMA.names, BROUGHT_SCORES.name, SCORE_GAP.name)
+    about = [name for name in beside if name in table.column_names]
     storage.write_bytes(storage.join(uri, "sources", name), _parquet(table.select(about)))
     storage.write_bytes(storage.join(uri, name), data)
     tokens = [table["prompt"], pc.list_flatten(table["answers"])]
@@ -154,12 +162,29 @@ def brought_scores(uri: str, chunk: Chunk, pair_ids: Sequence[bytes]) -> list[np
     Raises:
         DataError: They are damaged, or not those of `pair_ids`.
     """
-    place, columns = storage.join(uri, "sources", chunk.name), ["pair_id", BROUGHT_SCORES.name]
+    return _split(_beside(uri, chunk, pair_ids, BROUGHT_SCORES.name))
+
+
+def score_gaps(uri: str, chunk: Chunk, pair_ids: Sequence[bytes]) -> np.ndarray:
+    """By how much the scores of a chunk's pairs fall from the first answer to the last, in store order.
+
+    Returns:
+        Shape (pairs,), float32; NaN where the answers have none.
+
+    Raises:
+        DataError: They are damaged, or not those of `pair_ids`.
+    """
+    return _beside(uri, chunk, pair_ids, SCORE_GAP.name).to_numpy()
+
+
+def _beside(uri: str, chunk: Chunk, pair_ids: Sequence[bytes], name: str) -> pa.ChunkedArray:
+    """A column of what stands beside a chunk. Raises DataError."""
+    place = storage.join(uri, "sources", chunk.name)
     try:
         data = io.BytesIO(storage.read_bytes(place))
-        table = pq.read_table(data, columns=columns, page_checksum_verification=True)
+        table = pq.read_table(data, columns=["pair_id", name], page_checksum_verification=True)
         if table["pair_id"].to_pylist() == list(pair_ids):
-            return _split(table[BROUGHT_SCORES.name])
+            return table[name]
     except FileNotFoundError:
         pass
     except Exception as error:
@@ -193,6 +218,25 @@ def read_chunk(uri: str, chunk: Chunk) -> list[TokenizedPair]:
             f"{storage.join(uri, 'manifest.json')} and run `dpo-ray prepare` to make the store anew"
         )
     return pairs_of(pq.read_table(io.BytesIO(data)))
+
+
+def read_ahead(read: Callable[[Chunk], _T], chunks: Iterable[Chunk]) -> Iterator[_T]:
+    """Reads chunks with a few threads, `CHUNKS_AHEAD` of the one in use and no more.
+
+    Args:
+        read: Reads one; what it raises is raised here.
+        chunks: In the order in which they are wanted.
+    """
+    pool, waiting = ThreadPoolExecutor(CHUNKS_AHEAD), deque[Future[_T]]()
+    try:
+        for chunk in chunks:
+            waiting.append(pool.submit(read, chunk))
+            if len(waiting) > CHUNKS_AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def read_pair_ids(uri: str, chunk: Chunk) -> list[bytes]:

@@ -16,15 +16,17 @@ from helpers import tiny_config
 from rich.console import Console
 
 from dpo_ray import storage
+from dpo_ray.config import Config
 from dpo_ray.demo_data import make_pairs
 from dpo_ray.display import source_table
-from dpo_ray.errors import DataError, RowError
+from dpo_ray.errors import ConfigError, DataError, RowError
 from dpo_ray.orchestration import rows
 from dpo_ray.orchestration.prepare import Survey, _make_runs, prepare, survey
 from dpo_ray.orchestration.rows import Job, SourceFile, json_object
 from dpo_ray.orchestration.watch import SourcePreview, Watcher
 from dpo_ray.pairs.formats import Reading
-from dpo_ray.pairs.store import Chunk, read_chunk
+from dpo_ray.pairs.statistics import describe
+from dpo_ray.pairs.store import Chunk, read_chunk, score_gaps, sources_of
 from dpo_ray.pairs.tokenize import Limits
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
@@ -144,6 +146,66 @@ def test_what_a_killed_prepare_has_done_is_not_done_again(tmp_path: Path, tiny_m
     assert prepare(config, Reader()) == made
     assert files(Path(made.uri)) == expected
     assert set(seen) == {1.0}
+
+
+def test_scores_of_answers(tmp_path: Path, tiny_model: Path, local_ray: None) -> None:
+    """Pairs by their scores, and what a ranking keeps, go with their gaps beside chunks that are the same without."""
+    plain = [json.loads(line) for line in sorted({json.dumps(row) for row in make_pairs(150, seed=7)})]
+    rows = [{**row, "good": 1 + number, "bad": number // 2} for number, row in enumerate(plain)]
+    tied = {"prompt": "p", "chosen": "a", "rejected": "b", "good": 1.5, "bad": 1}
+    wrong = {**tied, "good": "high"}
+    (tmp_path / "plain.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "scored.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, tied, wrong]))
+    data = {"score_columns": ["good", "bad"], "min_score_gap": 0.5, "max_reject_fraction": 0.5}
+
+    def config(file: str, **data: Any) -> Config:
+        return tiny_config(str(tmp_path), "run", tiny_model, str(tmp_path / file), data=data)
+
+    made = prepare(config("scored.jsonl", **data))
+    without = prepare(config("plain.jsonl"))
+    assert (made.counts["tied"], made.counts["rejects"], made.counts["with_scores"]) == (1, 1, len(rows))
+    assert files(Path(made.uri)) == files(Path(without.uri))
+    gap_of = {f"{tmp_path}/scored.jsonl row {n + 1}": 1 + n - n // 2 for n in range(len(rows))}
+    for chunk in (*made.train, *made.eval):
+        places = sources_of(made.uri, chunk)
+        assert score_gaps(made.uri, chunk, list(places)).tolist() == [gap_of[place] for place in places.values()]
+    found = describe(made).score_gaps
+    assert found is not None
+    assert (found.pairs, found.percentiles[-1]) == (len(rows), max(gap_of.values()))
+    assert describe(without).score_gaps is None
+
+    # The answers whose tokens are those of a better one go before the worst is looked for.
+    ranking = {"prompt": "p", "answers": ["b", "a", "a", "c"], "scores": [2, 9, 1, 4]}
+    (tmp_path / "ranking.jsonl").write_text("".join(json.dumps({**ranking, "prompt": p}) + "\n" for p in "pqrs"))
+    ranked = prepare(config("ranking.jsonl"))
+    gaps = [
+        score_gaps(ranked.uri, chunk, list(sources_of(ranked.uri, chunk))).tolist()
+        for chunk in (*ranked.train, *ranked.eval)
+    ]
+    assert sum(gaps, []) == [9 - 2] * 4
+
+
+def test_scores_name_a_store_where_they_are_set(tmp_path: Path, tiny_model: Path) -> None:
+    row = {"prompt": "p", "chosen": "a", "rejected": "b", "good": 2, "bad": 1}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row))
+    (tmp_path / "ranking.jsonl").write_text(json.dumps({"prompt": "p", "answers": ["a", "b"], "scores": [2, 1]}))
+
+    def found(file: str = "pairs.jsonl", **data: Any) -> Survey:
+        return survey(tiny_config(str(tmp_path / "s"), "run", tiny_model, str(tmp_path / file), data=data))
+
+    scored = {"score_columns": ["good", "bad"]}
+    assert '"score_columns"' not in json.dumps(found().about)
+    assert len({found().uri, found(**scored).uri, found(**scored, min_score_gap=0.5).uri}) == 3
+    with pytest.raises(DataError, match="no column 'worse', which data.score_columns names; the rows have bad, chosen"):
+        found(score_columns=["good", "worse"])
+    with pytest.raises(
+        ConfigError, match=r"score_columns is \['good', 'bad'\], but .*ranking.jsonl has rows with a list"
+    ):
+        found("ranking.jsonl", **scored)
+    with pytest.raises(
+        ConfigError, match=r"min_score_gap is 0.5, but no source .* set data.score_columns to the columns"
+    ):
+        found(min_score_gap=0.5)
 
 
 def test_held_out_pairs_are_not_trained_on(tmp_path: Path, tiny_model: Path, local_ray: None) -> None:

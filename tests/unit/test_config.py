@@ -121,6 +121,7 @@ def with_values(**sections: dict[str, Any]) -> dict[str, Any]:
             "reference.place is store_only, but objective.loss: sft has no reference: leave it out, or use none",
         ),
         (with_values(reference={"columns": ["good"]}), r"reference.columns is \['good'\]: name two columns"),
+        (with_values(data={"score_columns": ["a", "a"]}), r"data.score_columns is \['a', 'a'\]: name two columns"),
         (with_values(reference={"columns": ["a", "b"]}, objective={"loss": "sft"}), "sft has no reference: leave it"),
         (
             with_values(reference={"label_selector": {"pool": "!policy"}}),

@@ -6,7 +6,7 @@ import gzip
 import json
 import pickle
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from dpo_ray.errors import ConfigError, DataError, RowError, TiedError
 from dpo_ray.pairs.formats import FORMATS, Reading, parse_row, recognise
-from dpo_ray.pairs.parsers import transcript
+from dpo_ray.pairs.parsers import ASSISTANT_MARKER, HUMAN_MARKER, transcript
 from dpo_ray.types import Message, PreferencePair, TokenRow
 
 HH_FILE = Path(__file__).resolve().parents[3].parent / "shared/data/hh-rlhf/harmless-base-2000.jsonl.gz"
@@ -506,7 +506,7 @@ def test_a_row_that_is_no_pair_says_why(format: str, row: dict[str, Any], words:
 
 CONTENT = st.one_of(
     st.text(st.characters(exclude_categories=["Cs"])), st.sampled_from(["", "\n\n", "\n\nHuman:", "Assistant: "])
-)
+).filter(lambda text: HUMAN_MARKER not in text and ASSISTANT_MARKER not in text)
 
 
 @settings(max_examples=200, deadline=None)
@@ -720,6 +720,50 @@ def test_an_answer_counts_that_is_worse_by_more_than_the_gap(scores: list[float]
 def test_equal_scores_are_no_ranking() -> None:
     with pytest.raises(TiedError, match=r"by more than data.min_score_gap \(0\): 3, 3"):
         parse_row({"prompt": "Q", "answers": ["a", "b"], "scores": [3, 3]}, ranking("scores"))
+
+
+def test_the_scores_of_a_ranking_s_answers_come_along() -> None:
+    row = {"prompt": "Q", "answers": list("abc"), "scores": [3, 1, 2]}
+    assert parse_row(row, ranking("scores")).scores == (3, 2, 1)
+    assert parse_row(row, ranking("scores", keep="best_worst")).scores == (3, 1)
+    assert parse_row({"prompt": "Q", "answers": ["a", "b"]}, ranking()).scores == ()
+
+
+SCORED = replace(recognise([{"prompt": "Q", "chosen": "a", "rejected": "b"}]), score_columns=["good", "bad"])
+
+
+def test_a_pair_whose_scores_differ_by_more_than_the_gap() -> None:
+    row = {"prompt": "Q", "chosen": "a", "rejected": "b", "good": 2.5, "bad": 2}
+    assert parse_row(row, SCORED).scores == (2.5, 2)
+    assert texts(parse_row(row, replace(SCORED, min_score_gap=0.4))) == ["a", "b"]
+    with pytest.raises(TiedError, match=r"by more than data.min_score_gap \(0.5\): 2.5, 2"):
+        parse_row(row, replace(SCORED, min_score_gap=0.5))
+    for bad in (2.5, 3):  # As good, and better.
+        with pytest.raises(TiedError, match=rf"by more than data.min_score_gap \(0\): 2.5, {bad}"):
+            parse_row({**row, "bad": bad}, SCORED)
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        ({"good": 1}, "no column 'bad', which data.score_columns names"),
+        ({"good": None, "bad": 0}, "column 'good' is None: write a finite number"),
+        ({"good": 1, "bad": float("-inf")}, "column 'bad' is -inf: write a finite number"),
+        ({"good": 10**400, "bad": 0}, "column 'good' is 1000.*: write a finite number"),
+        ({"good": True, "bad": 0}, "column 'good' is True: write a finite number"),
+        ({"good": "9", "bad": 0}, "column 'good' is '9': write a finite number"),
+    ],
+)
+def test_scores_of_a_pair_that_cannot_be_read(scores: dict[str, Any], message: str) -> None:
+    with pytest.raises(RowError, match=message) as raised:
+        parse_row({"prompt": "Q", "chosen": "a", "rejected": "b", **scores}, SCORED)
+    assert not isinstance(raised.value, TiedError)
+
+
+def test_two_scores_are_of_two_answers() -> None:
+    row = {"prompt": "Q", "chosen": "a", "rejected": ["b", "c"], "good": 2, "bad": 1}
+    with pytest.raises(RowError, match="data.score_columns brings 2 scores, the row has 3 answers"):
+        parse_row(row, replace(recognise([row]), score_columns=["good", "bad"]))
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from helpers import chunk_table
 
 from dpo_ray import storage
+from dpo_ray.errors import DataError
 from dpo_ray.pairs import store
 from dpo_ray.pairs.statistics import PERCENTILES, bars, describe
 from dpo_ray.pairs.tokenize import pair_id
@@ -43,6 +45,28 @@ def test_numbers_of_a_store(tmp_path: Path) -> None:
     at = dict(zip(PERCENTILES, found.lengths["rejected"].percentiles, strict=True))
     assert (at[1], at[25], at[50], at[75], at[95], at[100]) == (1, 1, 2, 3, 6, 6)
     assert found.rejects == {"column _ is null, at _": 2, "not UTF-_": 1}
+
+
+def test_gaps_of_scores(tmp_path: Path) -> None:
+    """Gaps 1, 2, 2, 3 and 9 of a hundredth; one pair has no scores."""
+    gaps = np.array([2, np.nan, 9, 1, 3, 2], np.float32) / np.float32(100)
+    table = chunk_table([pair(number, 3, 2, 1) for number in range(len(gaps))])
+    column = pa.array(gaps, store.SCORE_GAP.type, from_pandas=True)
+    chunk = store.write_chunk(str(tmp_path), store.chunk_name("train", 0), table.append_column(store.SCORE_GAP, column))
+    counts = dict.fromkeys(store.COUNTS, 0)
+    assert describe(store.PairStore(str(tmp_path), (chunk,), (), counts)).score_gaps is None
+    found = describe(store.PairStore(str(tmp_path), (chunk,), (), counts | {"with_scores": 5})).score_gaps
+    assert found is not None
+    assert found.pairs == 5
+    assert dict(zip(PERCENTILES, found.percentiles, strict=True)) == pytest.approx(
+        {1: 0.01, 5: 0.01, 25: 0.02, 50: 0.02, 75: 0.03, 95: 0.09, 99: 0.09, 100: 0.09}
+    )
+    assert found.left_out == [1, 1, 3, 3, 4, 5, 5, 5]
+    (tmp_path / "sources" / chunk.name).write_bytes(b"")
+    with pytest.raises(
+        DataError, match="the scores that came with the pairs are missing or damaged; remove .*manifest"
+    ):
+        describe(store.PairStore(str(tmp_path), (chunk,), (), counts | {"with_scores": 5}))
 
 
 def test_bars_cover_every_length_once() -> None:

@@ -1,9 +1,11 @@
 """The pair store: bytes that depend on the pairs alone."""
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from helpers import chunk_table
 
@@ -33,6 +35,37 @@ def test_same_bytes_wherever_the_pairs_come_from(tmp_path: Path) -> None:
     places = store.sources_of(str(tmp_path / "b"), two)
     assert places == {pair.pair_id: f"b row {row}" for row, pair in enumerate(sorted(pairs, key=lambda p: p.pair_id))}
     assert one.num_tokens == sum(len(p.prompt) + sum(map(len, p.answers)) for p in pairs)
+
+
+def test_same_bytes_with_and_without_scores(tmp_path: Path) -> None:
+    plain = chunk_table(make_pairs(40))
+    gaps = pa.array([0.5] * 39 + [None], pa.float32())
+    one, two = (
+        store.write_chunk(str(tmp_path / name), "train-000000.parquet", table)
+        for name, table in (("plain", plain), ("scored", plain.append_column(store.SCORE_GAP, gaps)))
+    )
+    assert one == two
+    found = store.score_gaps(str(tmp_path / "scored"), two, plain["pair_id"].to_pylist())
+    assert found.dtype == np.float32
+    assert found.tolist() == pytest.approx([0.5] * 39 + [np.nan], nan_ok=True)
+    with pytest.raises(DataError, match="the scores that came with the pairs are missing or damaged"):
+        store.score_gaps(str(tmp_path / "scored"), two, plain["pair_id"].to_pylist()[::-1])
+
+
+def test_chunks_are_read_ahead_in_order_and_not_far() -> None:
+    chunks = [store.Chunk(str(number), "", "", 1, 1) for number in range(20)]
+    read, two = list[str](), threading.Barrier(2)
+
+    def read_one(chunk: store.Chunk) -> int:
+        read.append(chunk.name)
+        if int(chunk.name) < 2:
+            two.wait(timeout=30)  # Breaks where one is read at a time.
+        return int(chunk.name)
+
+    for place, number in enumerate(store.read_ahead(read_one, chunks)):
+        assert number == place
+        assert len(read) <= place + 1 + store.CHUNKS_AHEAD
+    assert len(read) == 20
 
 
 def test_read_back(tmp_path: Path) -> None:
