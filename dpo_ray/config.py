@@ -553,8 +553,8 @@ class ObjectiveConfig(Section):
 
     @property
     def chosen_only(self) -> bool:
-        """Whether no loss looks at a rejected answer."""
-        return all(loss_named(name).chosen_only for name in self.shares)
+        """Whether nothing is known or asked of rejected answers: the reference's scores are of all answers."""
+        return not self.needs_reference and all(loss_named(name).chosen_only for name in self.shares)
 
 
 class SftConfig(Section):

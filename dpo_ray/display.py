@@ -264,8 +264,9 @@ def _brief(line: dict[str, Any]) -> str:
 
 def _by_set(evaluation: Mapping[str, float]) -> dict[str, dict[str, float]]:
     """The metrics of an evaluation, of all held-out pairs and of each set that has a name, without prefixes."""
-    names = [key.removeprefix("eval_").removesuffix("_loss") for key in evaluation if key.endswith("_loss")]
-    prefixes = {"held-out pairs": "eval_"} | {name: f"eval_{name}_" for name in names if name != "loss"}
+    named = [key for key in evaluation if key.endswith("_loss") and key != "eval_loss"]
+    names = [key.removeprefix("eval_").removesuffix("_loss") for key in named]
+    prefixes = {"held-out pairs": "eval_"} | {name: f"eval_{name}_" for name in names}
     return {
         shown: {key.removeprefix(prefix): value for key, value in evaluation.items() if key.startswith(prefix)}
         for shown, prefix in prefixes.items()

@@ -27,7 +27,7 @@ def evaluate(
     for name in context.eval_sets:
         sums = list[torch.Tensor]()
         for number, batch in enumerate(context.eval_batches(name, step, tokens), start=1):
-            doing(f"batch {number} of the evaluation {name} after step {step}")
+            doing(f"batch {number} of the evaluation{name and f' of {name}'} after step {step}")
             sums.append(eval_step(model, batch, objective).sums)
             doing(WAITING)
         if name:

@@ -619,7 +619,17 @@ def halved(stats, *, beta):
 
 HALVED = LossSpec(halved, "of one's own", {"beta": POSITIVE})
 TEMPERED = LossSpec(halved, "of one's own", {"temperature": POSITIVE})
+GROUNDED = LossSpec(lambda stats: -stats.pairwise(stats.log_ratios())[0], "of one's own", chosen_only=True)
 """
+
+
+def test_rejected_answers_are_left_out_only_where_no_score_is_of_them(tmp_path, monkeypatch):
+    """The reference's scores are of all answers: beside the chosen one alone they would go to other pairs."""
+    (tmp_path / "losses_of_mine.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert ObjectiveConfig(loss="sft").chosen_only
+    assert not ObjectiveConfig(loss={"sft": 1.0, "sigmoid": 1.0}).chosen_only
+    assert not ObjectiveConfig(loss="losses_of_mine:GROUNDED").chosen_only
 
 
 def test_a_loss_of_one_s_own_by_import_path(tmp_path, monkeypatch):
