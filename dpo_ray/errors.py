@@ -1,6 +1,11 @@
 """Typed errors: one message each, for the person who must act on it; they survive pickling between actors."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, without the pages that follow."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 class DpoRayError(Exception):
     """Base of all errors raised on purpose."""
 

@@ -20,8 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from dpo_ray.config import AdapterConfig
-from dpo_ray.errors import ConfigError
-from dpo_ray.model.files import first_line
+from dpo_ray.errors import ConfigError, first_line
 
 _MATRICES = (".lora_A.", ".lora_B.")
 # What peft calls an adapter that has no other name; its files leave it out.

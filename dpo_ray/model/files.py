@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from dpo_ray import storage
-from dpo_ray.errors import ConfigError
+from dpo_ray.errors import ConfigError, first_line
 from dpo_ray.extensions import check_installed
 
 # Files of a model fetched at the same time.
@@ -242,8 +242,3 @@ def _model_files(uri: str) -> list[str]:
 
 def _identities(uri: str, files: list[str]) -> list[tuple[str, str]]:
     return [(name, storage.identity(storage.join(uri, name))) for name in files]
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, without the pages that follow."""
-    return (str(error) or type(error).__name__).splitlines()[0]

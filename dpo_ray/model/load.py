@@ -11,9 +11,9 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from dpo_ray.errors import ConfigError
+from dpo_ray.errors import ConfigError, first_line
 from dpo_ray.model.attention import PACKED
-from dpo_ray.model.files import check_quantize, first_line, localize, model_config
+from dpo_ray.model.files import check_quantize, localize, model_config
 
 log = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForSequenceClassification, GenerationConfig, PreTrainedTokenizerBase
 
-from dpo_ray.errors import ConfigError
-from dpo_ray.model.files import first_line, load_tokenizer, localize
+from dpo_ray.errors import ConfigError, first_line
+from dpo_ray.model.files import load_tokenizer, localize
 from dpo_ray.model.forward import with_token_scores
 from dpo_ray.model.load import DTYPES, load_pretrained
 

@@ -31,10 +31,10 @@ from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface, PreTrainedModel
 
 from dpo_ray.config import AdapterConfig, ModelConfig
-from dpo_ray.errors import ConfigError
+from dpo_ray.errors import ConfigError, first_line
 from dpo_ray.model.adapter import add_adapter, is_adapters, is_quantized, name_in_files, start_adapter
 from dpo_ray.model.attention import PACKED, packed_attention
-from dpo_ray.model.files import first_line, localize, weights_as_named
+from dpo_ray.model.files import localize, weights_as_named
 from dpo_ray.model.forward import settle_layout, with_token_scores
 from dpo_ray.model.load import DTYPES, empty_model, load_pretrained, load_quantized
 from dpo_ray.model.malloc import keep_freed_memory, return_freed_memory

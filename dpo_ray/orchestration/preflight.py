@@ -22,11 +22,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dpo_ray import storage
 from dpo_ray.config import Config
-from dpo_ray.errors import ConfigError, DpoRayError
+from dpo_ray.errors import ConfigError, DpoRayError, first_line
 from dpo_ray.model.files import (
     check_quantize,
     check_vocabulary,
-    first_line,
     load_tokenizer,
     model_config,
     refuse_auxiliary_loss,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import socket
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from dpo_ray.model.files import load_tokenizer
 from dpo_ray.pairs import runs, store
 from dpo_ray.pairs.formats import Reading, parse_row
 from dpo_ray.pairs.tokenize import Limits, PairTokenizer, Tokenized, pair_id, tokenizer_digest
+from dpo_ray.pairs.turns import read_number
 from dpo_ray.types import PreferencePair, TokenizedPair, TokenRow
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
@@ -305,23 +305,24 @@ def _parsed(text: bytes, reading: Reading, job: Job) -> tuple[PreferencePair | T
 
 def _score(row: Mapping[str, Any], column: str) -> float:
     value = row.get(column)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not -math.inf < value <= 0:
+    score = read_number(value)
+    if score is None or score > 0:
         shown = json.dumps(value)[:40] if column in row else "missing"
         raise RowError(
             f"{column} is {shown}: reference.columns wants the log-probability of an answer there, a sum over its "
             "tokens and so a number of at most 0"
         )
-    return float(value)
+    return score
 
 
 def _number(row: Mapping[str, Any], name: str, column: str) -> float:
     value = row.get(column)
-    lowest = 0.0 if name == "weight" else -math.inf
-    if isinstance(value, bool) or not isinstance(value, int | float) or not lowest <= value < math.inf:
+    number = read_number(value)
+    if number is None or name == "weight" and number < 0:
         shown = json.dumps(value)[:40] if column in row else "missing"
         least = ", 0 or more" if name == "weight" else ""
         raise RowError(f"{column} is {shown}: data.{name}_column wants a finite number there{least}")
-    return float(value)
+    return number
 
 
 def json_object(text: bytes) -> dict[str, Any]:

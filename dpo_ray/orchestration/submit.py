@@ -20,7 +20,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from dpo_ray.config import Config, to_yaml
-from dpo_ray.errors import ConfigError
+from dpo_ray.errors import ConfigError, first_line
 
 # How long Ray waits for a job that it has asked to stop: for the step under way, and for a checkpoint.
 STOP_WAIT_S = 600
@@ -188,18 +188,14 @@ def _errors() -> Iterator[None]:
     try:
         yield
     except AuthenticationError as error:
-        raise ConfigError(f"the cluster does not let us in: {_first_line(error)}") from None
+        raise ConfigError(f"the cluster does not let us in: {first_line(error)}") from None
     except (ConnectionError, requests.exceptions.RequestException) as error:
         raise ConfigError(
-            f"no Ray dashboard answers: {_first_line(error)}; give --address http://HOST:8265, to which `ray "
+            f"no Ray dashboard answers: {first_line(error)}; give --address http://HOST:8265, to which `ray "
             "dashboard` or an SSH tunnel leads"
         ) from None
     except RuntimeError as error:
-        raise ConfigError(f"the cluster refuses: {_first_line(error)}") from None
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ConfigError(f"the cluster refuses: {first_line(error)}") from None
 
 
 def local_places(config: Config) -> list[str]:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
-
-import numpy as np
 
 from dpo_ray.errors import RowError, TiedError
 from dpo_ray.pairs.turns import (
@@ -15,6 +12,7 @@ from dpo_ray.pairs.turns import (
     is_list,
     kind,
     num_shared,
+    read_number,
     read_objects,
     read_text,
     read_turns,
@@ -357,12 +355,10 @@ def _scores(row: Fields, answers: Sequence[Any], where: Sequence[str]) -> list[f
 
 
 def _score(value: Any, where: str) -> float:
-    try:
-        if isinstance(value, int | float | np.number) and not isinstance(value, bool) and math.isfinite(value):
-            return float(value)
-    except OverflowError:  # JSON's integers have any length.
-        pass
-    raise RowError(f"{where} is {value!r:.40}: write a finite number, the higher the better")
+    score = read_number(value)
+    if score is None:
+        raise RowError(f"{where} is {value!r:.40}: write a finite number, the higher the better")
+    return score
 
 
 def pair_scores(row: Mapping[str, Any], columns: Sequence[str], num_answers: int, min_gap: float) -> tuple[float, ...]:

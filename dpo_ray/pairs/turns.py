@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -52,6 +53,16 @@ def kind(value: Any) -> str:
 def is_list(value: Any) -> bool:
     """Whether a value is a list; lists of structs come as object arrays where rows went through numpy batches."""
     return isinstance(value, (list, tuple, np.ndarray))
+
+
+def read_number(value: Any) -> float | None:
+    """A finite number; None where a value is none, or too large for one: JSON's integers have any length."""
+    try:
+        if isinstance(value, int | float | np.number) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+    except OverflowError:
+        pass
+    return None
 
 
 def read_text(value: Any, where: str) -> str:

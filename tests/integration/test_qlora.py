@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def build(model: str, **options: Any) -> tuple[Any, Any]:
 
 
 def step(policy: Any, optimizer: Any, pairs: list[ScoredPair], rank: int, world: int, number: int) -> float:
-    loss = lambda stats: LOSSES["sigmoid"].fn(stats, beta=0.1, label_smoothing=0.0)  # noqa: E731
+    loss = partial(LOSSES["sigmoid"].fn, beta=0.1, label_smoothing=0.0)
     rows = pack.table_of(pack.rank_batches(pairs, number, 0, world, pack.Costs())).to_pylist()
     batch = pack.global_batch(rows[rank], 500, pack.Costs())
     result = train_step(policy, optimizer, batch, Objective(loss, couples_pairs=False, beta=0.1), 1.0)
