@@ -170,7 +170,7 @@ def data(
         typer.Option(
             "--near-duplicates",
             help="Also counts training and held-out pairs whose prompt and chosen answer are nearly those of another "
-            "training pair (extra `data`): of a million pairs in some 5 minutes, with 6 GB of memory.",
+            "training pair (extra `data`); up to 60,000 pairs it took 0.3 ms and 5.4 KB of memory a pair.",
         ),
     ] = False,
     overrides: Overrides = None,
