@@ -56,7 +56,8 @@ class Pack:
         """What an answer's tokens see of prompt + answer: Shape (answer, prompt + answer), bool."""
         key = (prompt, answer, window)
         if key not in self._answer_masks:
-            queries, keys = torch.arange(prompt, prompt + answer)[:, None], torch.arange(prompt + answer)
+            positions = torch.arange(prompt + answer, device=self._device)
+            queries, keys = positions[prompt:, None], positions
             mask = keys <= queries
             self._answer_masks[key] = mask if window is None else mask & (queries - keys < window)
         return self._answer_masks[key]

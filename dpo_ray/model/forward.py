@@ -178,6 +178,25 @@ def _token_scores(
     model: PreTrainedModel, tokens: torch.Tensor, lengths: Sequence[Sequence[int]]
 ) -> tuple[Scores, torch.Tensor]:
     """What the model says of each completion token of a pack, and the answer it belongs to: Shape (N,)."""
+    hidden, targets, answers = completion_states(model, tokens, lengths)
+    vocab_size = model.config.get_text_config().vocab_size
+    return completion_token_scores(hidden, targets, output_layer(model), vocab_size), answers
+
+
+def completion_states(
+    model: PreTrainedModel, tokens: torch.Tensor, lengths: Sequence[Sequence[int]]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What stands before the output layer.
+
+    Args:
+        model: A model that `with_token_scores` has prepared.
+        tokens: Shape (T,), int64: of a pack.
+        lengths: Per pair: tokens of the prompt, then of each answer.
+
+    Returns:
+        Per completion token: the hidden state that predicts it, Shape (N, D), the token, and the answer that it
+        belongs to, Shape (N,) each, int64.
+    """
     device = model.runs_on
     if model.packed and device.type == "cuda":
         missing = max(GPU_SHORTEST - len(tokens), -len(tokens) % GPU_BLOCK)
@@ -195,8 +214,7 @@ def _token_scores(
             rows, mask = _rows(lengths, device)
             states = model.base_model(input_ids=tokens[rows], attention_mask=mask, use_cache=False).last_hidden_state
             hidden = states[answers, pack.position_ids[0, targets] - 1]
-    vocab_size = model.config.get_text_config().vocab_size
-    return completion_token_scores(hidden, tokens[targets], _head(model), vocab_size), answers
+    return hidden, tokens[targets], answers
 
 
 def _rows(lengths: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -213,7 +231,7 @@ def _rows(lengths: Sequence[Sequence[int]], device: torch.device) -> tuple[torch
     return padded.to(device), mask.long().to(device)
 
 
-def _head(model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor]:
+def output_layer(model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor]:
     """From hidden states to logits, as the model's own forward does it."""
     output, config = model.get_output_embeddings(), model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)

@@ -58,23 +58,10 @@ def sharded_policy(
     Collective: all ranks.
     """
     warnings.filterwarnings("ignore", "torch.distributed is disabled")  # DCP, where one rank is alone.
-    if adapter is None or adapter.rank is None:
-        model = empty_model(config.path, config.weights_dtype, config.attention)
-    else:
-        # Frozen weights are never updated, and those of the reference: without the adapter it is the same function.
-        frozen = config.path, config.compute_dtype, config.attention
-        model = load_quantized(*frozen, adapter.quantize, device) if adapter.quantize else empty_model(*frozen)
-        # Beside weights that are there it is there too: FSDP wants all of a block on one device.
-        add_adapter(model, adapter, DTYPES[config.weights_dtype], device if adapter.quantize else torch.device("meta"))
-    freeze(model, config.freeze)
-    if config.gradient_checkpointing:
-        # Only reentrant checkpoints keep a block's input as a saved tensor, which can be kept elsewhere.
-        warnings.filterwarnings("ignore", "None of the inputs have requires_grad")  # In evaluation they have not.
-        reentrant = config.gradient_checkpointing == "offload"
-        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        if reentrant and not all(parameter.requires_grad for parameter in model.parameters()):
-            # They give no gradient where their input has none, as it has not behind a frozen embedding.
-            model.enable_input_require_grads()
+    quantized = None
+    if adapter is not None and adapter.quantize:
+        quantized = load_quantized(config.path, config.compute_dtype, config.attention, adapter.quantize, device)
+    model = empty_policy(config, adapter, quantized)
     shard(model, config.compute_dtype, device, config.cpu_offload)
     model.saves_on_host = config.gradient_checkpointing == "offload"
     if config.compile:
@@ -87,6 +74,39 @@ def sharded_policy(
     _assert_sharded(model)
     keep_freed_memory()
     return model.train()
+
+
+def empty_policy(
+    config: ModelConfig, adapter: AdapterConfig | None, quantized: PreTrainedModel | None = None
+) -> PreTrainedModel:
+    """The policy as it will be trained, whole, its parameters on the meta device.
+
+    Args:
+        config: See `sharded_policy`.
+        adapter: See `sharded_policy`.
+        quantized: The model below the adapter, where its weights are in 4 bits: they stay as they are.
+
+    Raises:
+        ConfigError: There is no such model, or it cannot have this adapter.
+    """
+    if adapter is None or adapter.rank is None:
+        model = empty_model(config.path, config.weights_dtype, config.attention)
+    else:
+        # Frozen weights are never updated, and those of the reference: without the adapter it is the same function.
+        model = quantized or empty_model(config.path, config.compute_dtype, config.attention)
+        # Beside weights that are there it is there too: FSDP wants all of a block on one device.
+        add_adapter(model, adapter, DTYPES[config.weights_dtype], model.device)
+    freeze(model, config.freeze)
+    if config.gradient_checkpointing:
+        # Only reentrant checkpoints keep a block's input as a saved tensor, which can be kept elsewhere.
+        warnings.filterwarnings("ignore", "None of the inputs have requires_grad")  # In evaluation they have not.
+        warnings.filterwarnings("ignore", "`gradient_checkpointing_enable` is deprecated")  # Its new name is too new.
+        reentrant = config.gradient_checkpointing == "offload"
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        if reentrant and not all(parameter.requires_grad for parameter in model.parameters()):
+            # They give no gradient where their input has none, as it has not behind a frozen embedding.
+            model.enable_input_require_grads()
+    return model
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
@@ -223,13 +243,9 @@ def shard(model: PreTrainedModel, compute_dtype: str, device: torch.device, cpu_
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=DTYPES[compute_dtype], reduce_dtype=torch.float32)
     offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if cpu_offload else OffloadPolicy()
-    is_block = fsdp2_prepare_auto_wrap_policy(
-        FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap"), model
-    )
-    blocks = [module for module in model.modules() if is_block is not None and is_block(module)]
     quantized = {parameter for parameter in model.parameters() if is_quantized(parameter)}
     sharded: list[FSDPModule] = []
-    for module in [*blocks, model]:
+    for module in [*blocks_of(model), model]:
         fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload, ignored_params=quantized)
         assert isinstance(module, FSDPModule)
         sharded.append(module)
@@ -244,6 +260,14 @@ def shard(model: PreTrainedModel, compute_dtype: str, device: torch.device, cpu_
         block.set_modules_to_forward_prefetch([following])
     register_fsdp_forward_method(with_token_scores(model, device), "token_scores")
     _assert_sharded(model)
+
+
+def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
+    """The transformer blocks, each of which is gathered by itself; the rest is gathered with the model."""
+    is_block = fsdp2_prepare_auto_wrap_policy(
+        FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap"), model
+    )
+    return [module for module in model.modules() if is_block is not None and is_block(module)]
 
 
 class _InPlace(ReduceScatter):

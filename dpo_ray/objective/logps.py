@@ -74,7 +74,11 @@ def completion_positions(lengths: Sequence[Sequence[int]]) -> tuple[torch.Tensor
 
 
 def completion_token_scores(
-    hidden: torch.Tensor, targets: torch.Tensor, head: Callable[[torch.Tensor], torch.Tensor], vocab_size: int
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    head: Callable[[torch.Tensor], torch.Tensor],
+    vocab_size: int,
+    device_type: str | None = None,
 ) -> Scores:
     """`token_scores` of each completion token, from hidden states.
 
@@ -86,13 +90,15 @@ def completion_token_scores(
         targets: Shape (N,), int64.
         head: Hidden states -> logits, Shape (rows, V).
         vocab_size: V.
+        device_type: Of blocks for this type of device; None: of that which the tensors are on.
     """
+    device_type = device_type or hidden.device.type
 
     def block(hidden: torch.Tensor, targets: torch.Tensor) -> Scores:
-        return token_scores(head(hidden), targets)
+        return token_scores(head(hidden), targets, device_type)
 
     found, kept_rows = [], _KEPT_ELEMENTS // vocab_size
-    rows = min(_HEAD_ROWS[hidden.device.type], max(1, _BLOCK_LOGITS // vocab_size))
+    rows = min(_HEAD_ROWS[device_type], max(1, _BLOCK_LOGITS // vocab_size))
     for states, wanted in zip(hidden.split(rows), targets.split(rows), strict=True):
         kept_rows -= len(wanted)
         if kept_rows >= 0 or not torch.is_grad_enabled():
@@ -102,7 +108,7 @@ def completion_token_scores(
     return Scores(*map(torch.cat, zip(*found, strict=True)))
 
 
-def token_scores(logits: torch.Tensor, targets: torch.Tensor) -> Scores:
+def token_scores(logits: torch.Tensor, targets: torch.Tensor, device_type: str | None = None) -> Scores:
     """Log-probability of each target token, and what the distribution that it was predicted by is like.
 
     Besides the logits, only N numbers are kept for the backward pass: the full-precision copy that a softmax over
@@ -111,11 +117,13 @@ def token_scores(logits: torch.Tensor, targets: torch.Tensor) -> Scores:
     Args:
         logits: Shape (N, V), any floating dtype: the scores at the positions that predict the targets.
         targets: Shape (N,), int64.
+        device_type: See `completion_token_scores`.
 
     Returns:
         Shape (N,) each; float64 for float64 logits, else float32.
     """
-    return Scores(*_TokenScores.apply(logits, targets))  # type: ignore[no-untyped-call,unused-ignore]
+    elements = _BLOCK_ELEMENTS[device_type or logits.device.type]
+    return Scores(*_TokenScores.apply(logits, targets, elements))  # type: ignore[no-untyped-call,unused-ignore]
 
 
 def sum_by_answer(token_logps: torch.Tensor, answer: torch.Tensor, num_answers: int) -> torch.Tensor:
@@ -144,10 +152,10 @@ class _TokenScores(torch.autograd.Function):
     """log p(target) = logit(target) - logsumexp(logits), a block of rows at a time."""
 
     @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor, elements: int) -> tuple[torch.Tensor, ...]:
         dtype = torch.promote_types(logits.dtype, torch.float32)
         log_normalizers, entropy, means, squares = logits.new_empty((4, len(logits)), dtype=dtype)
-        for rows in _row_blocks(logits):
+        for rows in _row_blocks(logits, elements):
             scores = logits[rows].to(dtype)
             means[rows] = scores.mean(dim=-1)
             largest = scores.amax(dim=-1)
@@ -159,23 +167,24 @@ class _TokenScores(torch.autograd.Function):
         logps = logits.gather(-1, targets[:, None])[:, 0].to(dtype) - log_normalizers
         alignment = logps - squares
         ctx.save_for_backward(logits, targets, log_normalizers)
+        ctx.elements = elements
         ctx.mark_non_differentiable(entropy, means, alignment)
         return logps, entropy, means, alignment
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator,unused-ignore]
-    def backward(ctx: Any, grad_output: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, grad_output: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         logits, targets, log_normalizers = ctx.saved_tensors
         grad_logits = torch.empty_like(logits)
-        for rows in _row_blocks(logits):
+        for rows in _row_blocks(logits, ctx.elements):
             probs = (logits[rows].to(log_normalizers.dtype) - log_normalizers[rows, None]).exp_()
             block = probs.mul_(-grad_output[rows, None])
             block[torch.arange(len(block), device=block.device), targets[rows]] += grad_output[rows]
             grad_logits[rows] = block
-        return grad_logits, None
+        return grad_logits, None, None
 
 
-def _row_blocks(logits: torch.Tensor) -> Iterator[slice]:
-    height = max(1, _BLOCK_ELEMENTS[logits.device.type] // logits.shape[1])
+def _row_blocks(logits: torch.Tensor, elements: int) -> Iterator[slice]:
+    height = max(1, elements // logits.shape[1])
     for start in range(0, len(logits), height):
         yield slice(start, start + height)
