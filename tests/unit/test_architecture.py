@@ -40,6 +40,7 @@ ORDER = [
     "model.sample",
     "model.adapter",
     "model.shard",
+    "model.footprint",
     "model.export",
     "reference.store",
     "reference.versions",
