@@ -35,6 +35,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dpo_ray.training.budget import GRADIENT_SHARE
+from dpo_ray.training.sizing import Network
 
 DEVICES = (8, 16, 32, 64, 128, 256, 512, 1024)
 # Weights and blocks.
@@ -94,17 +95,10 @@ def measured(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def modelled(weights: float, blocks: int, devices: int, tokens: int, arguments: argparse.Namespace) -> float:
     """Share of a device's speed that is left beside communication: 1 where all of it is hidden."""
-    nodes = -(-devices // arguments.devices_per_node)
-    bandwidth = (arguments.near_gb_s if nodes == 1 else arguments.far_gb_s) * 1e9
-    latency_s = arguments.latency_us * 1e-6 * (nodes - 1) * blocks
-    share = (devices - 1) / devices
+    network = Network(arguments.devices_per_node, arguments.near_gb_s, arguments.far_gb_s, arguments.latency_us)
     compute_s = 6 * weights * tokens / (arguments.peak_tflops * 1e12 * arguments.utilisation)
-    gather_s = 2 * (2 * weights * share / bandwidth + latency_s)
-    scatter_s = 4 * weights * share / bandwidth + latency_s
-    count = arguments.microbatches
-    each = scatter_s if 4 * weights > GRADIENT_SHARE * arguments.memory_gb * 1e9 else 0.0
-    step_s = (count - 1) * max(compute_s, gather_s + each) + max(compute_s, gather_s + scatter_s)
-    return count * compute_s / step_s
+    count, reduce_each = arguments.microbatches, 4 * weights > GRADIENT_SHARE * arguments.memory_gb * 1e9
+    return count * compute_s / network.step_s(devices, compute_s, 2 * weights, 4 * weights, blocks, count, reduce_each)
 
 
 def main() -> None:

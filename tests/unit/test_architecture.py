@@ -53,6 +53,7 @@ ORDER = [
     "training.optimizer",
     "training.step",
     "training.budget",
+    "training.sizing",
     "training.metrics",
     "training.manifest",
     "training.attempts",

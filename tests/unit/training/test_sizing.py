@@ -1,0 +1,142 @@
+"""A run's memory and speed, from a model whose numbers can be added up by hand."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from dpo_ray.config import Config, parse_config
+from dpo_ray.model.footprint import Footprint, Growth, Weight
+from dpo_ray.training.sizing import GIB, Hardware, Load, Network, Sizing
+
+# 3 blocks of 600 weights (6 rows) and 10 rows of 100 besides: 2,800.
+BLOCK = (Weight(6, 600, True),)
+MODEL = Footprint(
+    (BLOCK,) * 3, (Weight(10, 1000, True),), Growth(0, 30), Growth(10, 5), lambda tokens: 7 * tokens, 1000
+)
+
+
+def a_run(**sections: Any) -> Config:
+    return parse_config(
+        {
+            "name": "run",
+            "storage_path": "runs",
+            "model": {"path": "model", **sections.pop("model", {})},
+            "data": {"train": ["pairs.jsonl"]},
+            "train": {"global_batch_pairs": 64, "tokens_per_microbatch": 1000, **sections.pop("train", {})},
+            "scaling": {"gpus_per_worker": 1},
+            **sections,
+        }
+    )
+
+
+def sizing(hardware: Hardware | None = None, footprint: Footprint = MODEL, **sections: Any) -> Sizing:
+    return Sizing(a_run(**sections), footprint, None, (100.0, 60.0), hardware or Hardware())
+
+
+def totals(moments: dict[str, dict[str, int]]) -> dict[str, int]:
+    return {moment: sum(parts.values()) for moment, parts in moments.items()}
+
+
+def test_one_microbatch_on_four_workers() -> None:
+    """Of 6 rows the largest shard has 2, of 10 rows 3: 3 x 200 + 300 = 900 weights, 3,600 bytes, AdamW 7,200.
+
+    Gathered in bfloat16: 2,000 for the rest, 1,200 for a block. 100 tokens leave 3,000 bytes, 510 more in a block, of
+    whose 1,000 each is; its gradients are 1,200 in bfloat16, 2,400 where they are summed. The rest's gradient is 2,000
+    in bfloat16, 4,000 where it is summed. Shards of the blocks' gradients: 3 x 200 x 4 = 2,400, of all 3,600.
+    """
+    always = 3600 + 7200
+    assert totals(sizing().moments(4, Load(100, 1, False))) == {
+        "output layer": always + (2000 + 1200) + 3000 + 7 * 60,
+        "last block": always + 2000 + (2000 + 1200 + 1200) + 3510 + 2400,
+        "first block": always + (2400 + 2000) + (2000 + 1200) + 1510 + 2400,
+        "embedding": always + (3600 + 2000) + 4000,
+        "update": always + 3600,
+    }
+
+
+def test_gradients_of_earlier_microbatches() -> None:
+    """Not summed yet, 4 bytes of each of the 2,800 weights; summed each time, a shard; alone, all of them."""
+    run = sizing()
+    last = {each: run.moments(4, Load(100, 2, each))["last block"]["gradients"] for each in (False, True)}
+    assert last == {False: 4 * 2800 + 2000, True: 3600 + 2000}
+    assert run.moments(1, Load(100, 2, True))["output layer"]["gradients"] == 4 * 2800
+    # With one worker there is nothing to gather ahead, and what is summed becomes the gradient.
+    first = run.moments(1, Load(100, 1, True))
+    assert first["last block"]["gathered weights"] == 2000 + 1200
+    assert first["embedding"]["sums"] == 0
+
+
+def test_other_optimizers_and_places() -> None:
+    """A bfloat16 shard is 1,800 bytes: two moments and Kahan's sum 5,400, and the largest weight 600 besides."""
+    kahan = sizing(model={"weights_dtype": "bfloat16"}, optimizer={"name": "adamw_kahan"})
+    assert kahan.moments(4, Load(100, 1, False))["update"] == {
+        "weights": 1800,
+        "optimizer state": 5400,
+        "gradients": 1800,
+        "sums": 600,
+    }
+    rmsprop = sizing(optimizer={"name": "rmsprop", "weight_decay": 0.1})
+    assert rmsprop.moments(4, Load(100, 1, False))["update"]["sums"] == 2 * 3600
+    host = sizing(model={"cpu_offload": True})
+    assert host.host_bytes(4) == 3600 + 7200 + 3600
+    assert totals(host.moments(4, Load(100, 1, False)))["update"] == 0
+
+
+def test_an_adapter_alone_is_trained() -> None:
+    """500 frozen weights in bfloat16 and 100 of the adapter: 1,000 + 400 bytes, and 800 for AdamW."""
+    block = (Weight(5, 500, False), Weight(5, 100, True))
+    footprint = replace(MODEL, blocks=(block,), rest=(Weight(10, 1000, False),), head_weight=0)
+    found = sizing(footprint=footprint, adapter={"rank": 4}).moments(1, Load(100, 1, True))
+    assert found["update"] == {"weights": 1000 + 2000 + 400, "optimizer state": 800, "gradients": 400, "sums": 0}
+    assert found["last block"]["sums"] == 400
+
+
+def test_what_a_worker_computes() -> None:
+    """64 pairs of 100 tokens: 1,600 a worker of four in two microbatches of 1,000; of 128 workers each has a pair."""
+    run = sizing()
+    assert run.load(4) == Load(1000, 2, False)
+    assert run.load(128) == Load(100, 1, False)
+    # 11,200 bytes of gradient are more than 15 % of 70,000.
+    assert sizing(Hardware(memory_gib=70_000 / GIB)).load(4).reduce_each
+
+
+def test_as_many_tokens_as_fit() -> None:
+    """4 workers have 10,000 tokens. Of 170,000 usable bytes 31,600 are taken otherwise in the output layer: 10,800 of
+    weights and state, 3,200 gathered, 11,200 of gradients: 144,800 at 30 + 0.6 x 7 = 34.2 each are 4,233 tokens. In the
+    last block they are 170,000 - 10,800 - 13,200 - 4,400 - 2,400 - 10 = 139,190 at 35: 3,976, or 15 times 256."""
+    memory = Hardware(memory_gib=200_000 / GIB)
+    run = sizing(memory, train={"tokens_per_microbatch": "auto", "global_batch_pairs": 400})
+    assert run.load(4) == Load(3840, 3, False)
+    assert run.least_workers() == 1
+
+
+def test_too_large_for_any_number_of_workers() -> None:
+    """30,000 bytes of activations stay on each; with 4,000 more, 10,000 workers would not help."""
+    assert sizing(Hardware(memory_gib=10_000 / GIB)).least_workers() is None
+
+
+def test_a_step_takes_the_longer_of_computation_and_communication() -> None:
+    """Two nodes of 8: 15/16 of 32 MB twice at 10 GB/s are 6 ms and 2 x 3 x 100 us more: 6.6 ms; sums of 64 MB take
+    6.3 ms. Of three microbatches of 7 ms the last takes 12.9 ms; where sums come each time, all do."""
+    network = Network(devices_per_node=8, near_gb_s=100.0, far_gb_s=10.0, latency_us=100.0)
+    once = network.step_s(16, 7e-3, 32e6, 64e6, 3, 3, False)
+    assert once == pytest.approx(2 * 7e-3 + 12.9e-3)
+    assert network.step_s(16, 7e-3, 32e6, 64e6, 3, 3, True) == pytest.approx(3 * 12.9e-3)
+    assert network.step_s(1, 7e-3, 32e6, 64e6, 3, 3, True) == pytest.approx(3 * 7e-3)
+
+
+def test_pairs_and_price() -> None:
+    """A device does 10^9 operations a second: 6 x 2,800 x 100 for a pair are 595 pairs/s, two workers twice that, where
+    communication costs nothing. A million pairs take 466.7 s on two, 0.259 device-hours at 3 an hour."""
+    hardware = Hardware(tflops=2e-3, utilisation=0.5, price_per_hour=3.0, network=Network(8, 1e9, 1e9, 0.0))
+    found = sizing(hardware).scale(2)
+    assert found.pairs_per_s == pytest.approx(2e9 / (6 * 2800 * 100))
+    assert found.cost_per_million == pytest.approx(3 * 6 * 2800 * 100 * 1e6 / 1e9 / 3600)
+    assert found.busy == pytest.approx(1.0)
+    scored = replace(sizing(hardware), reference=MODEL).scale(2)
+    # Scoring is a third of the operations, and three workers need one device for it.
+    assert scored.cost_per_million == pytest.approx(4 / 3 * found.cost_per_million)
+    assert scored.reference_devices == pytest.approx(2 / 3)
+    again = sizing(hardware, model={"gradient_checkpointing": True}).scale(2)
+    assert again.pairs_per_s == pytest.approx(6 / 8 * found.pairs_per_s)
