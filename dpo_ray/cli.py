@@ -126,6 +126,52 @@ def submit(
 
 
 @app.command()
+def plan(
+    config: ConfigPath,
+    device_memory_gib: Annotated[float, typer.Option(min=1.0, help="Memory of a device.")] = 80.0,
+    device_tflops: Annotated[float, typer.Option(min=0.001, help="Its peak in bfloat16; an H100's.")] = 989.0,
+    utilisation: Annotated[float, typer.Option(min=0.01, max=1.0, help="Share of the peak that is used.")] = 0.4,
+    price_per_hour: Annotated[float, typer.Option(min=0.0, help="Of a device, in any currency.")] = 2.5,
+    devices_per_node: Annotated[int, typer.Option(min=1, help="Devices of a node.")] = 8,
+    near_gb_s: Annotated[float, typer.Option(min=0.001, help="GB/s of a device within its node.")] = 450.0,
+    far_gb_s: Annotated[float, typer.Option(min=0.001, help="GB/s of a device to other nodes.")] = 50.0,
+    pair_tokens: Annotated[
+        int | None,
+        typer.Option(min=3, help="Mean tokens of a pair, its prompt once; of the prepared pairs if left out."),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="For the memory of a device; the fewest of scaling.workers if left out.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Prints the numbers as JSON.")] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Says what a run takes before there is a cluster: memory of a device, pairs per second, cost. Nothing is measured.
+
+    Reads the model's config.json and no weights; needs no Ray.
+
+    Example: dpo-ray plan my-run.yaml --device-memory-gib 80 --price-per-hour 2.5
+    """
+    from dataclasses import asdict
+
+    from dpo_ray.display import estimate_tables, estimate_verdict
+    from dpo_ray.orchestration.estimate import estimate
+    from dpo_ray.training.sizing import Hardware, Network
+
+    network = Network(devices_per_node, near_gb_s, far_gb_s)
+    hardware = Hardware(device_memory_gib, device_tflops, utilisation, price_per_hour, network)
+    found = estimate(configuration.load_config(config, overrides), hardware, workers, pair_tokens)
+    if as_json:
+        typer.echo(json.dumps({**asdict(found), "hardware": asdict(hardware)}, indent=1))
+        return
+    for table in estimate_tables(found, hardware):
+        console.print(table)
+    console.print(Text(estimate_verdict(found), style="bold"))
+    console.print("assumed:")
+    for assumption in found.assumptions:
+        console.print(Text(f"- {assumption}"))
+
+
+@app.command()
 def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
     """Makes the pair store: reads, checks, renders and tokenizes the pairs.
 

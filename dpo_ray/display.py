@@ -18,10 +18,12 @@ from dpo_ray.pairs.statistics import PERCENTILES, Statistics, bars
 from dpo_ray.pairs.store import COUNTS, PairStore
 
 if TYPE_CHECKING:  # Not every command needs Ray.
+    from dpo_ray.orchestration.estimate import Estimate
     from dpo_ray.orchestration.reference_job import Status
     from dpo_ray.orchestration.submit import Job
     from dpo_ray.orchestration.trainer import Result
     from dpo_ray.reference.usage import Unused
+    from dpo_ray.training.sizing import Hardware
 
 LINES_PER_PHASE = 20
 SHOWN_CHARS = 600
@@ -336,6 +338,61 @@ def unused_table(found: Sequence[Unused]) -> Table:
     for each in found:
         table.add_row(Text(each.store_uri), f"{len(each.keys):,}", f"{each.kept:,}")
     return table
+
+
+def estimate_tables(found: Estimate, hardware: Hardware) -> list[Table]:
+    """Memory of a device at each moment of a step, of the reference's devices, and the run by its number of workers."""
+    tables = [_memory_table(f"a worker of {found.workers}: GiB at each moment of a step", found.moments)]
+    if found.reference is not None:
+        tables.append(_memory_table("a device of the reference: GiB", {"scoring": found.reference}))
+    usable = f"tensors may take {hardware.usable_bytes / 2**30:.0f} GiB of a device"
+    table = Table(title=f"by number of workers; hours and cost of a million pairs; {usable}")
+    for column in ("workers", "GiB", "tokens", "busy", "pairs/s", "hours", "cost", "scorers"):
+        table.add_column(column, justify="right", no_wrap=True)
+    larger = False
+    for scale in found.scales:
+        larger |= scale.batch_pairs == scale.workers
+        table.add_row(
+            f"{scale.workers:,}{'*' if scale.batch_pairs == scale.workers else ''}",
+            f"{scale.peak_bytes / 2**30:.1f}" + (f" + {scale.host_bytes / 2**30:.1f} host" if scale.host_bytes else ""),
+            f"{scale.load.microbatches} x {scale.load.tokens:,}",
+            f"{scale.busy:.0%}",
+            f"{scale.pairs_per_s:,.3g}" if scale.pairs_per_s < 1000 else f"{scale.pairs_per_s:,.0f}",
+            f"{scale.hours_per_million:,.3g}" if scale.hours_per_million < 1000 else f"{scale.hours_per_million:,.0f}",
+            f"{scale.cost_per_million:,.0f}",
+            f"{scale.reference_devices:.2g}" if found.reference is not None else "",
+            style=None if scale.fits else "dim",
+        )
+    table.caption = (
+        "tokens: microbatches of a step, tokens of each; busy: what communication leaves; scorers: devices of the "
+        "reference that keep pace"
+    )
+    table.caption_justify = "left"
+    if larger:
+        table.caption += "\n*: with train.global_batch_pairs of at least as many"
+    return [*tables, table]
+
+
+def _memory_table(title: str, moments: Mapping[str, Mapping[str, int]]) -> Table:
+    """Bytes by what they are for; the worst moment is bold."""
+    table, totals = Table(title=title, show_footer=True), {name: sum(parts.values()) for name, parts in moments.items()}
+    table.add_column("", footer="all")
+    for name, total in totals.items():
+        style = "bold" if total == max(totals.values()) else None
+        table.add_column(name, f"{total / 2**30:.2f}", justify="right", style=style)
+    for part in dict.fromkeys(part for parts in moments.values() for part in parts):
+        table.add_row(part, *(f"{parts.get(part, 0) / 2**30:.2f}" for parts in moments.values()))
+    return table
+
+
+def estimate_verdict(found: Estimate) -> str:
+    """On how many workers the run fits, and what would change that."""
+    needs = [f"{setting} needs {workers}" for setting, workers in found.remedies.items()]
+    if found.least_workers is None:
+        text = f"does not fit on up to {found.scales[-1].workers:,} workers"
+    else:
+        text = f"fits on {found.least_workers:,} worker{'s' if found.least_workers > 1 else ''} or more"
+    return "; ".join([text, *needs])
 
 
 def _number(value: float | None) -> str:

@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
 def test_help_template_and_schema() -> None:
     shown = dpo_ray_command("--help").stdout
-    for command in ("train", "prepare", "reference", "config", "demo"):
+    for command in ("train", "prepare", "plan", "reference", "config", "demo"):
         assert command in shown
         assert "Example: dpo-ray" in dpo_ray_command(command, "--help").stdout
     assert yaml.safe_load(dpo_ray_command("config", "--template").stdout)["objective"]["loss"] == "sigmoid"

@@ -80,6 +80,7 @@ ORDER = [
     "orchestration.stop",
     "orchestration.supervisor",
     "orchestration.preflight",
+    "orchestration.estimate",
     "orchestration.trainer",
     "orchestration.reference_job",
     "orchestration.pairs_job",
