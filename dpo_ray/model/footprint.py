@@ -50,11 +50,13 @@ class Weight:
         rows: What FSDP splits.
         numel: All its numbers.
         trained: Whether it has a gradient.
+        quantized: Whether it is held in 4 bits, which FSDP neither splits nor gathers.
     """
 
     rows: int
     numel: int
     trained: bool
+    quantized: bool = False
 
     def shard(self, workers: int) -> int:
         """Numbers of the largest shard: rows stay whole."""
@@ -113,7 +115,8 @@ def policy_footprint(config: Config, pair: Sequence[int]) -> Footprint:
     """
     model, on_gpu = empty_policy(config.model, config.adapter), bool(config.scaling.gpus_per_worker)
     dtype, offload = config.model.compute_dtype, config.model.gradient_checkpointing == "offload"
-    return _footprint(config.model.path, model, dtype, "cuda" if on_gpu else "cpu", pair, True, offload)
+    quantize = config.adapter.quantize is not None
+    return _footprint(config.model.path, model, dtype, "cuda" if on_gpu else "cpu", pair, True, offload, quantize)
 
 
 def reference_footprint(config: Config, pair: Sequence[int]) -> Footprint:
@@ -139,10 +142,15 @@ def _footprint(
     pair: Sequence[int],
     training: bool,
     saves_on_host: bool,
+    quantize: bool = False,
 ) -> Footprint:
     blocks = blocks_of(model)
     inside = {id(parameter) for block in blocks for parameter in block.parameters()}
-    groups = tuple(tuple(map(_weight, block.parameters())) for block in blocks)
+    linear = {id(module.weight) for block in blocks for module in block.modules() if isinstance(module, nn.Linear)}
+    in_4_bits = linear if quantize else set()
+    groups = tuple(
+        tuple(_weight(parameter, id(parameter) in in_4_bits) for parameter in block.parameters()) for block in blocks
+    )
     rest = tuple(_weight(parameter) for parameter in model.parameters() if id(parameter) not in inside)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(DTYPES[dtype])  # As FSDP gathers it.
@@ -166,8 +174,9 @@ def _footprint(
     return Footprint(groups, rest, kept, working, head, head_weight)
 
 
-def _weight(parameter: nn.Parameter) -> Weight:
-    return Weight(parameter.shape[0], parameter.numel(), parameter.requires_grad)
+def _weight(parameter: nn.Parameter, in_4_bits: bool = False) -> Weight:
+    trained = parameter.requires_grad
+    return Weight(parameter.shape[0], parameter.numel(), trained, in_4_bits and not trained)
 
 
 def _line(tokens: int, first: int, second: int) -> Growth:

@@ -29,6 +29,8 @@ GIB = 2**30
 MOST_WORKERS = 1024
 # Until it is summed over workers a gradient is in float32.
 REDUCED_BYTES = 4
+# Of a weight in 4 bits, with its block's scale, itself in 8 bits (arXiv:2305.14314, section 3).
+QUANTIZED_BYTES = 0.516
 # Tensors that the optimizer keeps for each trained weight, of its dtype.
 STATES = {"adamw": 2, "rmsprop": 1, "adamw_kahan": 3}
 
@@ -218,7 +220,7 @@ class Sizing:
         whole = REDUCED_BYTES * _numel(_trained(policy.weights))
         left = 0 if not several else shards if load.reduce_each else whole
         block = max(policy.blocks, key=_numel, default=())
-        gathered = compute * _numel(policy.rest), compute * _numel(block), 0 if alone else compute * _numel(block)
+        gathered = tuple(compute * _gathered(part) for part in (policy.rest, block, () if alone else block))
         root_shard = 0 if offload else self._trained_bytes * _shard(_trained(policy.rest), workers)
         root_trained, head_gradient = _numel(_trained(policy.rest)), compute * policy.head_weight
         kept, working = policy.kept.at(load.tokens), policy.working.at(load.tokens)
@@ -267,11 +269,15 @@ class Sizing:
     def _resident(self, workers: int) -> tuple[int, int, int]:
         """A worker's share of the weights, of the optimizer's state, and of the gradients."""
         trained = _shard(_trained(self.policy.weights), workers)
-        frozen = _shard((weight for weight in self.policy.weights if not weight.trained), workers)
+        frozen = _shard(
+            (weight for weight in self.policy.weights if not weight.trained and not weight.quantized), workers
+        )
+        in_4_bits = _numel(weight for weight in self.policy.weights if weight.quantized)
         of_trained = self._trained_bytes * trained
         # Beside an adapter they are in the dtype that they compute in.
         adapted, model = self.config.adapter.rank is not None, self.config.model
         weights = of_trained + _bytes_of(model.compute_dtype if adapted else model.weights_dtype) * frozen
+        weights += round(QUANTIZED_BYTES * in_4_bits)
         return weights, STATES[self.config.optimizer.name] * of_trained, of_trained
 
     def _update_bytes(self, workers: int) -> int:
@@ -314,7 +320,7 @@ class Sizing:
         step_s = hardware.network.step_s(
             workers,
             compute_s,
-            _bytes_of(self.config.model.compute_dtype) * (trained + frozen),
+            _bytes_of(self.config.model.compute_dtype) * _gathered(weights),
             REDUCED_BYTES * trained,
             len(self.policy.blocks),
             load.microbatches,
@@ -360,6 +366,10 @@ def _trained(weights: Iterable[Weight]) -> list[Weight]:
 
 def _numel(weights: Iterable[Weight]) -> int:
     return sum(weight.numel for weight in weights)
+
+
+def _gathered(weights: Iterable[Weight]) -> int:
+    return sum(weight.numel for weight in weights if not weight.quantized)
 
 
 def _shard(weights: Iterable[Weight], workers: int) -> int:

@@ -81,6 +81,17 @@ def test_weights_by_what_is_gathered_together(llama: Footprint) -> None:
     assert llama.head_weight == VOCAB * D
 
 
+def test_linear_layers_below_an_adapter_in_4_bits(tmp_path: Path) -> None:
+    adapter = {"rank": 4, "target_modules": ["q_proj"], "quantize": "nf4"}
+    run = a_run(folder(tmp_path, "llama", 2), adapter=adapter, reference={"place": "adapter_off"})
+    found = policy_footprint(run, PAIR)
+    q, k = HEADS * HEAD, KEY_HEADS * HEAD
+    for block in found.blocks:
+        assert sum(weight.numel for weight in block if weight.quantized) == 2 * D * q + 2 * D * k + 3 * D * INNER
+        assert sum(weight.numel for weight in block if weight.trained) == 4 * (D + q)
+    assert not any(weight.quantized for weight in found.rest)
+
+
 def test_the_output_layer(llama: Footprint) -> None:
     """512 tokens: logits and their gradient in bfloat16, besides a softmax in float32, its exponentials, and what is
     less than a tenth of these; a gradient of the weight."""

@@ -92,6 +92,18 @@ def test_an_adapter_alone_is_trained() -> None:
     assert found["last block"]["sums"] == 400
 
 
+def test_weights_in_4_bits_are_whole_on_each_worker_and_never_gathered() -> None:
+    """10,000 of them are 5,000 bytes, 10,000 / 64 for scales in 8 bits, 4 bytes for each 256 of these: 5,159. Of the
+    rest a worker of 2 has half of 100 in float32 and half of 1,000 in bfloat16."""
+    block = (Weight(5, 10_000, False, quantized=True), Weight(10, 100, True))
+    footprint = replace(MODEL, blocks=(block,), rest=(Weight(10, 1000, False),), head_weight=0)
+    adapter = {"rank": 4, "quantize": "nf4"}
+    found = sizing(footprint=footprint, adapter=adapter, reference={"place": "adapter_off"})
+    moments = found.moments(2, Load(100, 1, False))
+    assert moments["update"]["weights"] == pytest.approx(5159 + 200 + 1000, abs=2)
+    assert moments["last block"]["gathered weights"] == 2 * (1000 + 100 + 100)
+
+
 def test_what_a_worker_computes() -> None:
     """64 pairs of 100 tokens: 1,600 a worker of four in two microbatches of 1,000; of 128 workers each has a pair."""
     run = sizing()
