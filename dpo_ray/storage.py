@@ -322,7 +322,7 @@ def download(uri: str, local_path: str) -> None:
             "get_file",
             path,
             partial,
-            callback=Callback(hooks={"part": _part_came}),
+            callback=Callback(hooks={"part": part_came}),
             within_s=time_limit_s(num_bytes or 0),
         )
         if num_bytes is not None and os.path.getsize(partial) != num_bytes:
@@ -333,7 +333,8 @@ def download(uri: str, local_path: str) -> None:
             os.unlink(partial)
 
 
-def _part_came(*_: Any, **__: Any) -> None:
+def part_came(*_: Any, **__: Any) -> None:
+    """Takes note that a large download goes on."""
     global _part_came_at
     _part_came_at = time.monotonic()
 

@@ -75,7 +75,7 @@ def _write_model(folder: str, model: nn.Module, config: Config, state: dict[str,
         with tempfile.TemporaryDirectory(prefix="dpo_ray-adapter-") as alone:
             save_adapter(alone, model, path, state)
             merged(load_pretrained(path, "float32", attention), alone).save_pretrained(folder)
-    source = localize(path)
+    source = localize(path, weights=False)
     if os.path.exists(os.path.join(source, "generation_config.json")):
         GenerationConfig.from_pretrained(source).save_pretrained(folder)
 

@@ -1,4 +1,4 @@
-"""Where a model's files are: on this machine, or fetched once per node; its tokenizer and the digest of its weights.
+"""Where a model's files are: on this machine, or fetched once per node; its tokenizer and what its configuration says.
 
 Tasks that only tokenize import this and not the models, which take seconds to import.
 """
@@ -9,12 +9,8 @@ import fcntl
 import hashlib
 import os
 import tempfile
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from dpo_ray import storage
@@ -43,7 +39,7 @@ def localize(uri: str, weights: bool = True) -> str:
         raise _no_config(uri)
     if storage.is_local(uri):
         return storage.filesystem(uri)[1]
-    files = _model_files(uri) if weights else _small_files(uri)
+    files = [*(weight_files(uri) if weights else []), *_small_files(uri)]
     content = hashlib.sha256(repr(_identities(uri, files)).encode()).hexdigest()[:24]
     cache = os.environ.get("DPO_RAY_CACHE") or os.path.join(tempfile.gettempdir(), f"dpo_ray-{os.getuid()}")
     folder = os.path.join(cache, "models", content)
@@ -73,55 +69,6 @@ def load_tokenizer(uri: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(localize(uri, weights=False))
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"{uri}: cannot load a tokenizer: {first_line(error)}; set model.tokenizer") from None
-
-
-def weights_digest(uri: str, cache_uri: str) -> str:
-    """Digest of a model's content: its configuration and weights, wherever they lie.
-
-    Args:
-        uri: transformers directory.
-        cache_uri: Folder that remembers digests by what changes when the files do.
-    """
-    files = [name for name in _model_files(uri) if name == "config.json" or name.endswith(".safetensors")]
-    known = storage.join(cache_uri, hashlib.sha256(repr([uri, _identities(uri, files)]).encode()).hexdigest()[:32])
-    if storage.exists(known):
-        return str(storage.read_json(known)["digest"])
-    folder = Path(localize(uri))
-    parts = [f"{name}:{storage.sha256_of_file(str(folder / name))}" for name in files]
-    digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
-    storage.write_json(known, {"uri": uri, "digest": digest})
-    return digest
-
-
-def weights_as_named(uri: str, shapes: Mapping[str, tuple[int, ...]], aliases: Mapping[str, str]) -> bool:
-    """Whether a model's files hold tensors of these names and shapes, each once: then they can be read slice by slice.
-
-    Args:
-        uri: transformers directory.
-        shapes: By name.
-        aliases: Further names of them, where weights are tied, each with the name in `shapes`.
-
-    Raises:
-        ConfigError: A file is damaged, or holds something else under a further name.
-    """
-    folder, found, tied = Path(localize(uri)), list[tuple[str, tuple[int, ...]]](), dict[str, Any]()
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:
-                names = list(file.keys())
-                found += [(name, tuple(file.get_slice(name).get_shape())) for name in names]
-                tied |= {name: file.get_tensor(name) for name in names if name in {*aliases, *aliases.values()}}
-        except SafetensorError as error:
-            raise ConfigError(f"{uri}: {path.name} is damaged: {first_line(error)}") from None
-    by_name = dict(found)
-    for alias, name in aliases.items():
-        if alias in tied and name in tied and not tied[alias].equal(tied[name]):
-            raise ConfigError(
-                f"{uri}: config.json ties {alias} to {name}, but the files hold different values for them; set "
-                "tie_word_embeddings: false in it"
-            )
-    # Of a tensor without a dimension there is no slice.
-    return len(by_name) == len(found) and all(shape and by_name.get(name) == shape for name, shape in shapes.items())
 
 
 def vocabulary_size(uri: str) -> int:
@@ -233,11 +180,16 @@ def _small_files(uri: str) -> list[str]:
     return [name for name in names if name.endswith(".json") or name.startswith(_TOKENIZER_FILES)]
 
 
-def _model_files(uri: str) -> list[str]:
-    weights = [name for name in storage.list_names(uri) if name.endswith(".safetensors")]
+def weight_files(uri: str) -> list[str]:
+    """Names of the files that hold a model's weights.
+
+    Raises:
+        ConfigError: There are none.
+    """
+    weights = sorted(name for name in storage.list_names(uri) if name.endswith(".safetensors"))
     if not weights:
         raise ConfigError(f"{uri}: no .safetensors file there; other weight formats can execute code and are not read")
-    return sorted([*weights, *_small_files(uri)])
+    return weights
 
 
 def _identities(uri: str, files: list[str]) -> list[tuple[str, str]]:

@@ -10,12 +10,9 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
-from safetensors import SafetensorError
 from torch import nn
-from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
@@ -28,16 +25,17 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import AttentionInterface, PreTrainedModel
 
 from dpo_ray.config import AdapterConfig, ModelConfig
-from dpo_ray.errors import ConfigError, first_line
+from dpo_ray.errors import ConfigError
 from dpo_ray.model.adapter import add_adapter, is_adapters, is_quantized, name_in_files, start_adapter
 from dpo_ray.model.attention import PACKED, packed_attention
-from dpo_ray.model.files import localize, weights_as_named
 from dpo_ray.model.forward import settle_layout, with_token_scores
 from dpo_ray.model.load import DTYPES, empty_model, load_pretrained, load_quantized
 from dpo_ray.model.malloc import keep_freed_memory, return_freed_memory
+from dpo_ray.model.weights import as_named, fill, stored_tensors
 
 
 def sharded_policy(
@@ -201,19 +199,15 @@ def _read_weights(model: PreTrainedModel, uri: str, device: torch.device, kept_o
         (names[name], tensor) for name, tensor in model.named_parameters(remove_duplicate=False) if name in names
     ]
     aliases = {name: name_of[id(tensor)] for name, tensor in everything if name_of[id(tensor)] != name}
-    as_named = weights_as_named(uri, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, aliases)
+    stored = as_named(
+        uri, stored_tensors(uri), {name: tuple(tensor.shape) for name, tensor in tensors.items()}, aliases
+    )
     # Of a folder on each node's own disk one may differ: all go the same way.
-    agreed = torch.tensor(int(as_named), device=device)
+    agreed = torch.tensor(int(stored is not None), device=device)
     dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
-    if agreed:
-        try:
-            with torch.no_grad():
-                dcp.load(tensors, storage_reader=HuggingFaceStorageReader(localize(uri)), no_dist=alone())
-        except CheckpointException as error:
-            for cause, _ in error.failures.values():
-                if isinstance(cause, SafetensorError):
-                    raise ConfigError(f"{uri}: cannot read the model's weights: {first_line(cause)}") from None
-            raise
+    if agreed and stored is not None:
+        with torch.no_grad():
+            fill((stored[name], *_own_rows(tensor)) for name, tensor in tensors.items())
         return
     whole = {}
     if dist.get_rank() == 0:
@@ -225,6 +219,15 @@ def _read_weights(model: PreTrainedModel, uri: str, device: torch.device, kept_o
             name: torch.zeros(p.shape, dtype=p.dtype) for name, p in model.named_parameters() if is_adapters(name)
         }
     set_model_state_dict(model, whole, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+
+
+def _own_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """This rank's rows of a tensor, and the number of the first."""
+    if not isinstance(tensor, DTensor):
+        return tensor, 0
+    assert all(placement.is_shard(0) or placement.is_replicate() for placement in tensor.placements), "split by rows"
+    _, first = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tensor.to_local(), first[0] if first else 0
 
 
 def shard(model: PreTrainedModel, compute_dtype: str, device: torch.device, cpu_offload: bool = False) -> None:

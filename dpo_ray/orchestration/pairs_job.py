@@ -19,7 +19,8 @@ import ray
 from dpo_ray import storage
 from dpo_ray.config import Config
 from dpo_ray.errors import ConfigError, DataError, RowError
-from dpo_ray.model.files import load_tokenizer, weights_digest
+from dpo_ray.model.files import load_tokenizer
+from dpo_ray.model.weights import weights_digest
 from dpo_ray.orchestration.resources import as_text
 from dpo_ray.orchestration.rows import SUFFIXES, json_object, open_rows
 from dpo_ray.orchestration.trainer import final_errors, start_ray

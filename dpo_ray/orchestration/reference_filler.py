@@ -18,7 +18,7 @@ from typing import Any
 from dpo_ray import storage
 from dpo_ray.config import Config
 from dpo_ray.errors import ReferenceFillError, StorageError
-from dpo_ray.model.files import weights_digest
+from dpo_ray.model.weights import weights_digest
 from dpo_ray.orchestration.replicas import Lost, Replicas, Scored
 from dpo_ray.orchestration.resources import as_text, ensure_resources, needs_of_device
 from dpo_ray.pairs.plan import Plan

@@ -233,7 +233,10 @@ def test_a_reference_that_moves(place: Place, drivers: Any) -> None:
         drivers[-1].finish()
         place.forget_scores()
     place.assert_like_twin("moving", "moving-twin")
-    assert [attempt["position"] for attempt in place.attempts("moving")] == [0, 8, 16]
+    # The newest that was committed by then: of the reference's steps 5 and 15, or one that came after.
+    start, second, third = (attempt["position"] for attempt in place.attempts("moving"))
+    assert (start, second) in ((0, 5), (0, 8))
+    assert third in (15, 16)
     assert place.filled("moving")["lost_replicas"] == 1
     # Each version by the attempt that made it; the second had nothing of its own before step 10.
     stores = storage.list_names(storage.join(place.uri("moving"), "reference"))
