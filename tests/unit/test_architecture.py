@@ -31,6 +31,7 @@ ORDER = [
     "pairs.plan",
     "pairs.pack",
     "model.files",
+    "model.weights",
     "model.malloc",
     "model.linear",
     "model.peak",
