@@ -5,7 +5,7 @@ PYTHON := $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && command -v $$p && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all faults soak lint format clean
+.PHONY: help venv demo test test-all faults soak lint audit format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -31,6 +31,10 @@ lint: .venv/dev.stamp ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+audit: .venv/dev.stamp ## known vulnerabilities of what constraints.txt pins; asks a database on the network
+	$(PIP) -q pip-audit
+	$(BIN)/pip-audit -s osv -r constraints.txt --no-deps --disable-pip
 
 format: .venv/dev.stamp ## what ruff can mend by itself
 	$(BIN)/ruff check --fix .
