@@ -74,6 +74,36 @@ def _train(parsed: configuration.Config, only_start: bool = False) -> None:
 
 
 @app.command()
+def sweep(
+    config: ConfigPath,
+    grid: Annotated[
+        list[str], typer.Option(metavar="SECTION.KEY=[A, B]", help="Values to try; repeated: all combinations.")
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Prints the outcomes as JSON.")] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Trains a run for each combination of some settings, all on the same pairs and scores; then a table.
+
+    Each run is called after its settings. Given again, it goes on; exit code 1: some of them failed.
+
+    Example: dpo-ray sweep my-run.yaml --grid 'objective.beta=[0.05, 0.1, 0.3]' --grid 'objective.loss=[sigmoid, ipo]'
+    """
+    from dpo_ray.display import ProgressBar, sweep_table
+    from dpo_ray.orchestration import sweep as sweeping
+
+    found = sweeping.points(config, grid, overrides or [])
+    if as_json:
+        outcomes = list(sweeping.sweep(found))
+        typer.echo(json.dumps([outcome.as_dict() for outcome in outcomes], indent=1))
+    else:
+        with ProgressBar(console) as watcher:
+            outcomes = list(sweeping.sweep(found, watcher))
+        console.print(sweep_table(outcomes))
+    if any(outcome.error for outcome in outcomes):
+        raise typer.Exit(1)
+
+
+@app.command()
 def submit(
     config: Annotated[str | None, typer.Argument(metavar="[CONFIG]", help="A YAML file: the run to start.")] = None,
     address: Annotated[

@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # Not every command needs Ray.
     from dpo_ray.orchestration.estimate import Estimate
     from dpo_ray.orchestration.reference_job import Status
     from dpo_ray.orchestration.submit import Job
+    from dpo_ray.orchestration.sweep import Outcome
     from dpo_ray.orchestration.trainer import Result
     from dpo_ray.reference.usage import Unused
     from dpo_ray.training.sizing import Hardware
@@ -289,6 +290,26 @@ def closing_table(result: Result) -> Table:
     if result.reference:
         table.caption = reference_caption(result.reference)
         table.caption_justify = "left"
+    return table
+
+
+def sweep_table(outcomes: Sequence[Outcome]) -> Table:
+    """A row for each run of a sweep: how well it ranks held-out pairs, and how far from the reference."""
+    table = Table(title="by run; log-ratios are of whole answers, policy to reference")
+    for key in outcomes[0].point.values:
+        table.add_column(key)
+    columns = ("loss", "accuracy", "margin of log-ratios", "log-ratio of chosen", "of rejected")
+    for column in columns:
+        table.add_column(column, justify="right")
+    best = max((outcome.metrics.get("rewards/accuracies", 0.0) for outcome in outcomes), default=0.0)
+    for outcome in outcomes:
+        settings = [str(value) for value in outcome.point.values.values()]
+        if outcome.error is not None:
+            table.add_row(*settings, Text(outcome.error, style="red"))
+            continue
+        accuracy = outcome.metrics.get("rewards/accuracies")
+        numbers = [outcome.metrics.get("loss"), accuracy, *map(outcome.log_ratios, ("margins", "chosen", "rejected"))]
+        table.add_row(*settings, *map(_number, numbers), style="bold" if accuracy == best else "")
     return table
 
 

@@ -82,7 +82,7 @@ def start_ray(config: Config) -> None:
         return
     # Ray's C++ side writes its errors to the terminal too; what they lead to is raised here.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    wanted = _cpus_wanted(config)
+    wanted = cpus_wanted(config)
     # Logical CPUs: on a small machine the actors share the cores instead of waiting for one another for ever.
     ray.init(
         address="local",
@@ -92,7 +92,8 @@ def start_ray(config: Config) -> None:
     )
 
 
-def _cpus_wanted(config: Config) -> float:
+def cpus_wanted(config: Config) -> float:
+    """What a run takes of the machine where Ray is started for it."""
     scaling, reference = config.scaling, config.reference
     needed = config.needs_reference and reference.place == "actors"
     references = reference.least_replicas * reference.cpus_per_replica if needed else 0

@@ -237,26 +237,6 @@ def test_two_runs_score_each_pair_once(local_ray: None, tmp_path: Path, tiny_mod
         assert filled.hit_pairs + filled.scored_pairs + filled.elsewhere_pairs == NUM_PAIRS
 
 
-def test_a_sweep_scores_once(local_ray: None, tmp_path: Path, tiny_model: Path, pairs_file: str) -> None:
-    """Four betas, two epochs each, another batch and world size: one fill in all, and ln 2 at each first step."""
-    scored = 0
-    for index, beta in enumerate((0.05, 0.1, 0.3, 0.5)):
-        config = config_of(
-            tmp_path,
-            f"beta-{beta}",
-            tiny_model,
-            pairs_file,
-            objective={"beta": beta},
-            train={"max_steps": None, "epochs": 2, "global_batch_pairs": 24 + index, "eval_every_steps": 10},
-            scaling={"workers": 1 + index % 2},
-        )
-        result = train(config)
-        scored += int(result.reference["scored_pairs"])
-        assert result.reference["started_replicas"] == (1 if index == 0 else 0)
-        assert steps_of(Path(result.run_uri))[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
-    assert scored == NUM_PAIRS
-
-
 def test_refused_files_are_scored_again(local_ray: None, tmp_path: Path, tiny_model: Path, pairs_file: str) -> None:
     """A flipped byte, another chunk's scores, a cut file: the run says so, and ends as if nothing had been."""
     twin = train(config_of(tmp_path, "twin", tiny_model, pairs_file))

@@ -83,6 +83,7 @@ ORDER = [
     "orchestration.preflight",
     "orchestration.estimate",
     "orchestration.trainer",
+    "orchestration.sweep",
     "orchestration.reference_job",
     "orchestration.pairs_job",
     "orchestration.verify",
