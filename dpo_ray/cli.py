@@ -209,11 +209,12 @@ def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
     """
     from dpo_ray.display import ProgressBar
     from dpo_ray.orchestration import prepare as preparing
+    from dpo_ray.orchestration.gauges import Gauges
     from dpo_ray.orchestration.trainer import final_errors, start_ray
 
     parsed = configuration.load_config(config, overrides)
     preparing.check_reachable(parsed)
-    with final_errors(), ProgressBar(console) as watcher:
+    with final_errors(), ProgressBar(console) as bar, Gauges(parsed, bar) as watcher:
         found = preparing.survey(parsed, watcher)
         if found.job is not None:
             start_ray(parsed)

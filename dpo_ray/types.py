@@ -226,7 +226,7 @@ class WorkerContext:
         batches: From the tokens of a microbatch, this rank's part of each global batch from the attempt's position on.
         eval_sets: The names of the held-out sets; of the only one, where it has none, the empty text.
         eval_batches: From such a name, a step and the tokens of a microbatch, this rank's part of the set's batches.
-        publish: Called on rank 0 with each line of metrics.
+        publish: Called on rank 0 with each line of metrics, and with the step of each checkpoint.
         control: What the loop says of its progress, and hears.
         fence: Raises when another attempt has begun: called before anything durable is written.
         total_steps: Where training ends.

@@ -12,7 +12,7 @@ from typing import Any
 
 from dpo_ray.config import Config
 from dpo_ray.errors import ReferenceFillError, StorageError
-from dpo_ray.orchestration.reference_filler import LOOK_S, STOP_S, ReferenceFiller, chunks_in_order_of_need
+from dpo_ray.orchestration.reference_filler import LOOK_S, STOP_S, Filled, ReferenceFiller, chunks_in_order_of_need
 from dpo_ray.pairs.plan import Plan
 from dpo_ray.pairs.store import PairStore
 from dpo_ray.reference.store import ReferenceStore
@@ -53,6 +53,11 @@ class MovingFiller:
         self._serving, self._stopped = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="moving-reference", daemon=True)
         self._thread.start()
+
+    @property
+    def filled(self) -> Filled:
+        """What the fillers of all versions so far have done."""
+        return self._filler.filled if self._filler is not None else Filled()
 
     def begins(self, attempt: Attempt) -> None:
         """Has scored what the attempt begins with; replicas that score it already go on."""

@@ -242,6 +242,7 @@ def _make(config: Config, job: Job, about: dict[str, Any], watcher: Watcher) -> 
     written: dict[str, list[Run]] = {part: [] for part in (*dict(config.data.sources), "eval")}
     for record in _make_runs(job, watcher):
         total.update(record["counts"])
+        watcher.rows({name: total[name] for name in store.COUNTS})
         for part, run in record["runs"].items():
             written[part].append(Run(**run))
     counts = {name: total[name] for name in store.COUNTS}

@@ -94,6 +94,7 @@ class Filled:
         scored_pairs: Pairs scored by this filler.
         elsewhere_pairs: Pairs that another run scored meanwhile.
         left_pairs: Pairs still to be scored.
+        left_chunks: Their chunks.
         pairs_per_s: What one replica scores.
         replicas: How many there are.
         started_replicas: How many were started.
@@ -106,6 +107,7 @@ class Filled:
     scored_pairs: int = 0
     elsewhere_pairs: int = 0
     left_pairs: int = 0
+    left_chunks: int = 0
     pairs_per_s: float | None = None
     replicas: int = 0
     started_replicas: int = 0
@@ -153,7 +155,7 @@ class ReferenceFiller:
         self.error: BaseException | None = None
         total = sum(chunk.num_pairs for chunk in chunks)
         left = sum(chunk.num_pairs for chunk in self.missing)
-        self.filled = replace(done or Filled(), left_pairs=left, replicas=0)
+        self.filled = replace(done or Filled(), left_pairs=left, left_chunks=len(self.missing), replicas=0)
         self.filled.hit_pairs += total - left
         self._todo, self._elsewhere = deque(self.missing), list[Chunk]()
         self._claims: Claims | None = None
@@ -352,6 +354,7 @@ class ReferenceFiller:
             self._todo.appendleft(chunk)
             self.filled.hit_pairs -= chunk.num_pairs
             self.filled.left_pairs += chunk.num_pairs
+            self.filled.left_chunks += 1
             self._complete.clear()
 
     def _scored(self, event: Scored) -> None:
@@ -370,6 +373,7 @@ class ReferenceFiller:
         self._without.discard(chunk.key)
         self._again.discard(chunk.key)
         self.filled.left_pairs -= chunk.num_pairs
+        self.filled.left_chunks -= 1
         while self._order and self._order[0].key not in self._without:
             ready = self._order.popleft()
             self._ready_pairs += ready.num_pairs * (ready.key in self._train_keys)

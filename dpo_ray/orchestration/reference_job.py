@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 import uuid
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from dpo_ray import storage
 from dpo_ray.config import Config
 from dpo_ray.errors import ConfigError
+from dpo_ray.orchestration.gauges import Gauges
 from dpo_ray.orchestration.prepare import check_reachable, prepare, prepared, survey
 from dpo_ray.orchestration.reference_filler import (
     LOOK_S,
@@ -61,10 +62,9 @@ def fill_reference(config: Config, watcher: Watcher | None = None) -> tuple[Fill
             f"adapter.quantize is {config.adapter.quantize}, so that the reference is the policy's quantized weights, "
             "which score as the run goes: nothing can be scored ahead of it"
         )
-    watcher = watcher or Watcher()
     # Here all that is missing is scored, whatever training may do.
     config = config.model_copy(update={"reference": config.reference.model_copy(update={"place": "actors"})})
-    with warnings_to(watcher.warning):
+    with Gauges(config, watcher or Watcher()) as watcher, warnings_to(watcher.warning):
         check_reachable(config)
         found = survey(config, watcher)
         start_ray(config)
@@ -81,6 +81,7 @@ def fill_reference(config: Config, watcher: Watcher | None = None) -> tuple[Fill
         try:
             while filler.working():
                 time.sleep(LOOK_S)
+                watcher.scored(asdict(filler.filled))
                 watcher.progress("scoring (pairs)", max(0, total - filler.filled.left_pairs), max(1, total))
         finally:
             filler.stop()

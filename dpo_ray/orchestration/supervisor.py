@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any, Protocol
 
 from ray.autoscaler.sdk import request_resources
@@ -19,6 +20,7 @@ from dpo_ray.lease import RunLease
 from dpo_ray.orchestration.group import End, WorkerGroup
 from dpo_ray.orchestration.monitor import Place
 from dpo_ray.orchestration.nodes import draining_nodes
+from dpo_ray.orchestration.reference_filler import Filled
 from dpo_ray.orchestration.resources import as_text, demands, room
 from dpo_ray.orchestration.stop import Stop
 from dpo_ray.orchestration.stream import Places
@@ -46,6 +48,10 @@ _LIMITS = {
 
 class References(Protocol):
     """What a supervisor knows of those who score beside training."""
+
+    @property
+    def filled(self) -> Filled:
+        """What they have done so far."""
 
     def begins(self, attempt: Attempt) -> None:
         """A worker group will be started."""
@@ -100,8 +106,10 @@ def supervise(
                 manifest.collect_orphans(config.run_uri, attempt.attempt)
                 if references is not None:
                     references.begins(attempt)
+                watcher.began(attempt)
                 group = WorkerGroup(config, places, attempt, node_ids, watcher, _tell(references))
-                end = group.run(_Look(config, attempt, lease, references, stop))
+                end = group.run(_Look(config, attempt, lease, references, watcher, stop))
+                watcher.ended(end.kind)
                 if end.kind == "done" and finished():
                     return
                 _check(stop, config)
@@ -125,6 +133,12 @@ def _tell(references: References | None) -> Callable[[dict[str, Any]], None]:
             references.trained(line)
 
     return tell
+
+
+def _hear(references: References, watcher: Watcher) -> None:
+    """Hands on what those who score have done; raises when no more scores will come."""
+    watcher.scored(asdict(references.filled))
+    references.check()
 
 
 class Failures:
@@ -174,7 +188,7 @@ def _wait_for_room(
         num_workers, node_ids = room(config, references is not None and references.working())
         waited_s = time.monotonic() - began
         if references is not None:
-            references.check()
+            _hear(references, watcher)
             references.workers_wait(num_workers < scaling.min_workers and waited_s > SETTLE_S)
         if num_workers >= scaling.max_workers or num_workers >= scaling.min_workers and waited_s > SETTLE_S:
             return num_workers, node_ids
@@ -192,10 +206,16 @@ class _Look:
     """What the driver looks for while a group trains."""
 
     def __init__(
-        self, config: Config, attempt: Attempt, lease: RunLease, references: References | None, stop: Stop
+        self,
+        config: Config,
+        attempt: Attempt,
+        lease: RunLease,
+        references: References | None,
+        watcher: Watcher,
+        stop: Stop,
     ) -> None:
         self._config, self._attempt, self._lease, self._references = config, attempt, lease, references
-        self._stop = stop
+        self._watcher, self._stop = watcher, stop
         self._drain_looked = self._grow_looked = time.monotonic()
         self._roomy_since: float | None = None
 
@@ -203,7 +223,7 @@ class _Look:
         """Why the group shall leave, or None."""
         self._lease.check()
         if self._references is not None:
-            self._references.check()
+            _hear(self._references, self._watcher)
             if len(places) == self._attempt.world_size:
                 self._references.workers_wait(None)
         if self._stop.asked is not None:

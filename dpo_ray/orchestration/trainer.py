@@ -19,6 +19,7 @@ from dpo_ray.errors import ConfigError
 from dpo_ray.extensions import code_digest
 from dpo_ray.lease import RunLease
 from dpo_ray.model.files import check_quantize, refuse_auxiliary_loss, relative_costs
+from dpo_ray.orchestration.gauges import Gauges
 from dpo_ray.orchestration.moving_filler import MovingFiller
 from dpo_ray.orchestration.prepare import Survey, check_reachable, prepare, survey
 from dpo_ray.orchestration.reference_filler import (
@@ -144,7 +145,7 @@ def make_start(config: Config, watcher: Watcher | None = None) -> Result:
 
 
 def _train_run(config: Config, watcher: Watcher) -> Result:
-    with warnings_to(watcher.warning):
+    with Gauges(config, watcher) as watcher, warnings_to(watcher.warning):
         check_trackers(config)
         check_reachable(config)
         if finished := _as_it_stands(config, watcher):

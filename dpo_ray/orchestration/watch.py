@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from dpo_ray.pairs.formats import Reading
 from dpo_ray.pairs.plan import Plan
 from dpo_ray.pairs.store import PairStore
+from dpo_ray.types import Attempt
 
 
 class _Handler(logging.Handler):
@@ -84,11 +85,23 @@ class Watcher:
     def progress(self, what: str, done: int, total: int) -> None:
         """How far a long phase is, in a unit of its own."""
 
+    def rows(self, counts: Mapping[str, int]) -> None:
+        """What became of the rows that have been read so far, by `store.COUNTS`."""
+
     def prepared(self, pairs: PairStore) -> None:
         """The pair store is there."""
 
     def planned(self, plan: Plan, position: int) -> None:
         """Training is about to begin at a position."""
 
+    def began(self, attempt: Attempt) -> None:
+        """A worker group is about to be started."""
+
+    def ended(self, kind: str) -> None:
+        """It has ended: "done", or what failed (see `group.End`)."""
+
     def line(self, line: dict[str, Any]) -> None:
-        """A line of metrics arrived."""
+        """A line of metrics arrived, a warning of a worker's, or the step of a checkpoint that was committed."""
+
+    def scored(self, filled: Mapping[str, float | None]) -> None:
+        """What the replicas of the reference have done so far (see `reference_filler.Filled`)."""

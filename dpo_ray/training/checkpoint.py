@@ -102,6 +102,7 @@ class Checkpointer:
         keep_best: str | None = None,
         before_commit: Callable[[TrainState], None] | None = None,
         reference: Mapping[str, torch.Tensor] | None = None,
+        publish: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
         """Makes a process group for the traffic of checkpoints.
 
@@ -115,6 +116,7 @@ class Checkpointer:
             before_commit: Called on rank 0, in the background, with the state that was saved, right before it is
                 committed; when it raises, nothing is committed, and its error is that of the save.
             reference: This rank's part of a reference that moves, by the names of the policy's parameters.
+            publish: Called on rank 0, in the background, with `{"checkpoint": step}` when one has been committed.
 
         Collective: all ranks.
         """
@@ -122,6 +124,7 @@ class Checkpointer:
         self._reference = {f"{REFERENCE}{name}": tensor for name, tensor in (reference or {}).items()}
         self._attempt, self._keep, self._keep_best = attempt, keep, keep_best
         self._before_commit = before_commit or (lambda _: None)
+        self._publish = publish or (lambda _: None)
         # Its own: a save must not meet the train step's collectives. And of the CPU, where the copies are.
         self._group = patient_group()
         self._rank = dist.get_rank()
@@ -235,6 +238,7 @@ class Checkpointer:
                     storage.remove(writer.folder)
             raise
         if self._rank == 0:
+            self._publish({"checkpoint": state.step})
             best = state.best_step if self._keep_best and self._keep_best == state.best_metric else None
             try:
                 newest = read_attempts(self._run_uri)[-1:]

@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import ray
 from helpers import steps_of, tiny_config, write_pairs
+from prometheus_client.parser import text_string_to_metric_families
 from ray.cluster_utils import Cluster
 from ray.job_submission import JobSubmissionClient
 from typer.testing import CliRunner
@@ -21,6 +25,7 @@ from typer.testing import CliRunner
 from dpo_ray.cli import app
 from dpo_ray.config import to_yaml
 from dpo_ray.errors import ConfigError
+from dpo_ray.orchestration.gauges import FAILURES, LINE
 from dpo_ray.orchestration.submit import Jobs, _Log
 from dpo_ray.training import manifest
 
@@ -40,21 +45,52 @@ STEEPER = LossSpec(steeper, "of one's own")
 """
 
 
+class Addresses(NamedTuple):
+    """Of a cluster: its dashboard, and what Prometheus scrapes."""
+
+    dashboard: str
+    metrics: str
+
+    def scrape(self, run: str) -> dict[str, float]:
+        """The gauges of a run, by name and label, as Prometheus would get them."""
+        text = urllib.request.urlopen(self.metrics, timeout=10).read().decode()
+        samples = [each for family in text_string_to_metric_families(text) for each in family.samples]
+        own = [each for each in samples if each.labels.get("run") == run]
+        return {f"{each.name}{each.labels.get('kind', '')}": each.value for each in own}
+
+
 @pytest.fixture(scope="module")
-def dashboard() -> Iterator[str]:
-    """A cluster's dashboard; its commands are those of this environment."""
+def cluster() -> Iterator[Addresses]:
+    """A cluster; its commands are those of this environment."""
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-        cluster = Cluster()
+        made = Cluster()
         # Else every cluster of a machine wants the same port for its agent.
-        ports = {"dashboard_port": 0, "dashboard_agent_listen_port": 0}
-        head = cluster.add_node(num_cpus=6, include_dashboard=True, **ports)
-        yield f"http://{head.webui_url}"
+        with socket.socket() as free:
+            free.bind(("", 0))
+            metrics = free.getsockname()[1]
+        ports = {"dashboard_port": 0, "dashboard_agent_listen_port": 0, "metrics_export_port": metrics}
+        head = made.add_node(num_cpus=6, include_dashboard=True, **ports)
+        yield Addresses(f"http://{head.webui_url}", f"http://127.0.0.1:{metrics}/metrics")
         ray.shutdown()
-        cluster.shutdown()
+        made.shutdown()
 
 
-def test_a_job(dashboard: str, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def check_gauges(found: dict[str, float], last: dict[str, float], ended: float) -> None:
+    """What Prometheus gets of a run that has ended is its last line of metrics."""
+    shown = {key: name for key, name in LINE.items() if key in last}
+    assert {"loss", "rewards/margins", "grad_norm", "perf/mfu", "perf/data_wait_s"} < shown.keys()
+    assert {key: found[f"ray_{name}"] for key, name in shown.items()} == {key: last[key] for key in shown}
+    assert found["ray_dpo_checkpoint_step"] == found["ray_dpo_steps_planned"] == last["step"]
+    for moment in ("step", "checkpoint"):
+        assert ended - 120 < found[f"ray_dpo_last_{moment}_timestamp_seconds"] < ended
+    assert [found[f"ray_dpo_failures{kind}"] for kind in FAILURES] == [0] * len(FAILURES)
+    assert found["ray_dpo_loss_finite"] == found["ray_dpo_workers_max"] == 1
+    assert found["ray_dpo_reference_pairs_left"] == 0 < found["ray_dpo_reference_pairs_scored"]
+
+
+def test_a_job(cluster: Addresses, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dashboard = cluster.dashboard
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     for name in ("WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "SOME_TOKEN"):
@@ -67,7 +103,9 @@ def test_a_job(dashboard: str, tmp_path: Path, tiny_model: Path, monkeypatch: py
     assert done.exit_code == 0, done.output
     assert "2 steps done" in done.output
     assert re.search(r"job short-\d+-\d+: succeeded", done.output)
-    assert len(steps_of(tmp_path / "s" / "short")) == 2
+    lines = steps_of(tmp_path / "s" / "short")
+    assert len(lines) == 2
+    check_gauges(cluster.scrape("short"), lines[-1], time.time())
 
     long = ["--set", "name=long", "--set", "train.max_steps=100000", "--set", "train.epochs=100000"]
     long += ["--set", "train.checkpoint_every_steps=100000"]
@@ -87,6 +125,12 @@ def test_a_job(dashboard: str, tmp_path: Path, tiny_model: Path, monkeypatch: py
     assert f"its newest checkpoint is of step {newest[1].state.step}" in stopped.output
     shown = CliRunner().invoke(app, ["submit", "--status", found[1], "--address", dashboard])
     assert "stopped" in shown.output
+
+    # A finished run is gone from there: no alert can be about it.
+    deadline = time.monotonic() + 60
+    while cluster.scrape("short"):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
 
     # The environment of this machine has gone nowhere.
     told = done.output + begun.output + stopped.output + shown.output

@@ -66,6 +66,7 @@ ORDER = [
     "training.own_reference",
     "training.loop",
     "orchestration.watch",
+    "orchestration.gauges",
     "orchestration.rows",
     "orchestration.prepare",
     "orchestration.forget",
