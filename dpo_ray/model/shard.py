@@ -32,6 +32,7 @@ from dpo_ray.config import AdapterConfig, ModelConfig
 from dpo_ray.errors import ConfigError
 from dpo_ray.model.adapter import add_adapter, is_adapters, is_quantized, name_in_files, start_adapter
 from dpo_ray.model.attention import PACKED, packed_attention
+from dpo_ray.model.clock import BlockClock
 from dpo_ray.model.forward import settle_layout, with_token_scores
 from dpo_ray.model.load import DTYPES, empty_model, load_pretrained, load_quantized
 from dpo_ray.model.malloc import keep_freed_memory, return_freed_memory
@@ -262,6 +263,8 @@ def shard(model: PreTrainedModel, compute_dtype: str, device: torch.device, cpu_
         # The next weights are on their way while this block computes; in backward FSDP does so by itself.
         block.set_modules_to_forward_prefetch([following])
     register_fsdp_forward_method(with_token_scores(model, device), "token_scores")
+    # Blocks are alike: the one in the middle stands for all.
+    model.clock = BlockClock(cast(nn.Module, sharded[(len(sharded) - 1) // 2]), device)
     _assert_sharded(model)
 
 

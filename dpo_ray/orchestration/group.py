@@ -29,8 +29,20 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dpo_ray import storage
 from dpo_ray.config import Config
-from dpo_ray.orchestration.monitor import ENDED, START_S, Failure, Monitor, Orders, Place, Report, has_excuse, stalled
-from dpo_ray.orchestration.nodes import kill, look_at, on_nodes, usable_nodes
+from dpo_ray.orchestration.monitor import (
+    ENDED,
+    SLOW_STEPS,
+    START_S,
+    Failure,
+    Monitor,
+    Orders,
+    Place,
+    Report,
+    Slow,
+    has_excuse,
+    stalled,
+)
+from dpo_ray.orchestration.nodes import kill, look_at, node_name, on_nodes, usable_nodes
 from dpo_ray.orchestration.stream import Places, close_streams, open_streams
 from dpo_ray.orchestration.watch import Watcher
 from dpo_ray.orchestration.worker import Assignment, final_error, work
@@ -90,7 +102,7 @@ class WorkerGroup:
         self._error: BaseException | None = None
         self._streams: list[ray.data.DataIterator] = []
         self._orders = Orders()
-        self._report = Report()
+        self._report, self._slow = Report(), Slow()
         self._began = self._excused = time.monotonic()
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self._monitor = ray.remote(num_cpus=0, max_restarts=0)(Monitor).options(scheduling_strategy=here).remote()
@@ -179,6 +191,16 @@ class WorkerGroup:
             for line in self._report.lines:
                 self._tell(line)
                 self._watcher.line(line)
+                if slow := self._slow.line(line):
+                    self._warn_of(*slow)
+
+    def _warn_of(self, rank: int, spread: float) -> None:
+        beat = self._report.beats.get(rank)
+        where = f" on node {node_name(beat.place.node_id)}" if beat is not None else ""
+        self._watcher.warning(
+            f"rank {rank}{where} has computed {spread:.2f} times as long as the median of the ranks for {SLOW_STEPS} "
+            "steps, and all wait for it: see to that node (other work on it, heat, a failing device), or drain it"
+        )
 
     def _all_ended(self) -> bool:
         beats = self._report.beats

@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -33,6 +33,8 @@ FailureKind = Literal["worker", "storage", "memory"]
 STARTING = "starting"
 ENDED = "ended"
 STORAGE = "waiting for the storage"
+# A rank that computes so much longer than the median of the ranks, for so many steps running, is told of.
+SLOW_SPREAD, SLOW_STEPS = 1.25, 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +157,31 @@ def stalled(report: Report, hang_timeout_s: float, no_excuse_s: float) -> str | 
 def _ranks(ranks: Sequence[int]) -> str:
     shown = ", ".join(map(str, sorted(ranks)[:8]))
     return f"rank{'s' * (len(ranks) > 1)} {shown}{' ...' * (len(ranks) > 8)}"
+
+
+class Slow:
+    """Looks for a rank that all others wait for, by the lines of metrics."""
+
+    def __init__(self) -> None:
+        self._rank, self._spreads = -1, list[float]()
+        self._told = set[int]()
+
+    def line(self, line: Mapping[str, Any]) -> tuple[int, float] | None:
+        """Takes a line.
+
+        Returns:
+            The rank that has been the slowest by far for many steps, and its time by the median's; each rank once.
+        """
+        if "perf/rank_spread" not in line:
+            return None
+        rank, spread = int(line["perf/slowest_rank"]), float(line["perf/rank_spread"])
+        if rank != self._rank:
+            self._rank, self._spreads = rank, []
+        self._spreads = [*self._spreads, spread] if spread >= SLOW_SPREAD else []
+        if len(self._spreads) < SLOW_STEPS or rank in self._told:
+            return None
+        self._told.add(rank)
+        return rank, sum(self._spreads) / len(self._spreads)
 
 
 class Monitor:

@@ -53,6 +53,14 @@ def usable_nodes() -> dict[str, Resources]:
     return {node["NodeID"]: resources_of(node) for node, answer in zip(alive, answers, strict=True) if answer}
 
 
+def node_name(node_id: str) -> str:
+    """A node for people: its host's name, its address and its id."""
+    for node in ray.nodes():
+        if node["NodeID"] == node_id:
+            return f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']}, {node_id})"
+    return node_id
+
+
 def _answers(node: Mapping[str, Any]) -> bool:
     with contextlib.suppress(OSError):
         socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), timeout=CONNECT_S).close()

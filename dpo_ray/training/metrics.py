@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -109,7 +110,8 @@ class Stopwatch:
         Its time runs from the end of the step before: waiting for data, evaluation and checkpoint in between included.
 
         Returns:
-            Throughput. `perf/mfu` counts 6 operations per parameter and different token, 4 where it is frozen.
+            Throughput, and the slowest rank. `perf/mfu` counts 6 operations per parameter and different token, 4 where
+            it is frozen.
         """
         before, self._ended = self._ended, time.perf_counter()
         step_s, num_tokens = self._ended - before, int(result.num_tokens)
@@ -120,7 +122,20 @@ class Stopwatch:
             "perf/pairs_per_s": batch.num_pairs / step_s,
             "perf/tokens_per_s": num_tokens / step_s,
             "perf/mfu": self._operations * num_tokens / (step_s * self._peak_flops),
+            **slowest(result.rank_s.tolist()),
         }
+
+
+def slowest(rank_s: Sequence[float]) -> dict[str, float]:
+    """The rank that computed longest, and how long by the median; nothing of one rank, or where nothing was measured.
+
+    Of two ranks the median is the faster one.
+    """
+    median = statistics.median_low(rank_s)
+    if len(rank_s) == 1 or median <= 0:
+        return {}
+    rank = max(range(len(rank_s)), key=lambda each: rank_s[each])
+    return {"perf/slowest_rank": rank, "perf/rank_spread": rank_s[rank] / median}
 
 
 def check_first_step(config: Config, result: StepResult) -> None:

@@ -86,6 +86,7 @@ class StepResult:
         grad_norm: Before clipping; None in evaluation.
         losses: This rank's, per microbatch with pairs: Shape (P,).
         leaving: How many ranks have been asked to leave: all ranks see the same number at the same step.
+        rank_s: Shape (ranks,): what each rank's `BlockClock` read of the step before, which the device has ended.
     """
 
     sums: torch.Tensor
@@ -94,6 +95,7 @@ class StepResult:
     grad_norm: torch.Tensor | None
     losses: list[torch.Tensor]
     leaving: torch.Tensor
+    rank_s: torch.Tensor
 
 
 def train_step(
@@ -119,7 +121,7 @@ def train_step(
 
     Collective: all ranks.
     """
-    local = _Local(cast(Any, model).runs_on, leaving)
+    local = _Local(cast(Any, model).runs_on, leaving, cast(Any, model).clock.read_s())
     joint = _joint_losses(model, batch, objective) if objective.couples_pairs else None
     for index, microbatch in enumerate(batch.microbatches):
         set_gradient_sync(model, reduce_each or index == len(batch.microbatches) - 1)
@@ -161,24 +163,29 @@ def eval_step(model: nn.Module, batch: GlobalBatch, objective: Objective) -> Ste
 class _Local:
     """This rank's sums, reduced over ranks in one collective per step."""
 
-    def __init__(self, device: torch.device, leaving: bool = False) -> None:
-        self.sums = torch.zeros(len(METRIC_SUMS) + 2, dtype=torch.float64, device=device)
-        self.sums[-1] = leaving
+    def __init__(self, device: torch.device, leaving: bool = False, took_s: float = 0.0) -> None:
+        # The sums, tokens, ranks that leave, and a place for each rank's own seconds: one collective for all.
+        self.everything = torch.zeros(len(METRIC_SUMS) + 2 + dist.get_world_size(), dtype=torch.float64, device=device)
+        sizes = [len(METRIC_SUMS), 1, 1, dist.get_world_size()]
+        self.sums, self.num_tokens, self.leaving, self.rank_s = self.everything.split(sizes)
+        self.leaving += leaving
+        self.rank_s[dist.get_rank()] = took_s
         self.gap = torch.zeros((), device=device)
         self.losses = list[torch.Tensor]()
 
     def add(self, stats: AnswerStats, losses: torch.Tensor, beta: float, microbatch: Microbatch) -> None:
         self.losses.append(losses.detach())
         with torch.no_grad():
-            self.sums[:-2] += metric_sums(stats, losses, beta)
-            self.sums[-2] += len(microbatch.tokens)
+            self.sums += metric_sums(stats, losses, beta)
+            self.num_tokens += len(microbatch.tokens)
             if stats.ref_logps is not None:
                 gap = (stats.policy_logps - stats.ref_logps).abs() / stats.num_tokens
                 self.gap = torch.maximum(self.gap, gap.max())
 
     def reduced(self, grad_norm: torch.Tensor | None) -> StepResult:
-        dist.all_reduce(self.sums)
-        return StepResult(self.sums[:-2], self.sums[-2], self.gap, grad_norm, self.losses, self.sums[-1])
+        dist.all_reduce(self.everything)
+        about = self.gap, grad_norm, self.losses
+        return StepResult(self.sums, self.num_tokens[0], *about, self.leaving[0], self.rank_s)
 
 
 def _answer_stats(model: nn.Module, microbatch: Microbatch, objective: Objective) -> AnswerStats:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from dpo_ray.pairs import pack
 from dpo_ray.reference.scorer import Scorer
 from dpo_ray.training import step as step_module
 from dpo_ray.training.checkpoint import Checkpointer, tensors_of
+from dpo_ray.training.metrics import slowest
 from dpo_ray.training.optimizer import build_optimizer
 from dpo_ray.training.step import Objective, train_step
 from dpo_ray.types import ScoredPair, TrainState
@@ -112,6 +114,33 @@ def alike(rank: int, world: int, model: str, others: list[dict[str, Any]]) -> No
 )
 def test_no_number_depends_on(tmp_path: Path, tiny_model: Path, others: list[dict[str, Any]]) -> None:
     run_ranks(alike, 2, tmp_path, str(tiny_model), others)
+
+
+def with_a_slow_rank(rank: int, world: int, model: str) -> None:
+    policy, optimizer = build(model)
+    pairs = scored_pairs(model)
+    block = policy.model.layers[1].mlp  # In the block that is measured.
+    forward = block.forward
+    if rank == 1:
+        block.forward = lambda hidden: (time.sleep(0.1), forward(hidden))[1]
+    found = []
+    for step in range(1, 4):
+        rows = pack.table_of(pack.rank_batches(pairs, step, 0, world, pack.Costs())).to_pylist()
+        batch = pack.global_batch(rows[rank], 500, pack.Costs())
+        result = train_step(policy, optimizer, batch, Objective(sigmoid, False, 0.1), 1.0)
+        found.append(result.rank_s.tolist())
+        with torch.no_grad():
+            policy.token_scores(batch.microbatches[0].tokens, batch.microbatches[0].lengths)
+    # Each line has the step before; a pass that is not to train is none of it.
+    assert found[0] == [0.0, 0.0]
+    for before, after in found[1:]:
+        slept = 0.1 * len(batch.microbatches)
+        assert 0 < before < slept <= after
+        assert slowest([before, after])["perf/slowest_rank"] == 1
+
+
+def test_a_slow_rank_is_found_though_the_others_wait_for_it(tmp_path: Path, tiny_model: Path) -> None:
+    run_ranks(with_a_slow_rank, 2, tmp_path, str(tiny_model))
 
 
 def saved(folder: str, run: str, policy: Any, optimizer: Any, rank: int) -> None:

@@ -35,6 +35,7 @@ ORDER = [
     "model.malloc",
     "model.linear",
     "model.peak",
+    "model.clock",
     "model.attention",
     "model.forward",
     "model.load",

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-from dpo_ray.orchestration.monitor import ENDED, START_S, STARTING, STORAGE, Beat, Place, Report, has_excuse, stalled
+from dpo_ray.orchestration.monitor import (
+    ENDED,
+    SLOW_STEPS,
+    START_S,
+    STARTING,
+    STORAGE,
+    Beat,
+    Place,
+    Report,
+    Slow,
+    has_excuse,
+    stalled,
+)
 from dpo_ray.types import WAITING
 
 LIMIT_S = 10.0
@@ -70,3 +82,21 @@ def test_an_excuse_is_good_for_those_who_waited_with_it() -> None:
 )
 def test_these_stand_still(still: Report, said: str) -> None:
     assert stalled(still, LIMIT_S, no_excuse_s=LIMIT_S + 1) == said
+
+
+def told_of(lines: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    slow = Slow()
+    found = [slow.line({"perf/slowest_rank": rank, "perf/rank_spread": spread}) for rank, spread in lines]
+    return [each for each in found if each is not None]
+
+
+def test_a_rank_that_all_wait_for_is_told_of_once() -> None:
+    assert told_of([(3, 1.5)] * (SLOW_STEPS - 1)) == []
+    assert told_of([(3, 1.5)] * (SLOW_STEPS - 1) + [(3, 2.0)] * 200) == [(3, 1.5 + 0.5 / SLOW_STEPS)]
+    assert told_of(([(3, 1.5)] * SLOW_STEPS + [(1, 1.5)] * SLOW_STEPS) * 2) == [(3, 1.5), (1, 1.5)]
+
+
+def test_ranks_that_are_slow_by_chance_are_not() -> None:
+    assert told_of([(step % 2, 9.0) for step in range(500)]) == []
+    assert told_of(([(3, 9.0)] * (SLOW_STEPS - 1) + [(3, 1.1)]) * 3) == []
+    assert Slow().line({"loss": 0.5}) is None

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dpo_ray.training import metrics
-from dpo_ray.training.metrics import Stopwatch
+from dpo_ray.training.metrics import Stopwatch, slowest
 
 
 def test_frozen_weights_have_no_gradient_to_compute(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,7 +21,8 @@ def test_frozen_weights_have_no_gradient_to_compute(monkeypatch: pytest.MonkeyPa
     config: Any = SimpleNamespace(model=SimpleNamespace(compute_dtype="bfloat16"))
     watch = Stopwatch(model, config, SimpleNamespace(device=torch.device("cpu"), world_size=1))  # type: ignore[arg-type]
     batch: Any = SimpleNamespace(num_pairs=8, reference_wait_s=0.0)
-    found = watch.step(batch, SimpleNamespace(num_tokens=torch.tensor(200.0)))  # type: ignore[arg-type]
+    result: Any = SimpleNamespace(num_tokens=torch.tensor(200.0), rank_s=torch.tensor([1.0]))
+    found = watch.step(batch, result)
     assert found["perf/mfu"] == pytest.approx((4 * 25 + 6 * 5) * 200 / (4 * 5000))
 
 
@@ -37,7 +38,7 @@ def test_stopwatch(monkeypatch: pytest.MonkeyPatch) -> None:
     context: Any = SimpleNamespace(device=torch.device("cpu"), world_size=2)
     watch = Stopwatch(nn.Linear(5, 5), config, context)
     batch: Any = SimpleNamespace(num_pairs=8, reference_wait_s=2.0)
-    result: Any = SimpleNamespace(num_tokens=torch.tensor(200.0))
+    result: Any = SimpleNamespace(num_tokens=torch.tensor(200.0), rank_s=torch.tensor([2.0, 5.0]))
     for _ in range(2):
         watch.asked()
         watch.got()
@@ -49,4 +50,13 @@ def test_stopwatch(monkeypatch: pytest.MonkeyPatch) -> None:
         "perf/pairs_per_s": 2.0,
         "perf/tokens_per_s": 50.0,
         "perf/mfu": pytest.approx(6 * 30 * 200 / (4 * 2 * 5000)),
+        "perf/slowest_rank": 1,
+        "perf/rank_spread": 2.5,
     }
+
+
+def test_the_slowest_rank() -> None:
+    """Against the median, which half of the ranks being slow does not move."""
+    assert slowest([3.0, 1.0, 2.0, 8.0]) == {"perf/slowest_rank": 3, "perf/rank_spread": 4.0}
+    assert slowest([2.0, 2.0]) == {"perf/slowest_rank": 0, "perf/rank_spread": 1.0}
+    assert slowest([2.0]) == slowest([0.0, 0.0]) == slowest([0.0, 0.0, 1.0]) == {}
