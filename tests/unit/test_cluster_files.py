@@ -215,12 +215,14 @@ def test_the_dashboard_of_a_job_is_for_who_submits_it() -> None:
     ray = {"podSelector": {"matchLabels": {"ray.io/is-ray-node": "yes"}}}
     assert policy["podSelector"] == ray["podSelector"]
     assert policy["policyTypes"] == ["Ingress", "Egress"]
-    own, dashboard = policy["ingress"]
+    own, dashboard, metrics = policy["ingress"]
     assert own == {"from": [ray]}
     assert dashboard["ports"] == [{"protocol": "TCP", "port": 8265}]
     operator, submitter = dashboard["from"]
     assert operator["podSelector"]["matchLabels"] == {"app.kubernetes.io/name": "kuberay-operator"}
     assert submitter["podSelector"]["matchLabels"] == {"ray.io/originated-from-crd": "RayJob"}
+    assert metrics["from"] == [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}]
+    assert metrics["ports"] == [{"protocol": "TCP", "port": "metrics"}]
     assert {"to": [ray]} in policy["egress"]
 
 
