@@ -1,4 +1,4 @@
-"""Dashboard and alerts: PromQL that parses, gauges that exist, and what Grafana and Prometheus demand of their files."""
+"""Dashboard and alerts: PromQL that parses, gauges that exist, and what Grafana and Prometheus demand of files."""
 
 from __future__ import annotations
 
@@ -18,11 +18,8 @@ from dpo_ray.orchestration.gauges import GAUGES
 CLUSTER = Path(__file__).parents[2] / "cluster"
 DASHBOARD = json.loads((CLUSTER / "monitoring/dashboard.json").read_text())
 PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
-RULES = [
-    rule
-    for group in yaml.safe_load((CLUSTER / "monitoring/rules.yaml").read_text())["groups"]
-    for rule in group["rules"]
-]
+GROUPS = yaml.safe_load((CLUSTER / "monitoring/rules.yaml").read_text())["groups"]
+RULES = [rule for group in GROUPS for rule in group["rules"]]
 QUERIES = {
     f"panel {panel['title']}, {target['refId']}": target["expr"] for panel in PANELS for target in panel["targets"]
 }
@@ -110,7 +107,7 @@ def test_prometheus_can_read_the_rules() -> None:
     assert len(set(names)) == len(names)
     for rule in RULES:
         assert rule.keys() <= {"alert", "expr", "for", "labels", "annotations"}
-        promql_parser.parse_duration(rule.get("for", "0s"))
+        promql_parser.parse_duration(rule.get("for", "1m"))
         assert rule["labels"]["severity"] in ("warning", "critical")
         assert rule["annotations"].keys() == {"summary", "description"}
         # Every alert says of which run it is, and so must keep that label.
