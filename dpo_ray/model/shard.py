@@ -14,7 +14,7 @@ from accelerate import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -40,9 +40,13 @@ from dpo_ray.model.weights import as_named, fill, stored_tensors
 
 
 def sharded_policy(
-    config: ModelConfig, device: torch.device, adapter: AdapterConfig | None = None, seed: int = 0
+    config: ModelConfig,
+    device: torch.device,
+    adapter: AdapterConfig | None = None,
+    seed: int = 0,
+    group: int | None = None,
 ) -> PreTrainedModel:
-    """The policy at its start, every parameter a DTensor sharded over all ranks; but quantized ones are whole on each.
+    """The policy at its start, every parameter a DTensor sharded over ranks; but quantized ones are whole on each.
 
     Args:
         config: Where the weights are, and their dtypes: those of the sharded (trained) weights and of forward and
@@ -50,6 +54,7 @@ def sharded_policy(
         device: This rank's device.
         adapter: With a rank: the weights are frozen, quantized where it says so, and an adapter beside them is trained.
         seed: Decides the adapter's start.
+        group: See `shard`.
 
     Raises:
         ConfigError: The model cannot be read, or cannot have this adapter.
@@ -61,7 +66,7 @@ def sharded_policy(
     if adapter is not None and adapter.quantize:
         quantized = load_quantized(config.path, config.compute_dtype, config.attention, adapter.quantize, device)
     model = empty_policy(config, adapter, quantized)
-    shard(model, config.compute_dtype, device, config.cpu_offload)
+    shard(model, config.compute_dtype, device, config.cpu_offload, group)
     model.saves_on_host = config.gradient_checkpointing == "offload"
     if config.compile:
         compile_blocks(model)
@@ -231,8 +236,14 @@ def _own_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
     return tensor.to_local(), first[0] if first else 0
 
 
-def shard(model: PreTrainedModel, compute_dtype: str, device: torch.device, cpu_offload: bool = False) -> None:
-    """Shards each transformer block, then the rest, over all ranks.
+def shard(
+    model: PreTrainedModel,
+    compute_dtype: str,
+    device: torch.device,
+    cpu_offload: bool = False,
+    group: int | None = None,
+) -> None:
+    """Shards each transformer block, then the rest, over all ranks, or over those of each group of them.
 
     Gradients are summed over ranks, not averaged: the loss is divided by the global batch's number of pairs already.
 
@@ -241,10 +252,12 @@ def shard(model: PreTrainedModel, compute_dtype: str, device: torch.device, cpu_
         compute_dtype: Of forward and backward passes.
         device: Where they run.
         cpu_offload: Whether the shards stay in the host's memory.
+        group: So many ranks, one after the other, share a copy of the weights, and each further group of as many has
+            one of its own; None: all ranks share one.
 
     Collective: all ranks.
     """
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    mesh = _mesh(device, group or dist.get_world_size())
     policy = MixedPrecisionPolicy(param_dtype=DTYPES[compute_dtype], reduce_dtype=torch.float32)
     offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if cpu_offload else OffloadPolicy()
     quantized = {parameter for parameter in model.parameters() if is_quantized(parameter)}
@@ -266,6 +279,19 @@ def shard(model: PreTrainedModel, compute_dtype: str, device: torch.device, cpu_
     # Blocks are alike: the one in the middle stands for all.
     model.clock = BlockClock(cast(nn.Module, sharded[(len(sharded) - 1) // 2]), device)
     _assert_sharded(model)
+
+
+def _mesh(device: torch.device, group: int) -> DeviceMesh:
+    """All ranks; or groups, which replicate, of ranks, which shard."""
+    ranks = torch.arange(dist.get_world_size()).view(-1, group)
+    if len(ranks) == 1:
+        return init_device_mesh(device.type, (group,))
+    world = dist.group.WORLD
+    assert world is not None
+    # The mesh's own groups would have PyTorch's timeout, and give up a rank that waits out an outage.
+    timeout = world._get_backend(device).options._timeout
+    groups = [dist.new_subgroups_by_enumeration(each.tolist(), timeout)[0] for each in (ranks.T, ranks)]
+    return DeviceMesh.from_group(groups, device.type, ranks, mesh_dim_names=("replicate", "shard"))
 
 
 def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
@@ -315,13 +341,22 @@ def _assert_sharded(model: nn.Module) -> None:
         if is_quantized(parameter):
             continue
         assert isinstance(parameter, DTensor), f"{name} is not sharded"
-        assert all(placement.is_shard() for placement in parameter.placements), f"{name} is {parameter.placements}"
+        *replicas, sharded = parameter.placements
+        assert sharded.is_shard(), f"{name} is {parameter.placements}"
+        assert all(placement.is_replicate() for placement in replicas), f"{name} is {parameter.placements}"
 
 
-def set_gradient_sync(model: nn.Module, sync: bool) -> None:
-    """Whether the next backward pass reduces gradients over ranks."""
+def set_gradient_sync(model: nn.Module, sync: bool, last: bool) -> None:
+    """What the next backward pass does with gradients.
+
+    Args:
+        model: A sharded model.
+        sync: Whether it sums them over the ranks that share a copy of the weights.
+        last: Whether it then sums them over copies too: once for each update, whatever is added up before.
+    """
     assert isinstance(model, FSDPModule)
     model.set_requires_gradient_sync(sync)
+    model.set_requires_all_reduce(last)
 
 
 def clip_grad_norm(model: nn.Module, max_norm: float | None) -> torch.Tensor:

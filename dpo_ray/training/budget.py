@@ -183,7 +183,7 @@ def _peak_bytes(model: nn.Module, num_tokens: int, device: torch.device, reduce_
     tokens = torch.zeros(sum(map(sum, lengths)), dtype=torch.int64)
     torch.cuda.reset_peak_memory_stats(device)
     for last in (False, True):
-        set_gradient_sync(model, reduce_each or last)
+        set_gradient_sync(model, reduce_each or last, last)
         per_token, _ = cast(Any, model).token_scores(tokens, lengths)
         per_token.logps.sum().backward()
     model.zero_grad(set_to_none=True)

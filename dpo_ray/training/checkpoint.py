@@ -1,7 +1,8 @@
 """Checkpoints: sharded by DCP, written in the background, committed by a manifest, verified before anything is read.
 
 What a rank has of weights and optimizer is copied into buffers of the CPU, and training goes on; a thread then writes
-the copy, one safetensors file per rank, with a digest taken on the way. `layout.json` says where each part of each
+the copy, one safetensors file per rank, with a digest taken on the way. Where groups of ranks have copies of the
+weights each, every group writes another part of them. `layout.json` says where each part of each
 tensor is. The manifest, which rank 0 writes last, makes it a checkpoint. Nothing here is pickled to storage, so that
 nothing read from it can run.
 """
@@ -210,9 +211,9 @@ class Checkpointer:
         return manifest.state
 
     def _staged(self) -> dict[str, torch.Tensor]:
-        """A copy of this rank's part, in buffers that are used again at the next save."""
+        """A copy of what this rank writes, in buffers that are used again at the next save."""
         with torch.no_grad():
-            tensors = tensors_of(self._model, self._optimizer) | self._reference
+            tensors = _of_this_copy(tensors_of(self._model, self._optimizer) | self._reference)
             for name in tensors.keys() - self._buffers.keys():
                 tensor = tensors[name]
                 self._buffers[name] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
@@ -383,6 +384,22 @@ def tensors_of(model: nn.Module, optimizer: Optimizer) -> dict[str, torch.Tensor
         if not isinstance(value, torch.Tensor):
             raise CheckpointError(f"{name} is no tensor but {value!r}: checkpoints do not hold such optimizer state")
     return tensors
+
+
+def _of_this_copy(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Of tensors that groups of ranks have a copy of each, those that this rank's group writes: all write as much."""
+    written: dict[int, int] = {}
+    own = {}
+    # In the order in which all ranks see them, whatever they are.
+    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].nbytes, item[0])):
+        if isinstance(tensor, DTensor) and tensor.device_mesh.ndim > 1:
+            copies = range(tensor.device_mesh.size(0))
+            writer = min(copies, key=lambda copy: written.get(copy, 0))
+            written[writer] = written.get(writer, 0) + tensor.nbytes
+            if writer != tensor.device_mesh.get_local_rank(0):
+                continue
+        own[name] = tensor
+    return own
 
 
 def _make_state(optimizer: Optimizer) -> None:

@@ -124,7 +124,8 @@ def train_step(
     local = _Local(cast(Any, model).runs_on, leaving, cast(Any, model).clock.read_s())
     joint = _joint_losses(model, batch, objective) if objective.couples_pairs else None
     for index, microbatch in enumerate(batch.microbatches):
-        set_gradient_sync(model, reduce_each or index == len(batch.microbatches) - 1)
+        last = index == len(batch.microbatches) - 1
+        set_gradient_sync(model, reduce_each or last, last)
         if not microbatch.lengths:
             empty_pass(model).backward()
             continue

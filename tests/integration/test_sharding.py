@@ -46,9 +46,11 @@ def scored_pairs(model: str, num: int = 10, dtype: str = "float32") -> list[Scor
     return [ScoredPair(pair, score) for pair, score in zip(pairs, scores, strict=True)]
 
 
-def build(model: str, rate: float = 1e-2, name: Any = "adamw", **options: Any) -> tuple[Any, Any]:
+def build(
+    model: str, rate: float = 1e-2, name: Any = "adamw", group: int | None = None, **options: Any
+) -> tuple[Any, Any]:
     config = ModelConfig(**{"path": model, "compute_dtype": "float32", **options})
-    policy = sharded_policy(config, CPU)
+    policy = sharded_policy(config, CPU, group=group)
     return policy, build_optimizer(policy, OptimizerConfig(name=name, learning_rate=rate))
 
 
@@ -252,7 +254,7 @@ def summed_each(rank: int, world: int, model: str) -> None:
     pairs = scored_pairs(model, 24)
     found, sums = [], list[bool]()
     set_sync = step_module.set_gradient_sync
-    step_module.set_gradient_sync = lambda policy, sync: (sums.append(sync), set_sync(policy, sync))
+    step_module.set_gradient_sync = lambda policy, sync, last: (sums.append(sync), set_sync(policy, sync, last))
     for reduce_each in (False, True):
         policy, optimizer = build(model)
         for step in range(1, 5):
