@@ -11,7 +11,9 @@ Modelled: what communication leaves of a device's speed. The assumptions, all of
   `--memory-gb`, per microbatch, as training does;
 - a device sends and receives at `--near-gb-s` within a node and at `--far-gb-s` beyond it, and each collective takes
   `--latency-us` for every node that it reaches beyond the first, once per block of the model;
-- what fits beside computation is free: a microbatch takes the longer of the two.
+- what fits beside computation is free: a microbatch takes the longer of the two;
+- with a copy of the weights on each node (`scaling.shard_over: node`, the second row) they are gathered within it, and
+  once per step each device sums its shard of the gradient with those of the other nodes, after all else.
 
     python benchmarks/bench_scaling.py
 """
@@ -93,12 +95,15 @@ def measured(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return found
 
 
-def modelled(weights: float, blocks: int, devices: int, tokens: int, arguments: argparse.Namespace) -> float:
+def modelled(
+    weights: float, blocks: int, devices: int, group: int, tokens: int, arguments: argparse.Namespace
+) -> float:
     """Share of a device's speed that is left beside communication: 1 where all of it is hidden."""
     network = Network(arguments.devices_per_node, arguments.near_gb_s, arguments.far_gb_s, arguments.latency_us)
     compute_s = 6 * weights * tokens / (arguments.peak_tflops * 1e12 * arguments.utilisation)
     count, reduce_each = arguments.microbatches, 4 * weights > GRADIENT_SHARE * arguments.memory_gb * 1e9
-    return count * compute_s / network.step_s(devices, compute_s, 2 * weights, 4 * weights, blocks, count, reduce_each)
+    sizes = 2 * weights, 4 * weights
+    return count * compute_s / network.step_s(devices, group, compute_s, *sizes, blocks, count, reduce_each)
 
 
 def main() -> None:
@@ -129,13 +134,15 @@ def main() -> None:
             table.add_row(str(each["ranks"]), *(text for rate, of in cells for text in (f"{rate:.1f}", f"{of:.0%}")))
         console.print(table)
     model = []
-    table = Table("model", "tokens of a microbatch", *map(str, DEVICES))
+    table = Table("model", "tokens of a microbatch", "sharded over", *map(str, DEVICES))
     table.title = "modelled, not measured: share of a device's speed that is left, by devices"
     for name, (weights, blocks) in MODELS.items():
         for tokens in arguments.tokens_per_microbatch:
-            shares = [modelled(weights, blocks, devices, tokens, arguments) for devices in DEVICES]
-            table.add_row(name, f"{tokens:,}", *(f"{share:.0%}" for share in shares))
-            model.append({"model": name, "tokens_per_microbatch": tokens, "devices": DEVICES, "shares": shares})
+            for over, most in (("all", max(DEVICES)), ("node", arguments.devices_per_node)):
+                shares = [modelled(weights, blocks, n, min(n, most), tokens, arguments) for n in DEVICES]
+                table.add_row(name, f"{tokens:,}", over, *(f"{share:.0%}" for share in shares))
+                about = {"model": name, "tokens_per_microbatch": tokens, "shard_over": over}
+                model.append({**about, "devices": DEVICES, "shares": shares})
     console.print(table)
     document = {"arguments": vars(arguments), "cores": os.cpu_count(), "measured": found, "modelled": model}
     Path(arguments.json).write_text(json.dumps(document, indent=1))

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import itertools
 import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -675,6 +676,11 @@ class ScalingConfig(Section):
         1.0, description="CPUs of one worker; also its compute threads without a GPU"
     )
     gpus_per_worker: Literal[0, 1] = Field(0, description="GPUs of one worker")
+    shard_over: Literal["all", "node"] | PositiveInt = Field(
+        "all",
+        description="workers that share one copy of the weights: all; node: those of a node, which then gather weights "
+        "within it and sum gradients beyond it; or so many; where they cannot be divided so, all",
+    )
     grow_after_s: PositiveFloat = Field(
         30.0, description="an elastic run grows when there has been room for more workers this long"
     )
@@ -684,10 +690,29 @@ class ScalingConfig(Section):
     def _number_or_range(cls, value: Any) -> Any:
         return _checked_range("scaling.workers", value)
 
+    @field_validator("shard_over", mode="before")
+    @classmethod
+    def _word_or_number(cls, value: Any) -> Any:
+        number = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        if not number and value not in ("all", "node"):
+            raise ValueError(f"scaling.shard_over is {value!r}: write all, node, or a number of workers such as 8")
+        return value
+
     @model_validator(mode="after")
     def _range_in_order(self) -> ScalingConfig:
         if self.min_workers > self.max_workers:
             raise ValueError(f"scaling.workers: min is {self.min_workers}, more than max ({self.max_workers})")
+        return self
+
+    @model_validator(mode="after")
+    def _makes_groups(self) -> ScalingConfig:
+        size, least, most = self.shard_over, self.min_workers, self.max_workers
+        if isinstance(size, int) and most // size * size < max(least, 2 * size):
+            workers = f"{most}" if least == most else f"{least} to {most}"
+            raise ValueError(
+                f"scaling.shard_over is {size}, but scaling.workers ({workers}) is never several groups of {size}: "
+                "write a smaller number that divides the workers, node, or all"
+            )
         return self
 
     @property
@@ -699,6 +724,21 @@ class ScalingConfig(Section):
     def max_workers(self) -> int:
         """The most workers that may train."""
         return self.workers.max if isinstance(self.workers, WorkerRange) else self.workers
+
+    def group_of(self, nodes: Sequence[Hashable]) -> int:
+        """How many workers share a copy of the weights, one after the other: all where groups would not be alike.
+
+        Args:
+            nodes: Where each worker is, in the order of their ranks.
+        """
+        size = len(nodes)
+        if self.shard_over == "node":
+            on_each = [len(list(own)) for _, own in itertools.groupby(nodes)]
+            # Of equal size, and no node twice.
+            size = on_each[0] if len(set(on_each)) == 1 and len(on_each) == len(set(nodes)) else size
+        elif self.shard_over != "all" and size % self.shard_over == 0:
+            size = self.shard_over
+        return size
 
 
 class RecoveryConfig(Section):

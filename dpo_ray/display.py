@@ -368,13 +368,14 @@ def estimate_tables(found: Estimate, hardware: Hardware) -> list[Table]:
         tables.append(_memory_table("a device of the reference: GiB", {"scoring": found.reference}))
     usable = f"tensors may take {hardware.usable_bytes / 2**30:.0f} GiB of a device"
     table = Table(title=f"by number of workers; hours and cost of a million pairs; {usable}")
-    for column in ("workers", "GiB", "tokens", "busy", "pairs/s", "hours", "cost", "scorers"):
+    for column in ("workers", "sharded", "GiB", "tokens", "busy", "pairs/s", "hours", "cost", "scorers"):
         table.add_column(column, justify="right", no_wrap=True)
     larger = False
     for scale in found.scales:
         larger |= scale.batch_pairs == scale.workers
         table.add_row(
             f"{scale.workers:,}{'*' if scale.batch_pairs == scale.workers else ''}",
+            f"{scale.group:,}",
             f"{scale.peak_bytes / 2**30:.1f}" + (f" + {scale.host_bytes / 2**30:.1f} host" if scale.host_bytes else ""),
             f"{scale.load.microbatches} x {scale.load.tokens:,}",
             f"{scale.busy:.0%}",
@@ -385,8 +386,8 @@ def estimate_tables(found: Estimate, hardware: Hardware) -> list[Table]:
             style=None if scale.fits else "dim",
         )
     table.caption = (
-        "tokens: microbatches of a step, tokens of each; busy: what communication leaves; scorers: devices of the "
-        "reference that keep pace"
+        "sharded: workers that share a copy of the weights (scaling.shard_over); tokens: microbatches of a step, "
+        "tokens of each; busy: what communication leaves; scorers: devices of the reference that keep pace"
     )
     table.caption_justify = "left"
     if larger:

@@ -221,6 +221,7 @@ class WorkerContext:
     Attributes:
         rank: 0 .. world_size - 1.
         world_size: Policy workers.
+        group: So many of them, one after the other, share a copy of the weights.
         device: Where this rank computes.
         attempt: The checkpoint and position to start from.
         batches: From the tokens of a microbatch, this rank's part of each global batch from the attempt's position on.
@@ -237,6 +238,7 @@ class WorkerContext:
 
     rank: int
     world_size: int
+    group: int
     device: torch.device
     attempt: Attempt
     batches: Callable[[int], Iterator[GlobalBatch]]

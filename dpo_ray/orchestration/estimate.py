@@ -18,10 +18,11 @@ PATIENCE_S = 5.0
 # Of a pair that is not known: tokens, and the share of them that the two answers have.
 PAIR_TOKENS, ANSWERS_SHARE = 1024, 2 / 3
 # What needs less memory for more time, in the order in which it is worth a try.
-REMEDIES: tuple[tuple[str, Any], ...] = (
-    ("gradient_checkpointing", True),
-    ("gradient_checkpointing", "offload"),
-    ("cpu_offload", True),
+REMEDIES: tuple[tuple[str, str, Any], ...] = (
+    ("scaling", "shard_over", "all"),
+    ("model", "gradient_checkpointing", True),
+    ("model", "gradient_checkpointing", "offload"),
+    ("model", "cpu_offload", True),
 )
 
 
@@ -105,18 +106,20 @@ def _mean_pair(config: Config, given: int | None) -> tuple[tuple[float, float], 
 
 def _remedies(sizing: Sizing, lengths: list[int], least: int | None) -> Iterator[tuple[str, int]]:
     best, config = least or MOST_WORKERS + 1, sizing.config
-    for key, value in REMEDIES:
+    for section, key, value in REMEDIES:
+        given = config.model_dump()
         try:
-            other = parse_config({**config.model_dump(), "model": {**config.model.model_dump(), key: value}})
+            other = parse_config({**given, section: {**given[section], key: value}})
         except ConfigError:
             continue  # It does not go with another setting.
         if other == config or best == 1:
             continue
-        policy = sizing.policy if key == "cpu_offload" else policy_footprint(other, lengths)
+        same = key != "gradient_checkpointing"
+        policy = sizing.policy if same else policy_footprint(other, lengths)
         found = replace(sizing, config=other, policy=policy).least_workers()
         if found is not None and found < best:
             best = found
-            yield f"model.{key}: {str(value).lower()}", found
+            yield f"{section}.{key}: {str(value).lower()}", found
 
 
 def _assumptions(config: Config, hardware: Hardware) -> Iterator[str]:
@@ -139,6 +142,11 @@ def _assumptions(config: Config, hardware: Hardware) -> Iterator[str]:
         f"{hardware.price_per_hour:g} an hour for each device, also of the reference, which scores each pair once; "
         "start, evaluation and checkpoints are not counted"
     )
+    if config.scaling.shard_over != "all":
+        yield (
+            f"scaling.shard_over is {config.scaling.shard_over}: nodes are full, and what copies of the weights sum of "
+            "their gradients once for each step comes after all else"
+        )
     if not config.scaling.gpus_per_worker:
         yield (
             "scaling.gpus_per_worker is 0: a CPU does less than a GPU, --device-tflops says how much; its processes "

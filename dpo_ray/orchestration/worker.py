@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,13 +15,15 @@ import ray.train
 from ray.data.collate_fn import ArrowBatchCollateFn
 
 from dpo_ray import errors
-from dpo_ray.config import Config
-from dpo_ray.orchestration.monitor import Failure, FailureKind, Reporter
+from dpo_ray.config import Config, ScalingConfig
+from dpo_ray.orchestration.monitor import Failure, FailureKind, Place, Reporter
 from dpo_ray.orchestration.stream import Places, eval_feeds, make_feed
 from dpo_ray.orchestration.watch import warnings_to
 from dpo_ray.pairs import pack
 from dpo_ray.training.attempts import Fence
 from dpo_ray.types import Attempt, GlobalBatch, WorkerContext
+
+log = logging.getLogger(__name__)
 
 E = TypeVar("E", bound=errors.DpoRayError)
 
@@ -130,6 +133,7 @@ def _context(assignment: Assignment, reporter: Reporter) -> WorkerContext:
     return WorkerContext(
         rank=rank,
         world_size=world_size,
+        group=_group(config.scaling, rank, world_size),
         device=device,
         attempt=attempt,
         batches=batches,
@@ -143,6 +147,24 @@ def _context(assignment: Assignment, reporter: Reporter) -> WorkerContext:
         sources=feed.sources,
         feeds=(feed, held),
     )
+
+
+def _group(scaling: ScalingConfig, rank: int, world_size: int) -> int:
+    """How many workers share a copy of the weights, the same on all of them."""
+    import torch.distributed as dist
+
+    # Ray Train numbers the workers node by node. Its own count of those of a node goes by addresses.
+    nodes = [""] * world_size
+    dist.all_gather_object(nodes, Place.here().node_id)
+    group = scaling.group_of(nodes)
+    wanted = {"all": world_size, "node": nodes.count(nodes[0])}.get(str(scaling.shard_over), scaling.shard_over)
+    if rank == 0 and group != wanted:
+        log.warning(
+            "scaling.shard_over is %s, and the %d workers (%s on a node) are no groups of that kind: in this attempt "
+            "all of them share one copy of the weights",
+            *(scaling.shard_over, world_size, ", ".join(str(nodes.count(node)) for node in dict.fromkeys(nodes))),
+        )
+    return group
 
 
 class _Unpack(ArrowBatchCollateFn):

@@ -50,6 +50,7 @@ class Budget:
         self._valid_for = {
             "configured": configured,
             "world_size": dist.get_world_size(),
+            "shard_over": context.group,
             "gradient_checkpointing": config.model.gradient_checkpointing,
             "cpu_offload": config.model.cpu_offload,
             "devices": sorted(set(names)),
@@ -87,7 +88,9 @@ class Budget:
             large = large.to(self._context.device, torch.int32)
             dist.all_reduce(large, op=dist.ReduceOp.MAX)
             self.reduce_each |= bool(large)
-            if self.reduce_each and trained[0].dtype == torch.bfloat16 and self._context.rank == 0:
+            # Where there are several copies of the weights, what waits to be summed over them stays in float32.
+            rounds = trained[0].dtype == torch.bfloat16 and self._context.group == dist.get_world_size()
+            if self.reduce_each and rounds and self._context.rank == 0:
                 log.warning(
                     "gradients are summed over workers after each microbatch, to save memory, and added up in "
                     "bfloat16, the dtype of the weights; model.weights_dtype: float32 adds them up in float32"

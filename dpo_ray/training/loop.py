@@ -40,7 +40,7 @@ def train(config: Config, context: WorkerContext) -> None:
 def _train(config: Config, context: WorkerContext, recorder: Recorder | None) -> None:
     doing, attempt = context.control.doing, context.attempt
     doing("loading the model")
-    model = sharded_policy(config.model, context.device, config.adapter, config.seed)
+    model = sharded_policy(config.model, context.device, config.adapter, config.seed, context.group)
     budget = Budget(config, context)
     tokens_per_microbatch = budget.settle(model)
     optimizer = build_optimizer(model, config.optimizer)

@@ -63,7 +63,7 @@ class Recorder:
         self._fence()
         self._metrics = Lines(storage.join(run_uri, "metrics.jsonl"), position)
         self._ledger = Lines(storage.join(run_uri, "ledger.jsonl"), position)
-        self._about = {"attempt": attempt.attempt, "world_size": attempt.world_size}
+        self._about = {"attempt": attempt.attempt, "world_size": attempt.world_size, "shard_over": context.group}
         self._full = config.train.ledger == "full"
         self._trackers = open_trackers(config, position, self._publish)
         self._writing = threading.Lock()

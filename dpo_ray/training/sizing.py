@@ -54,6 +54,7 @@ class Network:
     def step_s(
         self,
         workers: int,
+        group: int,
         compute_s: float,
         gather_bytes: float,
         sum_bytes: float,
@@ -64,22 +65,36 @@ class Network:
         """Seconds of an optimizer step; what fits beside computation is free.
 
         Args:
-            workers: Devices that share the weights.
+            workers: Devices that share the work.
+            group: Those of them that share a copy of the weights.
             compute_s: Of a microbatch.
             gather_bytes: All weights, gathered twice for each microbatch.
             sum_bytes: All gradients, summed once for each step.
             blocks: Collectives of a pass.
             microbatches: Of a step.
-            reduce_each: Whether gradients are summed for each microbatch instead.
+            reduce_each: Whether gradients are summed over a group for each microbatch instead.
         """
-        nodes = -(-workers // self.devices_per_node)
-        bandwidth = (self.near_gb_s if nodes == 1 else self.far_gb_s) * 1e9
-        latency_s = self.latency_us * 1e-6 * (nodes - 1) * blocks
-        share = (workers - 1) / workers
-        gather_s = 2 * (gather_bytes * share / bandwidth + latency_s)
-        sum_s = sum_bytes * share / bandwidth + latency_s
+        gather_s = 2 * self._collective_s(group, group, gather_bytes, blocks)
+        sum_s = self._collective_s(group, group, sum_bytes, blocks)
+        # Between groups a device sums its own shard alone, once: scattered, then gathered.
+        between_s = 2 * self._collective_s(workers // group, workers, sum_bytes / group, blocks)
         each_s = gather_s + (sum_s if reduce_each else 0.0)
-        return (microbatches - 1) * max(compute_s, each_s) + max(compute_s, gather_s + sum_s)
+        return (microbatches - 1) * max(compute_s, each_s) + max(compute_s, gather_s + sum_s + between_s)
+
+    def _collective_s(self, devices: int, reach: int, size: float, blocks: int) -> float:
+        """Seconds in which devices gather or scatter so many bytes, block by block.
+
+        Args:
+            devices: How many.
+            reach: Out of so many, node by node, from the first to the last.
+            size: Bytes of the whole.
+            blocks: Collectives.
+        """
+        if devices == 1:
+            return 0.0
+        nodes = min(devices, -(-reach // self.devices_per_node))
+        bandwidth = (self.near_gb_s if nodes == 1 else self.far_gb_s) * 1e9
+        return size * (devices - 1) / devices / bandwidth + self.latency_us * 1e-6 * (nodes - 1) * blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +146,7 @@ class Scale:
 
     Attributes:
         workers: How many.
+        group: Those that share a copy of the weights.
         batch_pairs: Pairs of a step: train.global_batch_pairs, or one for each worker where that is fewer.
         load: What the worker with most pairs computes.
         peak_bytes: Its memory at the worst moment.
@@ -144,6 +160,7 @@ class Scale:
     """
 
     workers: int
+    group: int
     batch_pairs: int
     load: Load
     peak_bytes: int
@@ -179,6 +196,14 @@ class Sizing:
         """Whether a reference scores the pairs, and not something before this run."""
         return self.reference is not None or self.config.reference.place == "adapter_off"
 
+    def group(self, workers: int) -> int:
+        """How many of the workers share a copy of the weights; nodes are full, but for the last."""
+        return self.config.scaling.group_of([rank // self._per_node for rank in range(workers)])
+
+    @property
+    def _per_node(self) -> int:
+        return self.hardware.network.devices_per_node
+
     def load(self, workers: int) -> Load:
         """What the worker with most pairs computes in a step.
 
@@ -213,15 +238,18 @@ class Sizing:
     def moments(self, workers: int, load: Load) -> dict[str, dict[str, int]]:
         """Bytes of a device at each moment of a step, by what they are for."""
         policy, compute = self.policy, _bytes_of(self.config.model.compute_dtype)
-        weights, state, shards = self._resident(workers)
+        group = self.group(workers)
+        weights, state, shards = self._resident(group)
         offload, alone, several = self.config.model.cpu_offload, workers == 1, load.microbatches > 1
         always = {} if offload else {"weights": weights, "optimizer state": state}
         shards = 0 if offload else shards
         whole = REDUCED_BYTES * _numel(_trained(policy.weights))
-        left = 0 if not several else shards if load.reduce_each else whole
+        # What waits to be summed over further copies of the weights stays as it was summed, and becomes the gradient.
+        waiting = shards if group == workers else REDUCED_BYTES * shards // self._trained_bytes
+        left = 0 if not several else waiting if load.reduce_each else whole
         block = max(policy.blocks, key=_numel, default=())
         gathered = tuple(compute * _gathered(part) for part in (policy.rest, block, () if alone else block))
-        root_shard = 0 if offload else self._trained_bytes * _shard(_trained(policy.rest), workers)
+        root_shard = 0 if offload else self._trained_bytes * _shard(_trained(policy.rest), group)
         root_trained, head_gradient = _numel(_trained(policy.rest)), compute * policy.head_weight
         kept, working = policy.kept.at(load.tokens), policy.working.at(load.tokens)
         of_block, trained_block = kept // max(1, len(policy.blocks)), _numel(_trained(block))
@@ -255,7 +283,7 @@ class Sizing:
                 "sums": block_sum,
             },
             "embedding": {**always, "gradients": shards + root_left, "sums": root_sum},
-            "update": {**always, "gradients": shards, "sums": self._update_bytes(workers)},
+            "update": {**always, "gradients": shards, "sums": self._update_bytes(group)},
         }
 
     def peak_bytes(self, workers: int, load: Load) -> int:
@@ -264,13 +292,13 @@ class Sizing:
 
     def host_bytes(self, workers: int) -> int:
         """What model.cpu_offload keeps in the host's memory for a worker."""
-        return sum(self._resident(workers)) if self.config.model.cpu_offload else 0
+        return sum(self._resident(self.group(workers))) if self.config.model.cpu_offload else 0
 
-    def _resident(self, workers: int) -> tuple[int, int, int]:
+    def _resident(self, group: int) -> tuple[int, int, int]:
         """A worker's share of the weights, of the optimizer's state, and of the gradients."""
-        trained = _shard(_trained(self.policy.weights), workers)
+        trained = _shard(_trained(self.policy.weights), group)
         frozen = _shard(
-            (weight for weight in self.policy.weights if not weight.trained and not weight.quantized), workers
+            (weight for weight in self.policy.weights if not weight.trained and not weight.quantized), group
         )
         in_4_bits = _numel(weight for weight in self.policy.weights if weight.quantized)
         of_trained = self._trained_bytes * trained
@@ -280,10 +308,10 @@ class Sizing:
         weights += round(QUANTIZED_BYTES * in_4_bits)
         return weights, STATES[self.config.optimizer.name] * of_trained, of_trained
 
-    def _update_bytes(self, workers: int) -> int:
+    def _update_bytes(self, group: int) -> int:
         """What the update needs for itself: AdamW is one kernel, others go weight by weight, on GPUs not RMSprop."""
         optimizer, trained = self.config.optimizer, _trained(self.policy.weights)
-        shards = [self._trained_bytes * weight.shard(workers) for weight in trained]
+        shards = [self._trained_bytes * weight.shard(group) for weight in trained]
         if optimizer.name == "adamw" or not shards or self.config.model.cpu_offload:
             return 0
         if optimizer.name == "rmsprop" and self.config.scaling.gpus_per_worker:
@@ -319,6 +347,7 @@ class Sizing:
         compute_s = hardware.seconds((6.0 * trained + 4.0 * frozen + again) * tokens / load.microbatches)
         step_s = hardware.network.step_s(
             workers,
+            self.group(workers),
             compute_s,
             _bytes_of(self.config.model.compute_dtype) * _gathered(weights),
             REDUCED_BYTES * trained,
@@ -336,6 +365,7 @@ class Sizing:
         peak = self.peak_bytes(workers, load)
         return Scale(
             workers,
+            self.group(workers),
             batch,
             load,
             peak,
@@ -350,8 +380,14 @@ class Sizing:
 
     def least_workers(self) -> int | None:
         """The fewest workers whose devices hold the run; None: not even `MOST_WORKERS` do."""
+        over = self.config.scaling.shard_over
+        most = {"all": MOST_WORKERS, "node": self._per_node}.get(str(over), over)
         for workers in range(1, MOST_WORKERS + 1):
-            if self.peak_bytes(workers, self.load(workers)) <= self.hardware.usable_bytes:
+            # Where they are no groups of the kind that is asked for, all share a copy: more of them would not fit.
+            if (
+                self.group(workers) <= int(most)
+                and self.peak_bytes(workers, self.load(workers)) <= self.hardware.usable_bytes
+            ):
                 return workers
         return None
 
@@ -372,8 +408,8 @@ def _gathered(weights: Iterable[Weight]) -> int:
     return sum(weight.numel for weight in weights if not weight.quantized)
 
 
-def _shard(weights: Iterable[Weight], workers: int) -> int:
-    return sum(weight.shard(workers) for weight in weights)
+def _shard(weights: Iterable[Weight], group: int) -> int:
+    return sum(weight.shard(group) for weight in weights)
 
 
 def _bytes_of(dtype: str) -> int:

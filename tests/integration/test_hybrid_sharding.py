@@ -100,7 +100,6 @@ def test_copies_change_no_number_and_no_checkpoint(tmp_path: Path, tiny_model: P
     one, groups, four = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "2 x 2", "4"))
     assert one[0] > one[-2] + 0.1
     assert min(one[1::2]) < CLIP < max(one[1::2])
-    print([a - b for a, b in zip(groups, four)], [a - b for a, b in zip(groups, one)])
     assert groups == pytest.approx(four, rel=1e-5)
     assert groups == pytest.approx(one, rel=1e-5)
     weights = {name: load_file(tmp_path / f"{name}.safetensors") for name in ("one", "2 x 2", "4")}
@@ -109,7 +108,6 @@ def test_copies_change_no_number_and_no_checkpoint(tmp_path: Path, tiny_model: P
             torch.testing.assert_close(weights["2 x 2"][key], tensor, rtol=1e-4, atol=1e-5, msg=key)
     # Each of the four writes about a quarter of one copy.
     bytes_of = {name: written(tmp_path / name) for name in weights}
-    print(bytes_of)
     whole = sum(tensor.nbytes for tensor in weights["one"].values())
     assert [sum(files.values()) for files in bytes_of.values()] == [whole] * 3
     assert len(bytes_of["2 x 2"]) == 4

@@ -10,7 +10,7 @@ import yaml
 from helpers import tiny_config
 
 from dpo_ray import config as configuration
-from dpo_ray.config import Config, changed_keys, load_config, parse_config, to_yaml
+from dpo_ray.config import Config, ScalingConfig, changed_keys, load_config, parse_config, to_yaml
 from dpo_ray.errors import ConfigError
 
 MINIMAL: dict[str, Any] = {
@@ -92,6 +92,20 @@ def with_values(**sections: dict[str, Any]) -> dict[str, Any]:
             r"is 0.6, but sigmoid needs it in \[0, 0.5\)",
         ),
         (with_values(train={"global_batch_pairs": 2}, scaling={"workers": 3}), "fewer than scaling.workers"),
+        (with_values(scaling={"shard_over": "nodes"}), "scaling.shard_over is 'nodes': write all, node, or a number"),
+        (
+            with_values(scaling={"workers": 12, "shard_over": 8}),
+            r"shard_over is 8, but scaling.workers \(12\) is never several groups of 8",
+        ),
+        (with_values(scaling={"workers": 8, "shard_over": 8}), "is never several groups of 8"),
+        (
+            with_values(scaling={"workers": {"min": 5, "max": 7}, "shard_over": 2.0}),
+            "shard_over is 2.0: write all",
+        ),
+        (
+            with_values(scaling={"workers": {"min": 9, "max": 11}, "shard_over": 4}),
+            r"scaling.workers \(9 to 11\) is never several groups of 4",
+        ),
         (with_values(model={"weights_dtype": "bfloat16"}), "adamw_kahan"),
         (with_values(model={"freeze": ["layers.(0"]}), r"model.freeze: 'layers.\(0' is no regular expression"),
         (with_values(model={"freeze": ["embed"]}, adapter={"rank": 2}), "with adapter.rank 2 all of the model's own"),
@@ -309,3 +323,24 @@ def test_mixtures_say_what_they_need() -> None:
     assert not parse_config(with_values(objective={"loss": {"sft": 1, "orpo": 1}})).needs_reference
     assert not config.needs_token_scores
     assert parse_config(with_values(objective={"ld_alpha": 0.5})).needs_token_scores
+
+
+@pytest.mark.parametrize(
+    ("shard_over", "nodes", "group"),
+    [
+        ("all", "AABB", 4),
+        ("node", "AABB", 2),
+        ("node", "ABCD", 1),
+        ("node", "AAAA", 4),
+        ("node", "AAAB", 4),  # Groups of 3 and 1 would not be alike.
+        ("node", "ABAB", 4),  # Ranks that are not numbered node by node.
+        ("node", "AABBA", 5),
+        (2, "AAAABB", 2),
+        (2, "AAABBB", 2),  # One group on two nodes: slower, and right.
+        (4, "AABBC", 5),
+        (4, "AAB", 3),
+    ],
+)
+def test_who_shares_a_copy_of_the_weights(shard_over: Any, nodes: str, group: int) -> None:
+    scaling = ScalingConfig.model_validate({"workers": {"min": 1, "max": 8}, "shard_over": shard_over})
+    assert scaling.group_of(nodes) == group

@@ -38,7 +38,7 @@ def batch(*pairs: int) -> Any:
 
 
 def one_rank(rank: int, world: int, config: Config) -> None:
-    context: Any = SimpleNamespace(rank=rank, device=torch.device("cpu"), fence=lambda: None)
+    context: Any = SimpleNamespace(rank=rank, group=world, device=torch.device("cpu"), fence=lambda: None)
     assert Budget(config, context).reduce_each == (world == 1)
 
 
@@ -49,7 +49,7 @@ def test_one_rank_holds_no_second_gradient(world: int, tmp_path: Path) -> None:
 
 def shrinking(rank: int, world: int, config: Config) -> None:
     """Every rank finds what one of them has written; another setting starts from itself."""
-    context: Any = SimpleNamespace(rank=rank, device=torch.device("cpu"), fence=lambda: None)
+    context: Any = SimpleNamespace(rank=rank, group=world, device=torch.device("cpu"), fence=lambda: None)
     first = Budget(config, context)
     assert first.settle(torch.nn.Linear(1, 1)) == 600
     torch.distributed.barrier()
@@ -70,7 +70,7 @@ def test_running_out_of_memory_shrinks_the_budget_of_all(tmp_path: Path) -> None
 
 
 def alone(rank: int, world: int, config: Config) -> None:
-    context: Any = SimpleNamespace(rank=0, device=torch.device("cpu"), fence=lambda: None)
+    context: Any = SimpleNamespace(rank=0, group=1, device=torch.device("cpu"), fence=lambda: None)
     budget = Budget(config, context)
     mistake = pytest.raises(ConfigError, match="step 7: out of memory .* a single pair of up to 3 tokens")
     with mistake, budget.watched(batch(1, 0, 1)):

@@ -132,10 +132,45 @@ def test_a_step_takes_the_longer_of_computation_and_communication() -> None:
     """Two nodes of 8: 15/16 of 32 MB twice at 10 GB/s are 6 ms and 2 x 3 x 100 us more: 6.6 ms; sums of 64 MB take
     6.3 ms. Of three microbatches of 7 ms the last takes 12.9 ms; where sums come each time, all do."""
     network = Network(devices_per_node=8, near_gb_s=100.0, far_gb_s=10.0, latency_us=100.0)
-    once = network.step_s(16, 7e-3, 32e6, 64e6, 3, 3, False)
+    once = network.step_s(16, 16, 7e-3, 32e6, 64e6, 3, 3, False)
     assert once == pytest.approx(2 * 7e-3 + 12.9e-3)
-    assert network.step_s(16, 7e-3, 32e6, 64e6, 3, 3, True) == pytest.approx(3 * 12.9e-3)
-    assert network.step_s(1, 7e-3, 32e6, 64e6, 3, 3, True) == pytest.approx(3 * 7e-3)
+    assert network.step_s(16, 16, 7e-3, 32e6, 64e6, 3, 3, True) == pytest.approx(3 * 12.9e-3)
+    assert network.step_s(1, 1, 7e-3, 32e6, 64e6, 3, 3, True) == pytest.approx(3 * 7e-3)
+
+
+def test_copies_are_summed_once_and_gathered_within_a_node() -> None:
+    """Two nodes of 8: 7/8 of 32 MB twice at 100 GB/s are 0.56 ms, sums of 64 MB over a node another 0.56 ms. Then each
+    device sums 8 MB with the one of the other node: 1/2 of them twice at 10 GB/s, and 2 x 3 x 100 us: 1.4 ms."""
+    network = Network(devices_per_node=8, near_gb_s=100.0, far_gb_s=10.0, latency_us=100.0)
+    assert network.step_s(16, 8, 1e-9, 32e6, 64e6, 3, 3, False) == pytest.approx(3 * 0.56e-3 + 0.56e-3 + 1.4e-3)
+    assert network.step_s(16, 8, 1e-9, 32e6, 64e6, 3, 3, True) == pytest.approx(3 * 1.12e-3 + 1.4e-3)
+    assert network.step_s(16, 8, 7e-3, 32e6, 64e6, 3, 3, True) == pytest.approx(3 * 7e-3)
+    # Groups of 4 in one node of 8 sum within it: 1/2 of 16 MB twice at 100 GB/s; nothing is latent there.
+    assert network.step_s(8, 4, 1e-9, 32e6, 64e6, 3, 1, False) == pytest.approx(0.48e-3 + 0.48e-3 + 0.16e-3)
+
+
+def test_memory_with_a_copy_on_each_node() -> None:
+    """Of 8 workers on two nodes each has what one of 4 has; what waits for the other node is in float32."""
+    hardware = Hardware(network=Network(devices_per_node=4))
+    nodes = sizing(hardware, scaling={"gpus_per_worker": 1, "shard_over": "node"})
+    assert [nodes.group(workers) for workers in (1, 3, 4, 6, 8)] == [1, 3, 4, 6, 4]
+    assert nodes.moments(8, Load(100, 2, True)) == sizing(hardware).moments(4, Load(100, 2, True))
+    kahan: dict[str, Any] = {"model": {"weights_dtype": "bfloat16"}, "optimizer": {"name": "adamw_kahan"}}
+    nodes = sizing(hardware, scaling={"gpus_per_worker": 1, "shard_over": "node"}, **kahan)
+    assert nodes.moments(8, Load(100, 2, True))["output layer"]["gradients"] == 4 * 900
+    assert sizing(hardware, **kahan).moments(8, Load(100, 2, True))["output layer"]["gradients"] == 2 * (3 * 100 + 200)
+
+
+def test_the_fewest_workers_with_a_copy_on_each_node() -> None:
+    """What does not fit on a full node would fit on 5 workers of two nodes, but not on 8: it needs another setting."""
+    microbatches = {"tokens_per_microbatch": 200, "global_batch_pairs": 8192}
+    peaks = [sizing().peak_bytes(workers, Load(200, 2, True)) for workers in (4, 5)]
+    hardware = Hardware(memory_gib=(peaks[0] - 1) / 0.85 / GIB, network=Network(devices_per_node=4))
+    assert peaks[1] < hardware.usable_bytes < peaks[0]
+    scaling = {"gpus_per_worker": 1, "workers": 8, "shard_over": "node"}
+    assert sizing(hardware, train=microbatches).least_workers() == 5
+    assert sizing(hardware, train=microbatches, scaling=scaling).scale(5).fits
+    assert sizing(hardware, train=microbatches, scaling=scaling).least_workers() is None
 
 
 def test_pairs_and_price() -> None:
