@@ -15,7 +15,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,6 +124,18 @@ def _check_round_trip(uri: str) -> None:
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[S3Server]:
     """SeaweedFS on loopback; AWS_* of this process, and so of all that it starts, point at it."""
+    with serve_s3() as server:
+        yield server
+
+
+@contextlib.contextmanager
+def serve_s3(host: str = "127.0.0.1", prefix: Sequence[str] = ()) -> Iterator[S3Server]:
+    """SeaweedFS, with AWS_* of this process pointing at it.
+
+    Args:
+        host: The address that it listens on.
+        prefix: A command that runs another one where that address is.
+    """
     weed = shutil.which("weed", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if weed is None:
         pytest.fail("the S3 server `weed` is missing: install the extra `dev`")
@@ -132,11 +144,12 @@ def s3_server() -> Iterator[S3Server]:
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         master, volume, filer, s3, admin = stack.enter_context(_free_ports(5))
-        endpoint = f"http://127.0.0.1:{s3}"
+        endpoint = f"http://{host}:{s3}"
         credentials = {"AWS_ACCESS_KEY_ID": secrets.token_hex(10), "AWS_SECRET_ACCESS_KEY": secrets.token_hex(20)}
         log = folder / "log.txt"
         command = [
-            *(weed, "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-bucket={bucket}"),
+            *prefix,
+            *(weed, "mini", f"-dir={folder}", f"-ip={host}", f"-ip.bind={host}", f"-bucket={bucket}"),
             *("-master.telemetry=false", "-webdav=false", "-admin.ui=false"),
             *(f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}", f"-s3.port={s3}"),
             *(f"-admin.port={admin}", "-s3.port.iceberg=0", "-s3.port.lance=0"),
@@ -164,10 +177,19 @@ def s3_server() -> Iterator[S3Server]:
             environment.setenv("AWS_DEFAULT_REGION", "us-east-1")
             for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3"):
                 environment.delenv(name, raising=False)
-            places = (f"127.0.0.1:{master}", f"127.0.0.1:{filer}")
+            # File systems that are kept from before would ask another server.
+            stack.callback(_forget_file_systems)
+            _forget_file_systems()
+            places = (f"{host}:{master}", f"{host}:{filer}")
             server = S3Server(endpoint, bucket, process, folder, weed, *places)
             _check_round_trip(server.uri("self-check"))
             yield server
+
+
+def _forget_file_systems() -> None:
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:

@@ -32,7 +32,7 @@ def write_pairs(path: Path, num: int, held_out: bool = False) -> str:
     return str(path)
 
 
-def tiny_config(storage_path: str, name: str, model: Path, pairs_file: str, **sections: dict[str, Any]) -> Config:
+def tiny_config(storage_path: str, name: str, model: Path | str, pairs_file: str, **sections: dict[str, Any]) -> Config:
     """A float32 run of 20 steps on the tiny model; `sections` override keys."""
     raw: dict[str, Any] = {
         "name": name,

@@ -1,0 +1,222 @@
+"""Hosts on one machine: each with a network, processes, mounts and a name of its own, on a bridge in a network apart.
+
+    with Network("head", "worker-1", "laptop") as network:
+        network["head"].power_on("ray", "start", "--head", "--block", ...)
+        network["laptop"].run("ray", "job", "submit", ...)
+        network["worker-1"].cut()
+
+A packet leaves the bridge for these hosts and for this process alone, which has an address on it too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+DASHBOARD_PORT, GCS_PORT, CLIENT_PORT = 8265, 6379, 10001
+SHARED_MEMORY = "400m"
+OBJECT_STORE_BYTES = 100_000_000
+# What a host has of this machine's environment; the rest is its own.
+INHERITED = ("LANG", "PYTHONPATH", "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION")
+CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+# Its arguments are the host's name and folder, the file of all names, and the command.
+BOOT = f"""
+set -e
+hostname "$1"
+mount --bind "$3" /etc/hosts
+mount --bind "$2/ray" /tmp/ray
+mount -t tmpfs -o size={SHARED_MEMORY} shm /dev/shm
+shift 3
+exec "$@"
+"""
+
+
+def ip(*arguments: str) -> None:
+    """Runs `ip`."""
+    done = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise OSError(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
+
+
+class Host:
+    """One of the hosts; off until a command powers it on."""
+
+    def __init__(self, network: Network, name: str, number: int) -> None:
+        self.name, self.address = name, f"{network.subnet}.{number}"
+        self._network, self._namespace = network, network.namespace(name)
+        self._port = f"port-{number}"
+        self.home = network.folder / name
+        (self.home / "ray").mkdir(parents=True)
+        self.own_environment = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+        self._machine: subprocess.Popen[bytes] | None = None
+        self.log = self.home / "console.txt"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a process of the host has."""
+        found = {name: os.environ[name] for name in (*INHERITED, *CREDENTIALS) if name in os.environ}
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        return {**found, "PATH": path, "HOME": str(self.home), **self.own_environment}
+
+    @property
+    def prefix(self) -> tuple[str, ...]:
+        """What makes of a command one of this host; with its first process all others die."""
+        separate = ("--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc")
+        boot = ("bash", "-c", BOOT, "boot", self.name, str(self.home), str(self._network.names))
+        return ("ip", "netns", "exec", self._namespace, "unshare", *separate, *boot)
+
+    def run(self, *command: str, timeout_s: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Runs a command on the host to its end."""
+        return subprocess.run(
+            [*self.prefix, *command],
+            env={**self.environment, **environment},
+            cwd=self.home,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+
+    def power_on(self, *command: str) -> None:
+        """Starts the host with this command; what it writes goes to `log`."""
+        assert self._machine is None, f"{self.name} is on"
+        with self.log.open("ab") as log:
+            self._machine = subprocess.Popen(
+                [*self.prefix, *command],
+                env=self.environment,
+                cwd=self.home,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def power_off(self) -> None:
+        """All processes of the host are gone at once, and none sees it coming."""
+        assert self._machine is not None, f"{self.name} is off"
+        self._machine.kill()
+        self._machine.wait()
+        self._machine = None
+        shutil.rmtree(self.home / "ray")
+        (self.home / "ray").mkdir()
+
+    @property
+    def is_on(self) -> bool:
+        return self._machine is not None and self._machine.poll() is None
+
+    def forget(self) -> None:
+        """Takes note of a host that has ended by itself."""
+        assert not self.is_on, f"{self.name} is on"
+        if self._machine is not None:
+            self.power_off()
+
+    def cut(self) -> None:
+        """Takes the cable out of the switch: neither side is told."""
+        ip("-n", self._network.bridge, "link", "set", self._port, "down")
+
+    def heal(self) -> None:
+        """Puts it back."""
+        ip("-n", self._network.bridge, "link", "set", self._port, "up")
+
+    def attach(self) -> None:
+        """Makes the host's network namespace and joins it to the bridge."""
+        ip("netns", "add", self._namespace)
+        self._network.callback(ip, "netns", "del", self._namespace)
+        ip("-n", self._namespace, "link", "set", "lo", "up")
+        bridge = self._network.bridge
+        ip("-n", self._namespace, "link", "add", "eth0", "type", "veth", "peer", "name", self._port, "netns", bridge)
+        ip("-n", bridge, "link", "set", self._port, "master", "bridge", "up")
+        ip("-n", self._namespace, "addr", "add", f"{self.address}/24", "dev", "eth0")
+        ip("-n", self._namespace, "link", "set", "eth0", "up")
+
+    def listening(self) -> list[str]:
+        """Addresses and ports on which something listens."""
+        done = subprocess.run(
+            ["ip", "netns", "exec", self._namespace, "ss", "-Hltn"], capture_output=True, text=True, check=True
+        )
+        return [line.split()[3] for line in done.stdout.splitlines()]
+
+
+class Network(contextlib.ExitStack):
+    """Hosts by their names; at its end they are off and nothing is left of them."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        # Of several test runs on a machine each has its own.
+        self._key = f"dpo{os.getpid()}"
+        self.subnet = f"10.77.{os.getpid() % 254 + 1}"
+        self.bridge = self.namespace("bridge")
+        self.folder = Path(tempfile.mkdtemp(prefix="dpo-ray-hosts-"))
+        self.names = self.folder / "names"
+        self._hosts = {name: Host(self, name, number) for number, name in enumerate(names, start=1)}
+        lines = ["127.0.0.1 localhost", *(f"{host.address} {host.name}" for host in self)]
+        self.names.write_text("\n".join(lines) + "\n")
+
+    def namespace(self, name: str) -> str:
+        """What a host's network namespace is called on this machine."""
+        return f"{self._key}-{name}"
+
+    def __getitem__(self, name: str) -> Host:
+        return self._hosts[name]
+
+    def __iter__(self) -> Iterator[Host]:
+        return iter(self._hosts.values())
+
+    def __enter__(self) -> Network:
+        super().__enter__()
+        Path("/tmp/ray").mkdir(exist_ok=True)
+        with contextlib.ExitStack() as undo:
+            undo.push(self.__exit__)
+            self.callback(shutil.rmtree, self.folder, ignore_errors=True)
+            ip("netns", "add", self.bridge)
+            self.callback(ip, "netns", "del", self.bridge)
+            ip("-n", self.bridge, "link", "add", "bridge", "type", "bridge")
+            ip("-n", self.bridge, "link", "set", "bridge", "up")
+            ip("link", "add", self._key, "type", "veth", "peer", "name", "here", "netns", self.bridge)
+            ip("-n", self.bridge, "link", "set", "here", "master", "bridge", "up")
+            ip("addr", "add", f"{self.subnet}.254/24", "dev", self._key)
+            ip("link", "set", self._key, "up")
+            for host in self:
+                host.attach()
+                self.callback(self._off, host)
+            undo.pop_all()
+        return self
+
+    @staticmethod
+    def _off(host: Host) -> None:
+        if host._machine is not None:
+            host.power_off()
+
+
+def needs_hosts() -> None:
+    """Skips where hosts cannot be made."""
+    if os.geteuid() != 0 or not all(shutil.which(tool) for tool in ("ip", "unshare", "ss")):
+        pytest.skip("hosts of their own need root, iproute2 and util-linux")
+    probe = ["ip", "netns", "add", name := f"dpo{os.getpid()}-probe"]
+    if subprocess.run(probe, capture_output=True, check=False).returncode:
+        pytest.skip("hosts of their own need network namespaces, which this machine does not allow")
+    ip("netns", "del", name)
+
+
+def ray_head(host: Host, *options: str) -> None:
+    """Powers a host on as a cluster's head without room for work."""
+    role = ("--head", f"--port={GCS_PORT}", f"--dashboard-host={host.address}", f"--dashboard-port={DASHBOARD_PORT}")
+    _ray(host, *role, "--num-cpus=0", *options)
+
+
+def ray_worker(host: Host, head: Host, num_cpus: int) -> None:
+    """Powers a host on as a node of a cluster."""
+    _ray(host, f"--address={head.address}:{GCS_PORT}", f"--num-cpus={num_cpus}")
+
+
+def _ray(host: Host, *options: str) -> None:
+    common = (f"--node-ip-address={host.address}", f"--object-store-memory={OBJECT_STORE_BYTES}", "--block")
+    host.power_on("ray", "start", *options, *common, "--disable-usage-stats")
