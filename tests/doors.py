@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import socket
 from typing import Literal
 
 import grpc
@@ -68,12 +67,3 @@ def _grpc(address: str, port: int, token: str | None) -> Answer:
         # One service of a port may ask, and another not.
         return "lets in" if grpc.StatusCode.OK in codes else "refuses"
     return "lets in" if codes - _NO_ANSWER else "other"
-
-
-def is_open(address: str, port: int) -> bool:
-    """Whether something listens there."""
-    try:
-        socket.create_connection((address, port), timeout=ANSWER_S).close()
-        return True
-    except OSError:
-        return False

@@ -11,17 +11,23 @@ A packet leaves the bridge for these hosts and for this process alone, which has
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import secrets
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
-DASHBOARD_PORT, GCS_PORT, CLIENT_PORT = 8265, 6379, 10001
+DASHBOARD_PORT, GCS_PORT = 8265, 6379
+READY_S = 60.0
 SHARED_MEMORY = "400m"
 OBJECT_STORE_BYTES = 100_000_000
 # What a host has of this machine's environment; the rest is its own.
@@ -55,7 +61,7 @@ class Host:
         self._port = f"port-{number}"
         self.home = network.folder / name
         (self.home / "ray").mkdir(parents=True)
-        self.own_environment = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+        self.own_environment = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "PYTHONUNBUFFERED": "1"}
         self._machine: subprocess.Popen[bytes] | None = None
         self.log = self.home / "console.txt"
 
@@ -83,6 +89,18 @@ class Host:
             text=True,
             timeout=timeout_s,
             check=False,
+        )
+
+    def process(self, *command: str) -> subprocess.Popen[str]:
+        """Starts a command on the host; what it writes can be read as it comes."""
+        return subprocess.Popen(
+            [*self.prefix, *command],
+            env=self.environment,
+            cwd=self.home,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
         )
 
     def power_on(self, *command: str) -> None:
@@ -137,12 +155,13 @@ class Host:
         ip("-n", self._namespace, "addr", "add", f"{self.address}/24", "dev", "eth0")
         ip("-n", self._namespace, "link", "set", "eth0", "up")
 
-    def listening(self) -> list[str]:
-        """Addresses and ports on which something listens."""
+    def ports(self) -> set[int]:
+        """Ports that others can reach."""
         done = subprocess.run(
             ["ip", "netns", "exec", self._namespace, "ss", "-Hltn"], capture_output=True, text=True, check=True
         )
-        return [line.split()[3] for line in done.stdout.splitlines()]
+        places = [line.split()[3].rpartition(":") for line in done.stdout.splitlines()]
+        return {int(port) for address, _, port in places if "127.0.0.1" not in address}
 
 
 class Network(contextlib.ExitStack):
@@ -174,7 +193,7 @@ class Network(contextlib.ExitStack):
         super().__enter__()
         Path("/tmp/ray").mkdir(exist_ok=True)
         with contextlib.ExitStack() as undo:
-            undo.push(self.__exit__)
+            undo.push(self)
             self.callback(shutil.rmtree, self.folder, ignore_errors=True)
             ip("netns", "add", self.bridge)
             self.callback(ip, "netns", "del", self.bridge)
@@ -206,17 +225,63 @@ def needs_hosts() -> None:
     ip("netns", "del", name)
 
 
-def ray_head(host: Host, *options: str) -> None:
-    """Powers a host on as a cluster's head without room for work."""
-    role = ("--head", f"--port={GCS_PORT}", f"--dashboard-host={host.address}", f"--dashboard-port={DASHBOARD_PORT}")
-    _ray(host, *role, "--num-cpus=0", *options)
+class RayHosts:
+    """A Ray cluster on hosts: the head has no room for work, each worker some CPUs."""
+
+    def __init__(self, head: Host, workers: Sequence[Host], num_cpus: int = 2) -> None:
+        """Starts nothing yet."""
+        self.head, self.workers, self._num_cpus, self.token = head, list(workers), num_cpus, ""
+        self.dashboard = f"http://{head.address}:{DASHBOARD_PORT}"
+
+    def ask_for_a_token(self, *clients: Host) -> None:
+        """The hosts of the cluster, and these, will have its token in a file, and authentication on."""
+        self.token = secrets.token_hex(32)
+        for host in (self.head, *self.workers, *clients):
+            file = host.home / ".ray" / "auth_token"
+            file.parent.mkdir()
+            file.touch(mode=0o600)
+            file.write_text(self.token)
+            host.own_environment["RAY_AUTH_MODE"] = "token"
+
+    def start(self) -> None:
+        """Starts all hosts, and waits until the cluster has them."""
+        role = ("--head", f"--port={GCS_PORT}", f"--dashboard-host={self.head.address}", "--num-cpus=0")
+        self._power_on(self.head, *role, f"--dashboard-port={DASHBOARD_PORT}")
+        # A worker that finds no head gives up.
+        self._until(lambda: _listens(self.head.address, GCS_PORT))
+        for worker in self.workers:
+            self.add(worker)
+        self._until(lambda: self.num_alive() == 1 + len(self.workers))
+
+    def add(self, worker: Host) -> None:
+        """Powers a worker on."""
+        self._power_on(worker, f"--address={self.head.address}:{GCS_PORT}", f"--num-cpus={self._num_cpus}")
+
+    def num_alive(self) -> int:
+        """Nodes that are alive, as the dashboard says; 0 before it does."""
+        request = urllib.request.Request(f"{self.dashboard}/api/v0/nodes")
+        if self.token:
+            request.add_header("Authorization", f"Bearer {self.token}")
+        with contextlib.suppress(OSError), urllib.request.urlopen(request, timeout=5) as answer:
+            found = json.load(answer)["data"]["result"]["result"]
+            return sum(node["state"] == "ALIVE" for node in found)
+        return 0
+
+    def _power_on(self, host: Host, *options: str) -> None:
+        common = (f"--node-ip-address={host.address}", f"--object-store-memory={OBJECT_STORE_BYTES}", "--block")
+        host.power_on("ray", "start", *options, *common, "--disable-usage-stats")
+
+    def _until(self, look: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + READY_S
+        while not look():
+            for host in (self.head, *self.workers):
+                assert host.is_on or not host.log.exists(), host.log.read_text()[-4000:]
+            assert time.monotonic() < deadline, self.head.log.read_text()[-4000:]
+            time.sleep(0.1)
 
 
-def ray_worker(host: Host, head: Host, num_cpus: int) -> None:
-    """Powers a host on as a node of a cluster."""
-    _ray(host, f"--address={head.address}:{GCS_PORT}", f"--num-cpus={num_cpus}")
-
-
-def _ray(host: Host, *options: str) -> None:
-    common = (f"--node-ip-address={host.address}", f"--object-store-memory={OBJECT_STORE_BYTES}", "--block")
-    host.power_on("ray", "start", *options, *common, "--disable-usage-stats")
+def _listens(address: str, port: int) -> bool:
+    with contextlib.suppress(OSError):
+        socket.create_connection((address, port), timeout=1).close()
+        return True
+    return False
