@@ -63,6 +63,25 @@ def _checked_range(key: str, value: Any) -> Any:
     raise ValueError(f"{key} is {value!r}: write a number of 1 or more, or {{min: 2, max: 8}}")
 
 
+def _checked_labels(key: str, labels: dict[str, str]) -> dict[str, str]:
+    """Labels by their one value each, or one message.
+
+    Raises:
+        ValueError: Ray would take a value for an operator, or refuse a name.
+    """
+    for name, value in labels.items():
+        if not _LABEL.fullmatch(value):
+            raise ValueError(
+                f"{key}.{name} is {value!r}: write the one value that the label must have, of letters, digits, -, _ "
+                "and .; Ray's operators, such as !x and in(x, y), are not taken"
+            )
+        if not all(_LABEL.fullmatch(part) for part in name.split("/", 1)):
+            raise ValueError(
+                f"{key}: {name!r} cannot be the name of a label: write names such as pool or ray.io/accelerator-type"
+            )
+    return labels
+
+
 class Section(BaseModel):
     """Base of all sections."""
 
@@ -390,18 +409,7 @@ class ReferenceConfig(Section):
     @field_validator("label_selector")
     @classmethod
     def _labels_are_plain(cls, labels: dict[str, str]) -> dict[str, str]:
-        for name, value in labels.items():
-            if not _LABEL.fullmatch(value):
-                raise ValueError(
-                    f"reference.label_selector.{name} is {value!r}: write the one value that the label must have, of "
-                    "letters, digits, -, _ and .; Ray's operators, such as !x and in(x, y), are not taken"
-                )
-            if not all(_LABEL.fullmatch(part) for part in name.split("/", 1)):
-                raise ValueError(
-                    f"reference.label_selector: {name!r} cannot be the name of a label: write names such as pool or "
-                    "ray.io/accelerator-type"
-                )
-        return labels
+        return _checked_labels("reference.label_selector", labels)
 
     @model_validator(mode="after")
     def _moves_or_not(self) -> ReferenceConfig:
@@ -681,6 +689,10 @@ class ScalingConfig(Section):
         description="workers that share one copy of the weights: all; node: those of a node, which then gather weights "
         "within it and sum gradients beyond it; or so many; where they cannot be divided so, all",
     )
+    resources_per_worker: dict[str, float] = Field({}, description="custom Ray resources, e.g. {policy: 1}")
+    label_selector: dict[str, str] = Field(
+        {}, description="labels that a worker's node must have, e.g. {ray.io/accelerator-type: H100}"
+    )
     grow_after_s: PositiveFloat = Field(
         30.0, description="an elastic run grows when there has been room for more workers this long"
     )
@@ -697,6 +709,11 @@ class ScalingConfig(Section):
         if not number and value not in ("all", "node"):
             raise ValueError(f"scaling.shard_over is {value!r}: write all, node, or a number of workers such as 8")
         return value
+
+    @field_validator("label_selector")
+    @classmethod
+    def _labels_are_plain(cls, labels: dict[str, str]) -> dict[str, str]:
+        return _checked_labels("scaling.label_selector", labels)
 
     @model_validator(mode="after")
     def _range_in_order(self) -> ScalingConfig:

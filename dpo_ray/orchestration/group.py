@@ -43,6 +43,7 @@ from dpo_ray.orchestration.monitor import (
     stalled,
 )
 from dpo_ray.orchestration.nodes import kill, look_at, node_name, on_nodes, usable_nodes
+from dpo_ray.orchestration.resources import resources_per_worker
 from dpo_ray.orchestration.stream import Places, close_streams, open_streams
 from dpo_ray.orchestration.watch import Watcher
 from dpo_ray.orchestration.worker import Assignment, final_error, work
@@ -164,9 +165,9 @@ class WorkerGroup:
                 scaling_config=ray.train.ScalingConfig(
                     num_workers=attempt.world_size,
                     use_gpu=bool(scaling.gpus_per_worker),
-                    resources_per_worker={"CPU": scaling.cpus_per_worker, "GPU": scaling.gpus_per_worker},
+                    resources_per_worker=resources_per_worker(config),
                     # Ray believes for seconds in a node that has died.
-                    label_selector={"ray.io/node-id": f"in({','.join(self._node_ids)})"},
+                    label_selector={**scaling.label_selector, "ray.io/node-id": f"in({','.join(self._node_ids)})"},
                 ),
                 run_config=RunConfig(
                     name=config.name,

@@ -7,6 +7,7 @@ import math
 import socket
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -14,6 +15,7 @@ from ray.exceptions import AuthenticationError
 
 from dpo_ray.config import Config
 from dpo_ray.errors import ConfigError
+from dpo_ray.orchestration.autoscaler import Status, node_types, status
 from dpo_ray.orchestration.nodes import (
     LABEL,
     PLENTY,
@@ -74,12 +76,13 @@ def ensure_resources(config: Config, workers: bool = True, references: bool = Tr
     Raises:
         ConfigError: More is asked for than the cluster has, or can grow to.
     """
-    nodes = possible_nodes(config.reference.label_selector)
+    asked = demands(config, workers, references)
+    nodes = possible_nodes(name for _, _, each in asked for name in each)
     if nodes is None:
         return
     total: Resources = {}
-    for key, count, each in demands(config, workers, references):
-        _ensure_labels(config, each, nodes)
+    for key, count, each in asked:
+        _ensure_labels(key, each, nodes)
         # Of a group without a limit that has none of it there is still none.
         room = sum(times * often for resources, times in nodes if (often := _how_often(each, resources)))
         if room < count:
@@ -103,13 +106,23 @@ def demands(config: Config, workers: bool = True, references: bool = True) -> li
     scaling, reference = config.scaling, config.reference
     asked: list[tuple[str, int, Resources]] = []
     if workers:
-        asked.append(
-            ("scaling.workers", scaling.min_workers, {"CPU": scaling.cpus_per_worker, "GPU": scaling.gpus_per_worker})
-        )
+        asked.append(("scaling.workers", scaling.min_workers, needs_of_worker(config)))
     if references and config.needs_reference and reference.place != "adapter_off":
         devices = reference.least_replicas * reference.devices_per_replica
         asked.append(("reference.replicas", devices, needs_of_device(config)))
-    return [(key, count, {name: amount for name, amount in each.items() if amount}) for key, count, each in asked]
+    return asked
+
+
+def resources_per_worker(config: Config) -> Resources:
+    """What each policy worker asks for."""
+    scaling = config.scaling
+    whole = {"CPU": scaling.cpus_per_worker, "GPU": scaling.gpus_per_worker, **scaling.resources_per_worker}
+    return {name: amount for name, amount in whole.items() if amount}
+
+
+def needs_of_worker(config: Config) -> Resources:
+    """The same, and the labels that its node must have."""
+    return {**resources_per_worker(config), **labels_as_resources(config.scaling.label_selector, 1.0)}
 
 
 def resources_per_device(config: Config) -> Resources:
@@ -124,7 +137,7 @@ def needs_of_device(config: Config) -> Resources:
     return {**resources_per_device(config), **labels_as_resources(config.reference.label_selector, 1.0)}
 
 
-def _ensure_labels(config: Config, each: Resources, nodes: Sequence[tuple[Resources, float]]) -> None:
+def _ensure_labels(key: str, each: Resources, nodes: Sequence[tuple[Resources, float]]) -> None:
     needed = {name for name in each if name.startswith(LABEL)}
     if not needed or any(times and needed <= resources.keys() for resources, times in nodes):
         return
@@ -133,11 +146,12 @@ def _ensure_labels(config: Config, each: Resources, nodes: Sequence[tuple[Resour
     there = {
         name for resources, _ in nodes for name in resources if name.startswith(LABEL) and not name.startswith(own)
     }
-    selector = ", ".join(f"{name}: {value}" for name, value in config.reference.label_selector.items())
+    selector = ", ".join(name.removeprefix(LABEL).replace("=", ": ", 1) for name in each if name in needed)
     labels = ", ".join(name.removeprefix(LABEL) for name in sorted(there)) or "none"
     raise ConfigError(
-        f"reference.label_selector is {{{selector}}}: no node of the cluster has {'all of ' * (len(needed) > 1)}that "
-        f"(labels there are: {labels}); correct it, leave it out, or add nodes that have it"
+        f"{key.split('.')[0]}.label_selector is {{{selector}}}: no node of the cluster has "
+        f"{'all of ' * (len(needed) > 1)}that (labels there are: {labels}); correct it, leave it out, or add nodes "
+        "that have it"
     )
 
 
@@ -151,7 +165,7 @@ def room(config: Config, references: bool, own: Iterable[str] = ()) -> tuple[int
     """
     nodes = usable_nodes()
     (_, _, each), *others = demands(config, references=references)
-    free = free_resources(nodes)
+    free = free_with_labels(nodes)
     for node_id, count in Counter(own).items():
         if node_id in free:
             free[node_id] = {
@@ -160,6 +174,14 @@ def room(config: Config, references: bool, own: Iterable[str] = ()) -> tuple[int
     # Reference actors that already run are not in what is free; those still to come only in what there is in all.
     fits = min(_fit_beside(list(free.values()), each, []), _fit_beside(list(nodes.values()), each, others))
     return min(fits, config.scaling.max_workers), sorted(nodes)
+
+
+def free_with_labels(nodes: Mapping[str, Resources]) -> dict[str, Resources]:
+    """What nobody uses on each of `nodes`, with their labels, of which Ray says nothing there."""
+    return {
+        node_id: {**left, **{name: amount for name, amount in nodes[node_id].items() if name.startswith(LABEL)}}
+        for node_id, left in free_resources(nodes).items()
+    }
 
 
 def _fit_beside(nodes: Sequence[Resources], each: Resources, others: Sequence[tuple[str, int, Resources]]) -> int:
@@ -178,24 +200,112 @@ def _fit_beside(nodes: Sequence[Resources], each: Resources, others: Sequence[tu
     return int(sum(_how_often(each, node) for node in left))
 
 
-def possible_nodes(labels: Mapping[str, str]) -> list[tuple[Resources, float]] | None:
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Something that a run asks for, and what the cluster says to it.
+
+    Attributes:
+        key: Of the configuration.
+        count: How often it is asked for.
+        each: What.
+        now: How often it fits on what is free.
+        most: How often it could, on all nodes that there can be, if nothing else ran there; None where nobody knows.
+        types: The node types of the autoscaler that would do, and how often in all.
+        doing: What the autoscaler does; None where there is none.
+    """
+
+    key: str
+    count: int
+    each: Resources
+    now: int
+    most: float | None
+    types: dict[str, float]
+    doing: Status | None
+
+    @property
+    def impossible(self) -> bool:
+        """Whether waiting is in vain."""
+        return self.now < self.count and (
+            self.most is not None
+            and self.most < self.count
+            or self.most is None
+            and self.doing is not None
+            and self.doing.refuses(self.each)
+        )
+
+    def __str__(self) -> str:
+        """All of it, for people to read."""
+        parts = [f"{self.count} x {as_text(self.each)}: {self.now} fit now"]
+        if self.now >= self.count:
+            return parts[0]
+        coming, failed = (
+            (dict[str, int](), dict[str, str]()) if self.doing is None else (self.doing.coming, self.doing.failed)
+        )
+        if self.types:
+            parts.append(
+                "the autoscaler could add " + ", ".join(f"{as_number(n)} on {t}" for t, n in self.types.items())
+            )
+        elif self.doing is not None and self.most is not None:
+            parts.append("no node type of the autoscaler has room for one")
+        if coming:
+            parts.append("on their way are " + ", ".join(f"{n} {t}" for t, n in coming.items()))
+        parts += [f"{name} could not be started ({reason})" for name, reason in failed.items()]
+        if self.impossible:
+            remedy = f"lower {self.key} or what each asks for, correct its labels, or give the cluster nodes for it"
+            parts.append(f"the cluster can never give all of it: {remedy}")
+        elif self.most is None and not coming:
+            parts.append("which node types there are only its autoscaler knows")
+        return "; ".join(parts)
+
+
+def needs(asked: Sequence[tuple[str, int, Resources]]) -> list[Need]:
+    """What the cluster says to what is asked of it: to each by itself.
+
+    Args:
+        asked: Keys, counts and resources (see `demands`).
+    """
+    doing, nodes = status(), usable_nodes()
+    free = free_with_labels(nodes)
+    possible = possible_nodes(name for _, _, each in asked for name in each)
+    types = node_types() or [] if doing is not None else []
+    found = []
+    for key, count, each in asked:
+        now = int(sum(_how_often(each, have) for have in free.values()))
+        most = None if possible is None else sum(n * often for have, n in possible if (often := _how_often(each, have)))
+        fitting = {each_type.name: each_type.most * _how_often(each, each_type.resources) for each_type in types}
+        found.append(Need(key, count, each, now, most, {name: n for name, n in fitting.items() if n}, doing))
+    return found
+
+
+def possible_nodes(asked: Iterable[str] = ()) -> list[tuple[Resources, float]] | None:
     """Resources of nodes, and how many such nodes there can be; None where nobody knows how far a cluster grows.
 
     Args:
-        labels: What may be asked for; an autoscaler keeps to itself which labels its groups have but their own name.
+        asked: What is asked for. Some autoscalers keep to themselves which labels their nodes have but their group's
+            name: these labels they may have.
     """
     alive = [node for node in ray.nodes() if node["Alive"]]
-    group_of = [node.get("Labels", {}).get(NODE_GROUP) for node in alive]
+    group_of = [(node.get("Labels") or {}).get(NODE_GROUP) for node in alive]
     known = ray._private.state.state.get_cluster_config()
     groups = {group.name: group for group in known.node_group_configs} if known else {}
     if not groups and (any(group_of) or _has_autoscaler()):
-        return None
+        types = node_types()
+        if types is None:
+            return None
+        own = {each.name for each in types}
+        there = [(resources_of(node), 1.0) for node, group in zip(alive, group_of, strict=True) if group not in own]
+        return [*there, *((each.resources, each.most) for each in types)]
     nodes = [(resources_of(node), 1.0) for node, group in zip(alive, group_of, strict=True) if group not in groups]
+    labels = dict.fromkeys((name for name in asked if name.startswith(LABEL) and not _is_group(name)), PLENTY)
     for name, group in groups.items():
         resources = {name: math.inf if amount == -1 else float(amount) for name, amount in group.resources.items()}
-        resources |= labels_as_resources({**labels, NODE_GROUP: name}, PLENTY)
+        resources |= {**labels, **labels_as_resources({NODE_GROUP: name}, PLENTY)}
         nodes.append((resources, math.inf if group.max_count == -1 else float(group.max_count)))
     return nodes
+
+
+def _is_group(name: str) -> bool:
+    return name.startswith(f"{LABEL}{NODE_GROUP}=")
 
 
 def _has_autoscaler() -> bool:

@@ -12,16 +12,15 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, Protocol
 
-from ray.autoscaler.sdk import request_resources
-
 from dpo_ray.config import Config, RecoveryConfig
 from dpo_ray.errors import RecoveryError
 from dpo_ray.lease import RunLease
+from dpo_ray.orchestration.autoscaler import Wish
 from dpo_ray.orchestration.group import End, WorkerGroup
 from dpo_ray.orchestration.monitor import Place
 from dpo_ray.orchestration.nodes import draining_nodes
 from dpo_ray.orchestration.reference_filler import Filled
-from dpo_ray.orchestration.resources import as_text, demands, room
+from dpo_ray.orchestration.resources import demands, needs, needs_of_worker, room
 from dpo_ray.orchestration.stop import Stop
 from dpo_ray.orchestration.stream import Places
 from dpo_ray.orchestration.watch import Watcher
@@ -93,22 +92,22 @@ def supervise(
         LeaseLostError: Another driver has taken the run over.
         StoppedError: A signal asked for it; workers that were training have written a checkpoint.
     """
-    (_, _, each), *_ = demands(config)
     # An autoscaler adds what somebody asks for; a group that waits for room has not asked Ray yet.
-    request_resources(bundles=[each] * config.scaling.max_workers)
+    scaling = config.scaling
+    wish = Wish(config.run_uri, needs_of_worker(config), scaling.min_workers, scaling.max_workers)
     failures = Failures(config.recovery)
     reason = "start" if manifest.newest(config.run_uri) is None else "continue"
     try:
         with Stop() as stop:
             while True:
-                num_workers, node_ids = _wait_for_room(config, references, lease, watcher, stop)
+                num_workers, node_ids = _wait_for_room(config, references, lease, watcher, stop, wish)
                 attempt = attempts.begin(config.run_uri, lease.generation, num_workers, reason)
                 manifest.collect_orphans(config.run_uri, attempt.attempt)
                 if references is not None:
                     references.begins(attempt)
                 watcher.began(attempt)
                 group = WorkerGroup(config, places, attempt, node_ids, watcher, _tell(references))
-                end = group.run(_Look(config, attempt, lease, references, watcher, stop))
+                end = group.run(_Look(config, attempt, lease, references, watcher, stop, wish))
                 watcher.ended(end.kind)
                 if end.kind == "done" and finished():
                     return
@@ -119,7 +118,7 @@ def supervise(
                 failures.count(end, attempt)
                 watcher.warning(f"{end.reason}; starting again from the newest checkpoint")
     finally:
-        request_resources(num_cpus=0)
+        wish.withdraw()
 
 
 def _check(stop: Stop, config: Config) -> None:
@@ -177,14 +176,16 @@ class Failures:
 
 
 def _wait_for_room(
-    config: Config, references: References | None, lease: RunLease, watcher: Watcher, stop: Stop
+    config: Config, references: References | None, lease: RunLease, watcher: Watcher, stop: Stop, wish: Wish
 ) -> tuple[int, list[str]]:
     """How many workers to start, and on which nodes; waits while there are too few."""
     scaling = config.scaling
-    began, told = time.monotonic(), False
+    began = asked = time.monotonic()
+    told = ""
     while True:
         lease.check()
         _check(stop, config)
+        wish.tell()
         num_workers, node_ids = room(config, references is not None and references.working())
         waited_s = time.monotonic() - began
         if references is not None:
@@ -192,13 +193,12 @@ def _wait_for_room(
             references.workers_wait(num_workers < scaling.min_workers and waited_s > SETTLE_S)
         if num_workers >= scaling.max_workers or num_workers >= scaling.min_workers and waited_s > SETTLE_S:
             return num_workers, node_ids
-        if waited_s > TELL_S and not told:
-            (_, _, each), *_ = demands(config)
-            watcher.warning(
-                f"waiting for room for {scaling.min_workers} workers of {as_text(each)} each: "
-                f"{num_workers} fit on the {len(node_ids)} nodes that answer now"
-            )
-            told = True
+        if time.monotonic() - asked > TELL_S:
+            asked = time.monotonic()
+            (need,) = needs(demands(config, references=False))
+            if str(need) != told:
+                told = str(need)
+                watcher.warning(f"waiting for room for workers: {told}")
         time.sleep(POLL_S)
 
 
@@ -213,9 +213,10 @@ class _Look:
         references: References | None,
         watcher: Watcher,
         stop: Stop,
+        wish: Wish,
     ) -> None:
         self._config, self._attempt, self._lease, self._references = config, attempt, lease, references
-        self._watcher, self._stop = watcher, stop
+        self._watcher, self._stop, self._wish = watcher, stop, wish
         self._drain_looked = self._grow_looked = time.monotonic()
         self._roomy_since: float | None = None
 
@@ -235,6 +236,8 @@ class _Look:
             going = draining_nodes()
             if leaving := set(own) & set(going):
                 return f"{len(leaving)} node{'s' * (len(leaving) > 1)} of this run will be drained"
+        # Ray Train asks for those that run.
+        self._wish.tell(self._attempt.world_size)
         size, most = self._attempt.world_size, self._config.scaling.max_workers
         if size < most and len(own) == size and now - self._grow_looked > GROW_LOOK_S:
             self._grow_looked = now
