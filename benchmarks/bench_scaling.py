@@ -9,7 +9,8 @@ Modelled: what communication leaves of a device's speed. The assumptions, all of
 - per microbatch each device gathers the others' weights twice (forward, backward), 2 bytes a weight; it scatters the
   gradient's sums, 4 bytes a weight, once per step, or, where the gradient of the whole model takes more than 15 % of
   `--memory-gb`, per microbatch, as training does;
-- a device sends and receives at `--near-gb-s` within a node and at `--far-gb-s` beyond it, and each collective takes
+- a device sends and receives at `--near-gb-s` within a node and at `--far-gb-s` beyond it, where all devices of a node
+  take part with the links of all of them, as NCCL's rings do (the node's whole bandwidth), and each collective takes
   `--latency-us` for every node that it reaches beyond the first, once per block of the model;
 - what fits beside computation is free: a microbatch takes the longer of the two;
 - with a copy of the weights on each node (`scaling.shard_over: node`, the second row) they are gathered within it, and

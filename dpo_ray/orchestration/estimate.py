@@ -131,8 +131,8 @@ def _assumptions(config: Config, hardware: Hardware) -> Iterator[str]:
     )
     yield (
         f"{network.devices_per_node} devices of a node exchange {network.near_gb_s:g} GB/s each, beyond it "
-        f"{network.far_gb_s:g} GB/s, and each collective takes {network.latency_us:g} us per further node; what fits "
-        "beside computation is free"
+        f"{network.far_gb_s:g} GB/s each, all of a node together as many times that, and each collective takes "
+        f"{network.latency_us:g} us per further node; what fits beside computation is free"
     )
     yield (
         f"tensors may take 85 % of a device's {hardware.memory_gib:g} GiB; the rest is for fragments, CUDA and NCCL; "

@@ -42,7 +42,7 @@ class Network:
     Attributes:
         devices_per_node: Those that are near each other.
         near_gb_s: What a device sends and receives within a node, in GB/s.
-        far_gb_s: And beyond it.
+        far_gb_s: And beyond it; the devices of a node have as many times that together.
         latency_us: What a collective takes for each node that it reaches beyond the first.
     """
 
@@ -93,7 +93,9 @@ class Network:
         if devices == 1:
             return 0.0
         nodes = min(devices, -(-reach // self.devices_per_node))
-        bandwidth = (self.near_gb_s if nodes == 1 else self.far_gb_s) * 1e9
+        # All devices of a node that take part have its links together: a byte that they all want comes to it once.
+        far_gb_s = self.far_gb_s * devices / nodes
+        bandwidth = (self.near_gb_s if nodes == 1 else min(self.near_gb_s, far_gb_s)) * 1e9
         return size * (devices - 1) / devices / bandwidth + self.latency_us * 1e-6 * (nodes - 1) * blocks
 
 

@@ -129,12 +129,15 @@ def test_too_large_for_any_number_of_workers() -> None:
 
 
 def test_a_step_takes_the_longer_of_computation_and_communication() -> None:
-    """Two nodes of 8: 15/16 of 32 MB twice at 10 GB/s are 6 ms and 2 x 3 x 100 us more: 6.6 ms; sums of 64 MB take
-    6.3 ms. Of three microbatches of 7 ms the last takes 12.9 ms; where sums come each time, all do."""
-    network = Network(devices_per_node=8, near_gb_s=100.0, far_gb_s=10.0, latency_us=100.0)
+    """Two nodes of 8, which have 10 GB/s together: 15/16 of 32 MB twice are 6 ms and 2 x 3 x 100 us more: 6.6 ms; sums
+    of 64 MB take 6.3 ms. Of three microbatches of 7 ms the last takes 12.9 ms; where sums come each time, all do."""
+    network = Network(devices_per_node=8, near_gb_s=100.0, far_gb_s=1.25, latency_us=100.0)
     once = network.step_s(16, 16, 7e-3, 32e6, 64e6, 3, 3, False)
     assert once == pytest.approx(2 * 7e-3 + 12.9e-3)
     assert network.step_s(16, 16, 7e-3, 32e6, 64e6, 3, 3, True) == pytest.approx(3 * 12.9e-3)
+    # A link for each that has more than there is within a node does not help.
+    wide = Network(devices_per_node=8, near_gb_s=10.0, far_gb_s=10.0, latency_us=100.0)
+    assert wide.step_s(16, 16, 7e-3, 32e6, 64e6, 3, 3, False) == pytest.approx(once)
     assert network.step_s(1, 1, 7e-3, 32e6, 64e6, 3, 3, True) == pytest.approx(3 * 7e-3)
 
 
