@@ -42,7 +42,7 @@ def recorder(config: Config, position: int = 0, heard: list[dict[str, Any]] | No
     """The recorder of a start of the worker group."""
     attempt = Attempt(int(position > 0), 1, position, None, 1, "test", "now")
     publish = (lambda line: None) if heard is None else heard.append
-    return Recorder(config, SimpleNamespace(attempt=attempt, publish=publish, fence=lambda: None))  # type: ignore[arg-type]
+    return Recorder(config, SimpleNamespace(attempt=attempt, publish=publish, fence=lambda: None, group=None))  # type: ignore[arg-type]
 
 
 def line(step: int) -> dict[str, Any]:
