@@ -185,8 +185,9 @@ class Wish:
         if wanted != self._told:
             self._changed_at = now
         if wanted != self._told or now - self._told_at > AGAIN_S:
-            self._send(wanted)
-            self._told, self._told_at = wanted, now
+            with contextlib.suppress(RayError, ValueError):  # Where the head does not answer just now.
+                self._send(wanted)
+                self._told, self._told_at = wanted, now
 
     def _send(self, wanted: int) -> None:
         amounts, labels = split(self._each)
