@@ -22,7 +22,7 @@ test-all: lint ## lint and all tests; those whose model or data is missing skip 
 	$(BIN)/python -m pytest
 
 faults: .venv/dev.stamp ## the fault suite: processes, nodes and storage fail under real runs; about an hour
-	$(BIN)/python -m pytest tests/faults
+	$(BIN)/python -m pytest -m faults
 
 soak: .venv/dev.stamp ## twenty random faults on one long run: goodput, times to recovery, nothing lost or repeated
 	$(BIN)/python -m tests.faults.soak

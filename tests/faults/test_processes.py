@@ -244,6 +244,7 @@ def test_a_reference_that_moves(place: Place, drivers: Any) -> None:
     assert sorted(stores) == [f"version-{version:06d}-attempt-{attempt:04d}-packed" for version, attempt in made]
 
 
+@pytest.mark.slow
 def test_a_failure_that_comes_again(place: Place, drivers: Any) -> None:
     """Without a new checkpoint between, the budget is used up, and the last error is told."""
     faults = [{"point": "step", "rank": 0, "step": 2, "do": "raise"}] * 2

@@ -237,6 +237,8 @@ def test_two_runs_score_each_pair_once(local_ray: None, tmp_path: Path, tiny_mod
         assert filled.hit_pairs + filled.scored_pairs + filled.elsewhere_pairs == NUM_PAIRS
 
 
+@pytest.mark.faults
+@pytest.mark.slow
 def test_refused_files_are_scored_again(local_ray: None, tmp_path: Path, tiny_model: Path, pairs_file: str) -> None:
     """A flipped byte, another chunk's scores, a cut file: the run says so, and ends as if nothing had been."""
     twin = train(config_of(tmp_path, "twin", tiny_model, pairs_file))
