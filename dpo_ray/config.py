@@ -159,6 +159,10 @@ class AdapterConfig(Section):
 
     rank: PositiveInt | None = Field(None, description="rank of a LoRA adapter; null: all weights are trained")
     alpha: PositiveFloat = Field(16.0, description="the adapter's product is scaled by alpha / rank")
+    rslora: bool = Field(False, description="scale it by alpha / sqrt(rank) instead (arXiv:2312.03732)")
+    dora: bool = Field(
+        False, description="DoRA (arXiv:2402.09353): the norm of the weights to each output is trained by itself"
+    )
     target_modules: str | list[str] = Field(
         "all-linear",
         description="layers that get one, as peft understands it: all-linear (but the output layer), names, or a "

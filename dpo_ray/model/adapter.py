@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -22,7 +23,7 @@ from transformers import PreTrainedModel
 from dpo_ray.config import AdapterConfig
 from dpo_ray.errors import ConfigError, first_line
 
-_MATRICES = (".lora_A.", ".lora_B.")
+_OWN = (".lora_A.", ".lora_B.", ".lora_magnitude_vector.")
 # What peft calls an adapter that has no other name; its files leave it out.
 _NAME = ".default."
 _WHERE = "names of its layers, as [q_proj, v_proj], a regular expression for whole names, or all-linear"
@@ -42,7 +43,14 @@ def add_adapter(model: PreTrainedModel, config: AdapterConfig, dtype: torch.dtyp
     """
     assert config.rank is not None, "no adapter is wanted"
     alpha: Any = config.alpha  # peft says int, and takes any number.
-    lora = LoraConfig(task_type="CAUSAL_LM", r=config.rank, lora_alpha=alpha, target_modules=config.target_modules)
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.rank,
+        lora_alpha=alpha,
+        target_modules=config.target_modules,
+        use_rslora=config.rslora,
+        use_dora=config.dora,
+    )
     said = f"adapter.target_modules is {config.target_modules!r}"
     try:
         with warnings.catch_warnings():
@@ -73,7 +81,7 @@ def add_adapter(model: PreTrainedModel, config: AdapterConfig, dtype: torch.dtyp
 
 def is_adapters(name: str) -> bool:
     """Whether a parameter is the adapter's, by its name."""
-    return any(matrix in name for matrix in _MATRICES)
+    return any(own in name for own in _OWN)
 
 
 def is_quantized(parameter: torch.Tensor) -> bool:
@@ -94,7 +102,8 @@ def name_in_files(name: str) -> str:
 def start_adapter(model: nn.Module, seed: int) -> None:
     """Gives the adapter of a sharded model its first values, with which it changes nothing.
 
-    As peft does: the first matrix uniform, the second zero; the same whatever the number of ranks.
+    As peft does: the first matrix uniform, the second zero, DoRA's magnitudes the norms of the weights beside it; the
+    same whatever the number of ranks.
 
     Args:
         model: Sharded, with storage.
@@ -109,10 +118,20 @@ def start_adapter(model: nn.Module, seed: int) -> None:
                 digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
                 generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
                 nn.init.kaiming_uniform_(whole, a=math.sqrt(5), generator=generator)
+            elif ".lora_magnitude_vector." in name:
+                layer = model.get_submodule(name.partition(".lora_magnitude_vector.")[0])
+                whole = _norms(cast(LoraLayer, layer))
             # Each rank has computed the whole: nobody sends.
             part = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
             with torch.no_grad():
                 parameter.to_local().copy_(part.to_local())
+
+
+def _norms(layer: LoraLayer) -> torch.Tensor:
+    """Of the weights that lead to each output, in the dtype in which the forward pass compares with them."""
+    weight = dequantize_module_weight(layer.get_base_layer()).detach()
+    norms = torch.linalg.norm(weight, dim=0 if cast(Any, layer).fan_in_fan_out else 1)
+    return norms.full_tensor() if isinstance(norms, DTensor) else norms
 
 
 @contextmanager

@@ -103,7 +103,9 @@ def model_card(config: Config, step: int) -> str:
         where = adapter.target_modules if isinstance(adapter.target_modules, str) else ", ".join(adapter.target_modules)
         here = "merged into the weights" if adapter.merge else "here, without the model"
         beside = f", trained beside weights in {adapter.quantize}" if adapter.quantize else ""
-        lora = f"| LoRA adapter | rank {adapter.rank}, alpha {adapter.alpha:g}, on {where}{beside}; {here} |\n"
+        kind = "DoRA" if adapter.dora else "LoRA"
+        scale = f"alpha {adapter.alpha:g}{' over the root of the rank' if adapter.rslora else ''}"
+        lora = f"| {kind} adapter | rank {adapter.rank}, {scale}, on {where}{beside}; {here} |\n"
     return (
         f"---\n{about}\ntags: [dpo, dpo_ray]\n---\n\n"
         f"# {config.name}\n\n"

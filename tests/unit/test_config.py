@@ -155,6 +155,7 @@ def with_values(**sections: dict[str, Any]) -> dict[str, Any]:
         (with_values(adapter={"rank": 0}), "adapter.rank is 0: Input should be greater than 0"),
         (with_values(adapter={"rank": 4, "dropout": 0.1}), "unknown key adapter.dropout"),
         (with_values(adapter={"alpha": 8}), "adapter.alpha is 8.0, which does nothing without adapter.rank: set that"),
+        (with_values(adapter={"dora": True}), "adapter.dora is True, which does nothing without adapter.rank"),
         (with_values(adapter={"merge": False}), "adapter.merge is False, which does nothing without adapter.rank"),
         (with_values(adapter={"rank": 4, "target_modules": []}), r"adapter.target_modules is \[\]: write all-linear"),
         (
