@@ -1,0 +1,126 @@
+"""Hosts of their own lose their power or their network in the middle of a job, and come back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import S3Server, serve_s3
+from hosts import Network, RayHosts, needs_hosts
+
+from dpo_ray import storage
+from faults.harness import Driver, Place, until
+
+pytestmark = [pytest.mark.faults, pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(600)]
+# One worker, and the reference, fit on a host.
+SCALING = {"workers": {"min": 1, "max": 2}, "cpus_per_worker": 2, "grow_after_s": 1}
+CPUS = 3
+
+
+@pytest.fixture(scope="module")
+def network() -> Iterator[Network]:
+    needs_hosts()
+    with Network("head", "worker-1", "worker-2", "laptop", "store") as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def store(network: Network) -> Iterator[S3Server]:
+    with serve_s3(network["store"].address, network["store"].prefix) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def s3_place(store: S3Server, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """Runs of which everything lies on the S3 server."""
+    place = Place(store.uri("faults"), tmp_path_factory.mktemp("hosts"), tiny_model)
+    for path in tiny_model.iterdir():
+        storage.upload(str(path), store.uri(f"model/{path.name}"))
+    storage.upload(place.pairs, store.uri("pairs.jsonl"))
+    place.model, place.pairs = store.uri("model"), store.uri("pairs.jsonl")
+    return place
+
+
+@pytest.fixture(scope="module")
+def s3_twin(s3_place: Place) -> str:
+    """The run that nothing happens to, on this machine; it has all pairs scored."""
+    s3_place.start(s3_place.config("twin"), pace_s=0.0).finish()
+    s3_place.assert_exact("twin")
+    return "twin"
+
+
+@pytest.fixture(scope="module")
+def cluster(network: Network, s3_place: Place, s3_twin: str) -> RayHosts:
+    """Two workers, and a token."""
+    made = RayHosts(network["head"], [network["worker-1"], network["worker-2"]], CPUS)
+    made.ask_for_a_token(network["laptop"])
+    for host in (made.head, *made.workers):
+        host.own_environment |= s3_place.planted_environment("cluster")
+    made.start()
+    return made
+
+
+def job(network: Network, cluster: RayHosts, place: Place, name: str, **sections: dict[str, Any]) -> Driver:
+    """A run as a job, sent from the laptop."""
+    laptop = network["laptop"]
+    config = place.config(name, scaling=SCALING, **sections)
+    (place.folder / name).mkdir()
+    submit = ("ray", "job", "submit", "--working-dir", str(place.folder / name), "--")
+    environment = {**laptop.environment, "RAY_ADDRESS": cluster.dashboard}
+    return place.start(config, prefix=(*laptop.prefix, *submit), pace_s=1.0, **environment)
+
+
+def goes_on_alone(driver: Driver, place: Place, name: str) -> None:
+    """A group of one makes steps."""
+    until(lambda: len(place.attempts(name)) == 2, driver)
+    seen = len(driver.said)
+    driver.wait_for_step(1, after=seen)
+
+
+def finishes_together(driver: Driver, place: Place, name: str, twin: str) -> None:
+    """The group is of two again, and the run what it would have been."""
+    until(lambda: len(place.attempts(name)) == 3, driver)
+    place.plant("cluster", [], pace_s=0.0)
+    driver.finish()
+    assert [attempt["world_size"] for attempt in place.attempts(name)] == [2, 1, 2]
+    assert place.attempts(name)[2]["reason"] == "there is room for 2 workers instead of 1"
+    place.assert_same_but_for_rounding(name, twin)
+
+
+def test_a_host_loses_its_power(
+    network: Network, cluster: RayHosts, s3_place: Place, s3_twin: str, drivers: list[Driver]
+) -> None:
+    driver = job(network, cluster, s3_place, "power")
+    drivers.append(driver)
+    driver.wait_for_step(6)
+    cluster.workers[0].power_off()
+    goes_on_alone(driver, s3_place, "power")
+    assert s3_place.attempts("power")[1]["reason"] == "1 node with workers died"
+    cluster.add(cluster.workers[0])
+    finishes_together(driver, s3_place, "power", s3_twin)
+
+
+def test_a_cable_is_pulled(
+    network: Network, cluster: RayHosts, s3_place: Place, s3_twin: str, drivers: list[Driver]
+) -> None:
+    """The host that is cut off reaches neither the others nor the storage; it comes back with all its processes."""
+    until(lambda: cluster.num_alive() == 3)
+    driver = job(network, cluster, s3_place, "cable", recovery={"hang_timeout_s": 10})
+    drivers.append(driver)
+    driver.wait_for_step(6)
+    host = cluster.workers[1]
+    host.cut()
+    goes_on_alone(driver, s3_place, "cable")
+    host.heal()
+
+    def back() -> bool:
+        # Where Ray has given it up, it ends by itself, and somebody starts it again.
+        if not host.is_on:
+            host.forget()
+            cluster.add(host)
+        return len(s3_place.attempts("cable")) == 3
+
+    until(back, driver)
+    finishes_together(driver, s3_place, "cable", s3_twin)
