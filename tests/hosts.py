@@ -33,14 +33,14 @@ OBJECT_STORE_BYTES = 100_000_000
 # What a host has of this machine's environment; the rest is its own.
 INHERITED = ("LANG", "PYTHONPATH", "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION")
 CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
-# Its arguments are the host's name and folder, the file of all names, and the command.
+# Its arguments are the host's name and folder, and the command.
 BOOT = f"""
 set -e
 hostname "$1"
-mount --bind "$3" /etc/hosts
+mount --bind "$2/hosts" /etc/hosts
 mount --bind "$2/ray" /tmp/ray
 mount -t tmpfs -o size={SHARED_MEMORY} shm /dev/shm
-shift 3
+shift 2
 exec "$@"
 """
 
@@ -61,6 +61,8 @@ class Host:
         self._port = f"port-{number}"
         self.home = network.folder / name
         (self.home / "ray").mkdir(parents=True)
+        # As a Debian machine knows itself, and nobody else.
+        (self.home / "hosts").write_text(f"127.0.0.1 localhost\n127.0.1.1 {name}\n")
         self.own_environment = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "PYTHONUNBUFFERED": "1"}
         self._machine: subprocess.Popen[bytes] | None = None
         self.log = self.home / "console.txt"
@@ -76,7 +78,7 @@ class Host:
     def prefix(self) -> tuple[str, ...]:
         """What makes of a command one of this host; with its first process all others die."""
         separate = ("--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc")
-        boot = ("bash", "-c", BOOT, "boot", self.name, str(self.home), str(self._network.names))
+        boot = ("bash", "-c", BOOT, "boot", self.name, str(self.home))
         return ("ip", "netns", "exec", self._namespace, "unshare", *separate, *boot)
 
     def run(self, *command: str, timeout_s: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -174,10 +176,7 @@ class Network(contextlib.ExitStack):
         self.subnet = f"10.77.{os.getpid() % 254 + 1}"
         self.bridge = self.namespace("bridge")
         self.folder = Path(tempfile.mkdtemp(prefix="dpo-ray-hosts-"))
-        self.names = self.folder / "names"
         self._hosts = {name: Host(self, name, number) for number, name in enumerate(names, start=1)}
-        lines = ["127.0.0.1 localhost", *(f"{host.address} {host.name}" for host in self)]
-        self.names.write_text("\n".join(lines) + "\n")
 
     def namespace(self, name: str) -> str:
         """What a host's network namespace is called on this machine."""
@@ -285,3 +284,42 @@ def _listens(address: str, port: int) -> bool:
         socket.create_connection((address, port), timeout=1).close()
         return True
     return False
+
+
+def issue_certificates(hosts: Sequence[Host], folder: Path) -> Path:
+    """Certificates of an authority of our own for hosts, by which Ray's servers and clients know one another.
+
+    Returns:
+        The authority's.
+    """
+    authority, key = folder / "authority.pem", folder / "authority.key"
+    new = ("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2")
+    _quietly(*new, "-subj", "/CN=authority", "-keyout", str(key), "-out", str(authority))
+    for host in hosts:
+        own, own_key = host.home / "host.pem", host.home / "host.key"
+        names = f"subjectAltName=IP:{host.address},IP:127.0.0.1,DNS:localhost,DNS:{host.name}"
+        signed = (
+            "-subj",
+            f"/CN={host.name}",
+            "-addext",
+            "basicConstraints=critical,CA:FALSE",
+            "-addext",
+            names,
+            "-CA",
+            str(authority),
+            "-CAkey",
+            str(key),
+        )
+        _quietly(*new, *signed, "-keyout", str(own_key), "-out", str(own))
+        own_key.chmod(0o600)
+        host.own_environment |= {
+            "RAY_USE_TLS": "1",
+            "RAY_TLS_SERVER_CERT": str(own),
+            "RAY_TLS_SERVER_KEY": str(own_key),
+            "RAY_TLS_CA_CERT": str(authority),
+        }
+    return authority
+
+
+def _quietly(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True)

@@ -23,7 +23,7 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.train import FailureConfig, RunConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks import DatasetsCallback
-from ray.train.v2._internal.execution.callback import ControllerCallback, RayTrainCallback
+from ray.train.v2._internal.execution.callback import ControllerCallback, RayTrainCallback, WorkerCallback
 from ray.train.v2._internal.execution.context import TrainRunContext
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -42,7 +42,7 @@ from dpo_ray.orchestration.monitor import (
     has_excuse,
     stalled,
 )
-from dpo_ray.orchestration.nodes import kill, look_at, node_name, on_nodes, usable_nodes
+from dpo_ray.orchestration.nodes import kill, lead_gloo, look_at, node_name, on_nodes, usable_nodes
 from dpo_ray.orchestration.resources import resources_per_worker
 from dpo_ray.orchestration.stream import Places, close_streams, open_streams
 from dpo_ray.orchestration.watch import Watcher
@@ -172,7 +172,7 @@ class WorkerGroup:
                 run_config=RunConfig(
                     name=config.name,
                     storage_path=scratch,
-                    callbacks=[_Whereabouts(self._monitor)],
+                    callbacks=[_Whereabouts(self._monitor), _Interface()],
                     # Preempted nodes have a count of their own, without a limit: Ray Train would start the group anew
                     # in the middle of an attempt.
                     failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
@@ -283,6 +283,13 @@ class _Whereabouts(ControllerCallback):
 
     def after_controller_start(self, train_run_context: TrainRunContext) -> None:
         self._monitor.controller.remote(Place.here())
+
+
+class _Interface(WorkerCallback):
+    """Leads gloo before Ray Train joins a worker to the process group."""
+
+    def after_init_train_context(self) -> None:
+        lead_gloo()
 
 
 class _Trainer(TorchTrainer):

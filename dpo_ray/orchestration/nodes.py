@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,10 @@ from dpo_ray.orchestration.monitor import Place
 CONNECT_S = 3.0
 # A process of Ray's may have to start for an errand.
 ERRAND_S = 20.0
+
+# Linux's request for the address of an interface, and what names the interface to gloo.
+_SIOCGIFADDR = 0x8915
+GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 
 Resources = dict[str, float]
 # A node's label counts as a resource of this prefix, of which it has plenty; who needs the label asks for 1.
@@ -66,6 +72,36 @@ def _answers(node: Mapping[str, Any]) -> bool:
         socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), timeout=CONNECT_S).close()
         return True
     return False
+
+
+def lead_gloo() -> None:
+    """Has gloo take the address by which Ray's nodes know this one, unless the environment names an interface.
+
+    By itself it takes that of the host's name, which on many machines is 127.0.1.1: others cannot reach it.
+    """
+    own = ray.util.get_node_ip_address()
+    interface = next((name for name, address in _interfaces() if address == own), None)
+    if interface is not None and not own.startswith("127."):
+        os.environ.setdefault(GLOO_INTERFACE, interface)
+
+
+def gloo_address() -> str:
+    """The address that gloo takes in this process, as text; empty where there is none."""
+    if name := os.environ.get(GLOO_INTERFACE):
+        return dict(_interfaces()).get(name, "")
+    try:
+        return socket.gethostbyname(socket.gethostname())
+    except OSError:
+        return ""
+
+
+def _interfaces() -> Iterator[tuple[str, str]]:
+    """This machine's network interfaces with their IPv4 addresses."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # It has none.
+                answer = fcntl.ioctl(asked, _SIOCGIFADDR, struct.pack("256s", name.encode()))
+                yield name, socket.inet_ntoa(answer[20:24])
 
 
 def draining_nodes() -> dict[str, int]:

@@ -30,6 +30,7 @@ from dpo_ray.model.files import (
     model_config,
     refuse_auxiliary_loss,
 )
+from dpo_ray.orchestration.nodes import GLOO_INTERFACE, gloo_address, lead_gloo
 from dpo_ray.orchestration.prepare import survey
 from dpo_ray.orchestration.resources import as_number, as_text, demands, ensure_resources, possible_nodes
 from dpo_ray.orchestration.watch import SourcePreview, Watcher
@@ -80,6 +81,8 @@ class NodeReport:
         shm_free: Bytes free in shared memory; None where there is none.
         storage_error: Why the marker could not be written.
         unreadable: What this node cannot read of the model and the data, and why.
+        asks_for_token: Whether Ray wants a token there.
+        gloo: The address that gloo takes there.
     """
 
     versions: dict[str, str]
@@ -89,6 +92,8 @@ class NodeReport:
     shm_free: int | None
     storage_error: str
     unreadable: list[str]
+    asks_for_token: bool
+    gloo: str
 
 
 def examine(config: Config, connect: Callable[[], None]) -> list[Row]:
@@ -115,7 +120,6 @@ def _examine(config: Config, connect: Callable[[], None]) -> list[Row]:
     rows += connected
     if all(row.level == "ok" for row in connected):
         rows += _guarded("resources", "cluster", lambda: _check_resources(config))
-        rows += _guarded("authentication", "cluster", _check_authentication)
         rows += _guarded("nodes", "cluster", lambda: _check_nodes(config, probe))
     _guarded("storage", "this machine", lambda: storage.remove(probe) or [])
     return _merged(rows)
@@ -270,20 +274,42 @@ def _check_resources(config: Config) -> list[Row]:
     return [Row("resources", "cluster", "ok", "; ".join(asked))]
 
 
-def _check_authentication() -> list[Row]:
-    """Whoever reaches a cluster without it can run code there; on loopback that is this machine's users alone."""
+def _asks_for_token() -> bool:
+    """Whether Ray's servers on this node ask for one. A client may send it to a cluster that does not."""
     from ray._private.authentication.authentication_utils import is_token_auth_enabled
 
-    if is_token_auth_enabled():
-        return [Row("authentication", "cluster", "ok", "token authentication is on")]
+    return bool(is_token_auth_enabled())
+
+
+def _authentication_row(where: str, asks: bool, address: str) -> Row:
+    """Whoever reaches a node without it can run code there; on loopback that is this machine's users alone."""
+    if asks:
+        return Row("authentication", where, "ok", "token authentication is on")
     if not os.environ.get("RAY_ADDRESS"):
-        return [Row("authentication", "cluster", "ok", "not needed: Ray of this machine alone")]
+        return Row("authentication", where, "ok", "not needed: Ray of this machine alone")
     dashboard = ray._private.worker.get_dashboard_url() or ""
-    host = urlsplit(f"//{dashboard}").hostname
     mend = "`ray get-auth-token --generate`, then RAY_AUTH_MODE=token on all nodes and clients"
-    if host in (None, "127.0.0.1", "localhost", "::1"):
-        return [Row("authentication", "cluster", "note", "off; the dashboard listens on loopback only", mend)]
-    return [Row("authentication", "cluster", "wrong", f"off, and the dashboard listens on {dashboard}", mend)]
+    if not _is_loopback(urlsplit(f"//{dashboard}").hostname):
+        return Row("authentication", where, "wrong", f"off, and the dashboard listens on {dashboard}", mend)
+    if _is_loopback(address):
+        return Row("authentication", where, "note", "off; the dashboard listens on loopback only", mend)
+    # Of the dashboard only; Ray's other ports let in whoever may run code too.
+    result = "off: who reaches this node over the network can run code on it, though not by the dashboard"
+    return Row("authentication", where, "note", result, mend)
+
+
+def _is_loopback(host: str | None) -> bool:
+    return host in (None, "localhost", "::1") or str(host).startswith("127.")
+
+
+def _network_row(where: str, gloo: str, num_hosts: int) -> Row:
+    """Workers of several hosts find one another by the address that gloo takes."""
+    if num_hosts < 2 or gloo and not _is_loopback(gloo):
+        return Row("network", where, "ok", "workers can be reached from other nodes")
+    mend = (
+        f"name the interface in {GLOO_INTERFACE} in the node's environment, or give its name an address in /etc/hosts"
+    )
+    return Row("network", where, "wrong", f"gloo would take {gloo or 'no address'}: others cannot reach that", mend)
 
 
 def _check_nodes(config: Config, probe: str) -> list[Row]:
@@ -297,8 +323,11 @@ def _check_nodes(config: Config, probe: str) -> list[Row]:
     }
     reports, rows = _gather(looks, where)
     own = _versions()
+    addresses = {node_id: node["NodeManagerAddress"] for node_id, node in nodes.items()}
     for node_id, report in reports.items():
         rows += _rows_of(report, where[node_id], nodes[node_id]["Resources"].get("GPU", 0.0), own)
+        rows.append(_authentication_row(where[node_id], report.asks_for_token, addresses[node_id]))
+        rows.append(_network_row(where[node_id], report.gloo, len(set(addresses.values()))))
     written = {node_id: markers[node_id] for node_id, report in reports.items() if not report.storage_error}
     where[_DRIVER], markers[_DRIVER] = "this machine", storage.join(probe, _DRIVER)
     if storage.exists(markers[_DRIVER]):
@@ -373,7 +402,18 @@ def _look(marker: str, inputs: list[str], has_gpus: bool) -> NodeReport:
     usage = shutil.disk_usage(ray._private.worker._global_node.get_session_dir_path())
     shm_free = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else None
     num_gpus, gpu_error = _compute_on_gpus() if has_gpus else (0, "")
-    return NodeReport(_versions(), num_gpus, gpu_error, (usage.free, usage.total), shm_free, storage_error, unreadable)
+    lead_gloo()
+    return NodeReport(
+        versions=_versions(),
+        num_gpus=num_gpus,
+        gpu_error=gpu_error,
+        disk=(usage.free, usage.total),
+        shm_free=shm_free,
+        storage_error=storage_error,
+        unreadable=unreadable,
+        asks_for_token=_asks_for_token(),
+        gloo=gloo_address(),
+    )
 
 
 def _read(markers: dict[str, str]) -> list[str]:

@@ -23,7 +23,7 @@ from dpo_ray import storage
 from dpo_ray.config import Config
 from dpo_ray.errors import CheckpointError, FinalError, StorageError
 from dpo_ray.orchestration.monitor import START_S, Place
-from dpo_ray.orchestration.nodes import kill, on_nodes
+from dpo_ray.orchestration.nodes import kill, lead_gloo, on_nodes
 from dpo_ray.orchestration.resources import resources_per_device
 from dpo_ray.orchestration.worker import final_error
 from dpo_ray.pairs.store import Chunk, brought_scores, read_chunk
@@ -68,6 +68,7 @@ class ReferenceReplica:
         if device.type == "cpu":
             torch.set_num_threads(max(1, int(options.cpus_per_replica / devices)))
         if devices > 1:
+            lead_gloo()
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, init_method=rendezvous, rank=self._rank, world_size=devices)
         self._scorer = Scorer(

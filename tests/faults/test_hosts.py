@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from conftest import S3Server, serve_s3
-from hosts import Network, RayHosts, needs_hosts
+from doors import CALLS, knock
+from hosts import DASHBOARD_PORT, GCS_PORT, Host, Network, RayHosts, issue_certificates, needs_hosts
 
 from dpo_ray import storage
 from faults.harness import Driver, Place, until
@@ -22,7 +24,8 @@ CPUS = 3
 @pytest.fixture(scope="module")
 def network() -> Iterator[Network]:
     needs_hosts()
-    with Network("head", "worker-1", "worker-2", "laptop", "store") as made:
+    names = ("head", "worker-1", "worker-2", "laptop")
+    with Network(*names, *(f"tls-{name}" for name in names), "store") as made:
         yield made
 
 
@@ -62,9 +65,8 @@ def cluster(network: Network, s3_place: Place, s3_twin: str) -> RayHosts:
     return made
 
 
-def job(network: Network, cluster: RayHosts, place: Place, name: str, **sections: dict[str, Any]) -> Driver:
+def job(laptop: Host, cluster: RayHosts, place: Place, name: str, **sections: dict[str, Any]) -> Driver:
     """A run as a job, sent from the laptop."""
-    laptop = network["laptop"]
     config = place.config(name, scaling=SCALING, **sections)
     (place.folder / name).mkdir()
     submit = ("ray", "job", "submit", "--working-dir", str(place.folder / name), "--")
@@ -77,6 +79,8 @@ def goes_on_alone(driver: Driver, place: Place, name: str) -> None:
     until(lambda: len(place.attempts(name)) == 2, driver)
     seen = len(driver.said)
     driver.wait_for_step(1, after=seen)
+    # The run shall not be over before the other is back.
+    place.plant("cluster", [], pace_s=8.0)
 
 
 def finishes_together(driver: Driver, place: Place, name: str, twin: str) -> None:
@@ -92,7 +96,7 @@ def finishes_together(driver: Driver, place: Place, name: str, twin: str) -> Non
 def test_a_host_loses_its_power(
     network: Network, cluster: RayHosts, s3_place: Place, s3_twin: str, drivers: list[Driver]
 ) -> None:
-    driver = job(network, cluster, s3_place, "power")
+    driver = job(network["laptop"], cluster, s3_place, "power")
     drivers.append(driver)
     driver.wait_for_step(6)
     cluster.workers[0].power_off()
@@ -107,7 +111,7 @@ def test_a_cable_is_pulled(
 ) -> None:
     """The host that is cut off reaches neither the others nor the storage; it comes back with all its processes."""
     until(lambda: cluster.num_alive() == 3)
-    driver = job(network, cluster, s3_place, "cable", recovery={"hang_timeout_s": 10})
+    driver = job(network["laptop"], cluster, s3_place, "cable", recovery={"hang_timeout_s": 10})
     drivers.append(driver)
     driver.wait_for_step(6)
     host = cluster.workers[1]
@@ -124,3 +128,48 @@ def test_a_cable_is_pulled(
 
     until(back, driver)
     finishes_together(driver, s3_place, "cable", s3_twin)
+
+
+def test_a_job_over_tls(network: Network, s3_place: Place, s3_twin: str, drivers: list[Driver], tmp_path: Path) -> None:
+    """Ray's servers want a certificate of whoever calls them; the dashboard has none, and asks for the token alone."""
+    made = RayHosts(network["tls-head"], [network["tls-worker-1"], network["tls-worker-2"]], CPUS)
+    made.ask_for_a_token(network["tls-laptop"])
+    hosts = (made.head, *made.workers)
+    authority = issue_certificates(hosts, tmp_path)
+    for host in hosts:
+        host.own_environment |= s3_place.planted_environment("cluster")
+    made.start()
+    driver = job(network["tls-laptop"], made, s3_place, "tls")
+    drivers.append(driver)
+    s3_place.plant("cluster", [], pace_s=0.0)
+    driver.finish()
+    s3_place.assert_like_twin("tls", s3_twin)
+
+    address = f"{made.head.address}:{GCS_PORT}"
+    assert knock(made.head.address, DASHBOARD_PORT, made.token) == "lets in"
+    # The token alone is not enough, with TLS or without.
+    assert knock(made.head.address, GCS_PORT, made.token) == "other"
+    own, key = made.head.home / "host.pem", made.head.home / "host.key"
+    assert not _answers(address, made.token, authority)
+    assert not _answers(address, None, authority, key, own)
+    assert _answers(address, made.token, authority, key, own)
+    status = ("ray", "status", "--address", address)
+    assert network["tls-laptop"].run(*status).returncode != 0
+    assert "6.0 CPU" in made.head.run(*status).stdout
+    for host in hosts:
+        host.power_off()
+
+
+def _answers(address: str, token: str | None, authority: Path, *key_and_certificate: Path) -> bool:
+    """Whether Ray's GCS answers to a client over TLS."""
+    credentials = grpc.ssl_channel_credentials(
+        authority.read_bytes(), *(each.read_bytes() for each in key_and_certificate)
+    )
+    (method, request), *_ = CALLS.items()
+    metadata = [("authorization", f"Bearer {token}")] if token else []
+    with grpc.secure_channel(address, credentials) as channel:
+        try:
+            channel.unary_unary(method)(request, timeout=5, metadata=metadata)
+            return True
+        except grpc.RpcError:
+            return False

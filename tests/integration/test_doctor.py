@@ -21,6 +21,7 @@ from dpo_ray import storage
 from dpo_ray.config import Config, to_yaml
 from dpo_ray.errors import ConfigError, StorageError
 from dpo_ray.orchestration import preflight
+from dpo_ray.orchestration.nodes import gloo_address
 from dpo_ray.orchestration.preflight import Row, examine
 from dpo_ray.orchestration.resources import ensure_resources
 
@@ -152,17 +153,24 @@ def test_a_cluster_that_grows(cluster: Cluster, on_s3: Config) -> None:
 
 
 @pytest.mark.parametrize(
-    ("host", "mode", "level"),
-    [("127.0.0.1", "disabled", "note"), ("0.0.0.0", "disabled", "wrong"), ("0.0.0.0", "token", "ok")],
+    ("host", "mode", "found"),
+    [
+        ("127.0.0.1", "disabled", "note off; the dashboard listens on loopback only | note off: who reaches this node"),
+        ("0.0.0.0", "disabled", "wrong off, and the dashboard listens on"),
+        ("0.0.0.0", "token", "ok token authentication is on"),
+    ],
 )
-def test_a_cluster_that_anyone_may_use(host: str, mode: str, level: str) -> None:
+def test_a_cluster_that_anyone_may_use(host: str, mode: str, found: str) -> None:
     code = f"""
 import os, ray
 ray.init(address="local", num_cpus=1, include_dashboard=True, dashboard_host="{host}", log_to_driver=False)
 os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
 from dpo_ray.orchestration import preflight
-(row,) = preflight._check_authentication()
-print("found", row.level, row.result)
+from dpo_ray.orchestration.nodes import gloo_address
+os.environ["RAY_AUTH_MODE"] = "token"  # A client may send what nobody asks for.
+asks = ray.get(ray.remote(preflight._asks_for_token).remote())
+rows = [preflight._authentication_row("node", asks, address) for address in ("127.0.0.1", "10.0.0.1")]
+print("found", " | ".join(f"{{row.level}} {{row.result}}" for row in rows))
 """
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -172,7 +180,21 @@ print("found", row.level, row.result)
         timeout=120,
         check=True,
     )
-    assert f"found {level} " in done.stdout
+    assert f"found {found}" in done.stdout
+
+
+def test_an_address_that_others_cannot_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert preflight._network_row("a", "127.0.1.1", 1).level == "ok"
+    assert preflight._network_row("a", "10.0.0.1", 2).level == "ok"
+    for gloo in ("127.0.1.1", ""):
+        row = preflight._network_row("a", gloo, 2)
+        assert row.level == "wrong"
+        assert "GLOO_SOCKET_IFNAME" in row.mend
+    # What gloo itself is led by, where the environment names it.
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    assert gloo_address() == "127.0.0.1"
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "none0")
+    assert gloo_address() == ""
 
 
 def test_a_model_that_is_not_whole(tiny_model: Path, tmp_path: Path) -> None:
