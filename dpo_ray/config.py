@@ -50,6 +50,11 @@ def _absolute(uri: str) -> str:
 
 
 Uri = Annotated[str, AfterValidator(_absolute)]
+# A name with a password before a host, or a signed URL.
+_SECRET = re.compile(
+    r"://[^/@\s]*:[^/@\s]+@|://\S*[?&](sig|[^=&\s]*(signature|token|secret|password|access_?key)[^=&\s]*)=",
+    re.IGNORECASE,
+)
 _SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 # A label's value, its name, and the name's prefix, as Ray and Kubernetes have them.
 _LABEL = re.compile(r"[a-zA-Z0-9]([a-zA-Z0-9_.-]{0,61}[a-zA-Z0-9])?")
@@ -817,6 +822,14 @@ class Config(Section):
     tracking: TrackingConfig = TrackingConfig()
     pairs: PairsConfig = PairsConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_secrets(cls, raw: Any) -> Any:
+        # Before anything else, whose message might show what is written.
+        if isinstance(raw, Mapping):
+            _refuse_secrets(raw)
+        return raw
+
     @model_validator(mode="after")
     def _sections_agree(self) -> Config:
         if self.train.global_batch_pairs < self.scaling.max_workers:
@@ -1084,6 +1097,24 @@ def parse_config(raw: Mapping[str, Any], source: str = "configuration") -> Confi
     except ValidationError as error:
         lines = [_explain(dict(problem)) for problem in error.errors(include_url=False)]
         raise ConfigError(f"{source}: " + "\n".join(lines)) from None
+
+
+def _refuse_secrets(raw: Mapping[str, Any]) -> None:
+    """Refuses what would stand in the run's folder, in logs and at trackers; what it was is not said here either.
+
+    Raises:
+        ConfigError: A URI has a secret in it.
+    """
+    for key, value in _leaves(raw):
+        for text in (key, *(value if isinstance(value, list) else [value])):
+            if isinstance(text, str) and _SECRET.search(text):
+                # A mixture has its URIs as keys.
+                place = re.sub(r"[.][^.]*://.*", "", key)
+                raise ConfigError(
+                    f"{place}: a URI has a password, a token or a signature in it, which would be written down with "
+                    "the configuration; leave it out, and give credentials by the environment of all nodes "
+                    "(AWS_ACCESS_KEY_ID, ...), by roles, or by fsspec's configuration files"
+                )
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:

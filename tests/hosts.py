@@ -256,13 +256,19 @@ class RayHosts:
         """Powers a worker on."""
         self._power_on(worker, f"--address={self.head.address}:{GCS_PORT}", f"--num-cpus={self._num_cpus}")
 
-    def num_alive(self) -> int:
-        """Nodes that are alive, as the dashboard says; 0 before it does."""
-        request = urllib.request.Request(f"{self.dashboard}/api/v0/nodes")
+    def tells(self, path: str) -> bytes:
+        """What the dashboard answers to who has the token."""
+        request = urllib.request.Request(self.dashboard + path)
         if self.token:
             request.add_header("Authorization", f"Bearer {self.token}")
-        with contextlib.suppress(OSError), urllib.request.urlopen(request, timeout=5) as answer:
-            found = json.load(answer)["data"]["result"]["result"]
+        with urllib.request.urlopen(request, timeout=5) as answer:
+            content: bytes = answer.read()
+        return content
+
+    def num_alive(self) -> int:
+        """Nodes that are alive, as the dashboard says; 0 before it does."""
+        with contextlib.suppress(OSError):
+            found = json.loads(self.tells("/api/v0/nodes"))["data"]["result"]["result"]
             return sum(node["state"] == "ALIVE" for node in found)
         return 0
 

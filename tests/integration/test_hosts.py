@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +17,7 @@ from dpo_ray import storage
 from dpo_ray.config import to_yaml
 from dpo_ray.orchestration.verify import verify
 
+CANARY = "canary-4d1e9b"
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(300)]
 
 
@@ -60,6 +62,8 @@ def test_a_job_from_another_host(network: Network, cluster: RayHosts, tiny_model
     laptop, stranger, hosts = network["laptop"], network["stranger"], [cluster.head, *cluster.workers]
     with serve_s3(network["store"].address, network["store"].prefix) as store:
         file = run_file(tmp_path, store, tiny_model)
+        for host in hosts:
+            host.own_environment |= {"HF_TOKEN": CANARY, "WANDB_API_KEY": CANARY}
         cluster.start()
         submit = ("ray", "job", "submit", "--address", cluster.dashboard, "--working-dir", str(file.parent))
         with laptop.process(*submit, "--", "dpo-ray", "train", "run.yaml") as job:
@@ -94,3 +98,14 @@ def test_a_job_from_another_host(network: Network, cluster: RayHosts, tiny_model
         # Each host had its rank.
         (attempt,) = storage.read_json_lines(storage.join(run, "attempts.jsonl"))
         assert attempt["world_size"] == 2
+
+        # What the nodes know stands neither in the run, nor in what Ray tells of it or writes down.
+        written = {place: storage.read_bytes(f"s3://{place}") for place in storage.filesystem(run)[0].find(run)}
+        assert len(written) > 15
+        logs = [path for host in hosts for path in (host.home / "ray").rglob("*") if path.is_file()]
+        assert any("job-driver" in path.name for path in logs)
+        written |= {str(path): path.read_bytes() for path in (*logs, *(host.log for host in hosts))}
+        written |= {path: cluster.tells(path) for path in ("/api/jobs/", "/api/v0/nodes", "/api/v0/actors?detail=1")}
+        written["output"] = output.encode()
+        for secret in (CANARY, cluster.token, os.environ["AWS_SECRET_ACCESS_KEY"]):
+            assert [place for place, content in written.items() if secret.encode() in content] == []

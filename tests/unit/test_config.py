@@ -207,6 +207,37 @@ def test_all_mistakes_at_once() -> None:
     assert "scaling.workers is 'many'" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "ftp://user:canary@host/pairs.jsonl",
+        "https://host/pairs.jsonl?X-Amz-Credential=a&X-Amz-Signature=canary",
+        "abfs://data/pairs.jsonl?sv=2024&sig=canary",
+        "s3://bucket/pairs.jsonl?secret_key=canary",
+    ],
+)
+def test_a_secret_in_a_uri_is_refused_and_not_repeated(uri: str) -> None:
+    places: list[tuple[str, dict[str, Any]]] = [
+        ("storage_path", {"storage_path": uri}),
+        ("model.path", {"model": {"path": uri}}),
+        ("data.train", {"data": {"train": [uri]}}),
+        ("data.train", {"data": {"train": {uri: 1.0}}}),
+        ("data.eval.safe", {"data": {"train": ["a.jsonl"], "eval": {"safe": [uri]}}}),
+        ("data.trian", {"data": {"trian": uri}}),
+    ]
+    for key, changed in places:
+        with pytest.raises(ConfigError, match=f"^{key}: a URI has a password, a token or a signature") as raised:
+            parse_config({**MINIMAL, **changed})
+        assert "canary" not in str(raised.value)
+    with pytest.raises(ConfigError):
+        Config(**{**MINIMAL, "storage_path": uri})
+
+
+def test_what_is_no_secret_in_a_uri() -> None:
+    for uri in ("abfs://container@account.dfs.core.windows.net/x", "hf://datasets/a/b@main/x", "s3://b/a:b@c?design=1"):
+        assert parse_config({**MINIMAL, "storage_path": uri}).storage_path == uri
+
+
 def test_overrides(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(MINIMAL))
