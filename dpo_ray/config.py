@@ -270,6 +270,9 @@ class DataConfig(Section):
     chunk_pairs: PositiveInt = Field(
         1024, description="about how many pairs a chunk holds: the unit of reading and of reference scoring"
     )
+    label_selector: dict[str, str] = Field(
+        {}, description="labels that nodes must have where `prepare` reads and tokenizes, e.g. {pool: data}"
+    )
     max_reject_fraction: float = Field(
         0.01, ge=0.0, le=1.0, description="stop when more than this share of the rows cannot become a pair"
     )
@@ -350,6 +353,11 @@ class DataConfig(Section):
                 "does: leave it out"
             )
         return self
+
+    @field_validator("label_selector")
+    @classmethod
+    def _labels_are_plain(cls, labels: dict[str, str]) -> dict[str, str]:
+        return _checked_labels("data.label_selector", labels)
 
     @model_validator(mode="after")
     def _one_held_out_source(self) -> DataConfig:
@@ -1047,6 +1055,7 @@ MAY_CHANGE = (
     "reference.label_selector",
     "reference.tokens_per_microbatch",
     "data.max_reject_fraction",
+    "data.label_selector",
     "model.attention",
     "model.gradient_checkpointing",
     "model.cpu_offload",

@@ -54,7 +54,7 @@ REJECTS_SHOWN = 5
 # Of the data's options those that decide no pair, or that are said with what they are about.
 _APART = {
     *("train", "eval", "max_reject_fraction", "ranking", "min_score_gap", "chat_template_kwargs"),
-    *("weight_column", "margin_column", "score_columns"),
+    *("weight_column", "margin_column", "score_columns", "label_selector"),
 }
 
 
@@ -240,7 +240,7 @@ def _make(config: Config, job: Job, about: dict[str, Any], watcher: Watcher) -> 
     uri = job.uri
     total: Counter[str] = Counter()
     written: dict[str, list[Run]] = {part: [] for part in (*dict(config.data.sources), "eval")}
-    for record in _make_runs(job, watcher):
+    for record in _make_runs(config, job, watcher):
         total.update(record["counts"])
         watcher.rows({name: total[name] for name in store.COUNTS})
         for part, run in record["runs"].items():
@@ -402,7 +402,7 @@ def _tokenized(row: dict[str, Any], reading: Reading, tokenizer: PairTokenizer) 
         return error
 
 
-def _make_runs(job: Job, watcher: Watcher) -> Iterator[dict[str, Any]]:
+def _make_runs(config: Config, job: Job, watcher: Watcher) -> Iterator[dict[str, Any]]:
     """Pass 1. Yields the record of each block."""
     files, total = range(len(job.files)), sum(file.num_bytes for file in job.files)
     tasks = min(len(files), max(1, total // READ_BYTES))
@@ -410,6 +410,8 @@ def _make_runs(job: Job, watcher: Watcher) -> Iterator[dict[str, Any]]:
     texts = ray.data.from_items(list(files), override_num_blocks=tasks).map_batches(
         rows.read, batch_size=1, num_cpus=0.5, fn_args=(job,)
     )
+    # Of the tasks, and of what Ray Data asks an autoscaler for.
+    texts.context.execution_options.label_selector = config.data.label_selector or None
     block_bytes = max(BLOCK_BYTES, total // MOST_RUNS)
     texts.context.target_max_block_size = block_bytes
     least = LEAST_BLOCKS * block_bytes / ray.cluster_resources().get("object_store_memory", 1)
@@ -449,6 +451,7 @@ def _write_chunks(
         return pa.table({"chunks": [json.dumps(chunks)]})
 
     blocks = ray.data.from_items([pickle.dumps(merge) for merge in merges], override_num_blocks=len(merges))
+    blocks.context.execution_options.label_selector = config.data.label_selector or None
     found: dict[str, list[Chunk]] = {part: [] for part in written}
     for done, row in enumerate(blocks.map_batches(write, batch_size=1, num_cpus=1).iter_rows(), start=1):
         for chunk in json.loads(row["chunks"]):
