@@ -163,31 +163,28 @@ class Wish:
         self._told: int | None = None
         self._told_at = self._changed_at = self._looked_at = float("-inf")
 
-    def tell(self, others: int = 0) -> None:
+    def tell(self) -> None:
         """Asks for nodes; to be called again and again while they are wanted.
 
-        The autoscaler starts nothing where it cannot start everything, so that less is asked for when it says so.
-
-        Args:
-            others: How many of them somebody else asks for, such as Ray Train for a group that runs.
+        The autoscaler starts nothing where it cannot start everything, and keeps nothing, so that less is asked for
+        when it says so.
         """
         now = time.monotonic()
-        if now - self._looked_at < LOOK_S and self._told is not None:
+        if now - self._looked_at < LOOK_S:
             return
         self._looked_at = now
-        seen = status()
-        if seen is not None and self._told and self._count > max(self._least, others):
+        seen = status() if self._told else None
+        if seen is not None and self._count > self._least:
             counts = [count for wished, count in seen.unfulfilled if wished == self._each]
             # Others may wish for the same: then the numbers are not ours, and only time tells what the answer is to.
             if self._told in counts or counts and now - self._changed_at > ANSWER_S:
                 self._count -= 1
-        wanted = max(0, self._count - others)
-        if wanted != self._told:
+        if self._count != self._told:
             self._changed_at = now
-        if wanted != self._told or now - self._told_at > AGAIN_S:
+        if self._count != self._told or now - self._told_at > AGAIN_S:
             with contextlib.suppress(RayError, ValueError):  # Where the head does not answer just now.
-                self._send(wanted)
-                self._told, self._told_at = wanted, now
+                self._send(self._count)
+                self._told, self._told_at = self._count, now
 
     def _send(self, wanted: int) -> None:
         amounts, labels = split(self._each)

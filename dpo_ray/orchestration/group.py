@@ -25,6 +25,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.execution.callback import ControllerCallback, RayTrainCallback, WorkerCallback
 from ray.train.v2._internal.execution.context import TrainRunContext
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dpo_ray import storage
@@ -292,8 +293,18 @@ class _Interface(WorkerCallback):
         lead_gloo()
 
 
+class _Policy(FixedScalingPolicy):
+    """Asks the autoscaler for nothing: the supervisor does, and of both together it might not be able to give all."""
+
+    def _get_num_workers_for_resource_request(self) -> int:
+        return 0
+
+
 class _Trainer(TorchTrainer):
     """Ray Train's, but for an actor that would hand out datasets: a process more to start before the workers can."""
+
+    def _initialize_and_run_controller(self, **about: Any) -> Any:
+        return super()._initialize_and_run_controller(**{**about, "scaling_policy": _Policy(self.scaling_config)})
 
     def _create_default_callbacks(self) -> list[RayTrainCallback]:
         return [each for each in super()._create_default_callbacks() if not isinstance(each, DatasetsCallback)]

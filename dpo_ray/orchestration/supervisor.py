@@ -236,8 +236,7 @@ class _Look:
             going = draining_nodes()
             if leaving := set(own) & set(going):
                 return f"{len(leaving)} node{'s' * (len(leaving) > 1)} of this run will be drained"
-        # Ray Train asks for those that run.
-        self._wish.tell(self._attempt.world_size)
+        self._wish.tell()
         size, most = self._attempt.world_size, self._config.scaling.max_workers
         if size < most and len(own) == size and now - self._grow_looked > GROW_LOOK_S:
             self._grow_looked = now

@@ -145,7 +145,7 @@ def _head(config: str) -> None:
             continue  # Not up yet.
         for node in nodes.values():
             name, alive = node.node_id.hex(), node.state == 0
-            kind = node.labels.get("ray.io/node-group", "head") if node.node_id.hex() != HEAD_ID else "head"
+            kind = node.node_type_name or "head"
             event = "comes" if alive else "goes"
             if known.get(name) != event and (alive or name in known):
                 known[name] = event
