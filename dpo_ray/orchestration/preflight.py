@@ -32,7 +32,7 @@ from dpo_ray.model.files import (
 )
 from dpo_ray.orchestration.nodes import GLOO_INTERFACE, gloo_address, lead_gloo
 from dpo_ray.orchestration.prepare import survey
-from dpo_ray.orchestration.resources import as_number, as_text, demands, ensure_resources, possible_nodes
+from dpo_ray.orchestration.resources import as_number, demands, ensure_resources, needs, possible_nodes
 from dpo_ray.orchestration.watch import SourcePreview, Watcher
 from dpo_ray.pairs.tokenize import Limits, PairTokenizer
 
@@ -119,6 +119,7 @@ def _examine(config: Config, connect: Callable[[], None]) -> list[Row]:
     connected = _guarded("Ray", os.environ.get("RAY_ADDRESS") or "this machine", lambda: _connect(connect))
     rows += connected
     if all(row.level == "ok" for row in connected):
+        rows += _guarded("room", "cluster", lambda: _check_room(config))
         rows += _guarded("resources", "cluster", lambda: _check_resources(config))
         rows += _guarded("nodes", "cluster", lambda: _check_nodes(config, probe))
     _guarded("storage", "this machine", lambda: storage.remove(probe) or [])
@@ -265,13 +266,25 @@ def _tensors(uri: str) -> list[str] | str:
     return list(header) if size == whole else f"{size} bytes instead of {whole}"
 
 
+def _check_room(config: Config) -> list[Row]:
+    """What the run will ask for, and what the cluster says to that."""
+    rows = []
+    for need in needs(demands(config, tokenizing=True)):
+        if need.now >= need.count:
+            rows.append(Row("room", need.key, "ok", str(need)))
+        elif need.impossible:
+            rows.append(Row("room", need.key, "wrong", str(need), need.remedy))
+        else:
+            rows.append(Row("room", need.key, "note", str(need), "nothing: the run waits for it"))
+    return rows
+
+
 def _check_resources(config: Config) -> list[Row]:
     ensure_resources(config)
-    asked = [f"{count} x {as_text(each)} for {key}" for key, count, each in demands(config)]
-    if possible_nodes({}) is None:
-        result = f"{'; '.join(asked)}: how far the autoscaler goes is not known"
-        return [Row("resources", "cluster", "note", result)]
-    return [Row("resources", "cluster", "ok", "; ".join(asked))]
+    ensure_resources(config, workers=False, references=False, tokenizing=True)
+    if possible_nodes() is None:
+        return [Row("resources", "cluster", "note", "how far the autoscaler goes is not known")]
+    return [Row("resources", "cluster", "ok", "all that is asked for at the same time has room")]
 
 
 def _asks_for_token() -> bool:

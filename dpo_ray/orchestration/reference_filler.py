@@ -20,7 +20,7 @@ from dpo_ray.config import Config
 from dpo_ray.errors import ReferenceFillError, StorageError
 from dpo_ray.model.weights import weights_digest
 from dpo_ray.orchestration.replicas import Lost, Replicas, Scored
-from dpo_ray.orchestration.resources import as_text, ensure_resources, needs_of_device
+from dpo_ray.orchestration.resources import ensure_resources, needs, needs_of_device
 from dpo_ray.pairs.plan import Plan
 from dpo_ray.pairs.store import Chunk, PairStore
 from dpo_ray.reference.claims import Claims
@@ -271,11 +271,8 @@ class ReferenceFiller:
         self.filled.most_replicas = max(self.filled.most_replicas, self.filled.replicas)
         if self._pool.waiting_s() > TELL_S and not self._told and not self._pool.at_work():
             options, self._told = self._config.reference, True
-            log.warning(
-                "the reference waits for room for %d x %s",
-                options.devices_per_replica,
-                as_text(needs_of_device(self._config)),
-            )
+            (need,) = needs([("reference.replicas", options.devices_per_replica, needs_of_device(self._config))])
+            log.warning("the reference waits for room: %s%s", need, f": {need.remedy}" if need.impossible else "")
 
     def _rest(self) -> None:
         """Nothing to do: no actor, no device, no claim."""

@@ -65,18 +65,19 @@ def _ensure_cluster_answers(address: str) -> None:
         ) from None
 
 
-def ensure_resources(config: Config, workers: bool = True, references: bool = True) -> None:
+def ensure_resources(config: Config, workers: bool = True, references: bool = True, tokenizing: bool = False) -> None:
     """Refuses what the cluster could never start, which Ray would wait for without end.
 
     Args:
         config: The run.
         workers: Whether policy workers will be asked for.
         references: Whether reference actors will be.
+        tokenizing: Whether tasks that tokenize will be.
 
     Raises:
         ConfigError: More is asked for than the cluster has, or can grow to.
     """
-    asked = demands(config, workers, references)
+    asked = demands(config, workers, references, tokenizing)
     nodes = possible_nodes(name for _, _, each in asked for name in each)
     if nodes is None:
         return
@@ -101,7 +102,9 @@ def ensure_resources(config: Config, workers: bool = True, references: bool = Tr
             )
 
 
-def demands(config: Config, workers: bool = True, references: bool = True) -> list[tuple[str, int, Resources]]:
+def demands(
+    config: Config, workers: bool = True, references: bool = True, tokenizing: bool = False
+) -> list[tuple[str, int, Resources]]:
     """What a run asks for at the same time: key of the configuration, how many, and what each of them needs."""
     scaling, reference = config.scaling, config.reference
     asked: list[tuple[str, int, Resources]] = []
@@ -110,6 +113,8 @@ def demands(config: Config, workers: bool = True, references: bool = True) -> li
     if references and config.needs_reference and reference.place != "adapter_off":
         devices = reference.least_replicas * reference.devices_per_replica
         asked.append(("reference.replicas", devices, needs_of_device(config)))
+    if tokenizing:
+        asked.append(("data.label_selector", 1, {"CPU": 1.0, **labels_as_resources(config.data.label_selector, 1.0)}))
     return asked
 
 
@@ -233,6 +238,12 @@ class Need:
             and self.doing.refuses(self.each)
         )
 
+    @property
+    def remedy(self) -> str:
+        """What to do where waiting is in vain."""
+        section = self.key.split(".")[0]
+        return f"see to {self.key} and the resources and labels of {section}, or give the cluster nodes that have them"
+
     def __str__(self) -> str:
         """All of it, for people to read."""
         parts = [f"{self.count} x {as_text(self.each)}: {self.now} fit now"]
@@ -251,8 +262,7 @@ class Need:
             parts.append("on their way are " + ", ".join(f"{n} {t}" for t, n in coming.items()))
         parts += [f"{name} could not be started ({reason})" for name, reason in failed.items()]
         if self.impossible:
-            remedy = f"lower {self.key} or what each asks for, correct its labels, or give the cluster nodes for it"
-            parts.append(f"the cluster can never give all of it: {remedy}")
+            parts.append("the cluster can never give all of it")
         elif self.most is None and not coming:
             parts.append("which node types there are only its autoscaler knows")
         return "; ".join(parts)

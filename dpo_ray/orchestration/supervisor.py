@@ -198,7 +198,7 @@ def _wait_for_room(
             (need,) = needs(demands(config, references=False))
             if str(need) != told:
                 told = str(need)
-                watcher.warning(f"waiting for room for workers: {told}")
+                watcher.warning(f"waiting for room for workers: {told}{f': {need.remedy}' if need.impossible else ''}")
         time.sleep(POLL_S)
 
 

@@ -175,6 +175,8 @@ def _as_it_stands(config: Config, watcher: Watcher) -> Result | None:
 def _train(config: Config, watcher: Watcher, found: Survey, lease: RunLease) -> Result:
     start_ray(config)
     ensure_resources(config, references=False)
+    if found.made is None:
+        ensure_resources(config, workers=False, references=False, tokenizing=True)
     filler: ReferenceFiller | MovingFiller | None = None
     try:
         pairs = prepare(config, watcher, found)

@@ -78,6 +78,9 @@ def test_all_is_well_on_a_cluster_with_object_storage(cluster: Cluster, on_s3: C
     found = {(row.check, row.level): row for row in rows}
     assert "3 nodes" in found["Ray", "ok"].result
     assert found["conditional writes", "ok"].result == "supported"
+    room = {row.where: row.result for row in rows if row.check == "room"}
+    each = "1 x {CPU: 1}: 5 fit now"
+    assert room == {"scaling.workers, reference.replicas, data.label_selector": each}
     assert "20 tensors in 1 files" in found["model", "ok"].result
     # Each node by its name: what they say of themselves is the same and stands in one row.
     nodes = found["versions", "ok"].where
@@ -250,7 +253,7 @@ def test_the_command_on_this_machine(s3_server: S3Server, tiny_model: Path, tmp_
     assert done.returncode == 1, done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     marked = {line.split()[1] for line in done.stdout.splitlines() if "✗ wrong" in line}
-    assert marked == {"storage", "pairs", "model", "resources"}
+    assert marked == {"storage", "pairs", "model", "room", "resources"}
     for said in ("access denied", "no such file", "model.safetensors: 5000 bytes instead of", "{CPU: 1, GPU: 1}"):
         assert said in done.stdout
 

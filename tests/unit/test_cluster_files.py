@@ -25,6 +25,8 @@ from ray.autoscaler.v2.utils import ResourceRequestUtil
 from ray.core.generated.common_pb2 import LabelSelectorOperator
 
 from dpo_ray.config import load_config
+from dpo_ray.orchestration.autoscaler import types_of
+from dpo_ray.orchestration.nodes import PLENTY, labels_as_resources
 from dpo_ray.orchestration.resources import demands
 
 ROOT = Path(__file__).parents[2]
@@ -120,6 +122,18 @@ def test_nodes_are_found_by_label_before_there_are_any(name: str) -> None:
     types = autoscaling(name).get_node_type_configs()
     accelerator = {"ray.io/accelerator-type": types["reference"].labels["ray.io/accelerator-type"]}
     assert started(name, {"GPU": 1.0}, 1, accelerator) == {"reference": 1}
+
+
+@each_launcher
+def test_a_run_knows_what_the_nodes_will_be(name: str) -> None:
+    """As it reads the file that `ray up` leaves on the head, and as Ray's autoscaler does."""
+    types = {each.name: each for each in types_of(load(name))}
+    read = {group: node for group, node in autoscaling(name).get_node_type_configs().items() if group != "head"}
+    assert types.keys() == read.keys()
+    for group, node in read.items():
+        labels = {"ray.io/node-group": group, **node.labels}
+        assert types[group].resources == {**node.resources, **labels_as_resources(labels, PLENTY)}
+        assert types[group].most == node.max_worker_nodes
 
 
 @each_cluster

@@ -145,6 +145,13 @@ def with_values(**sections: dict[str, Any]) -> dict[str, Any]:
             with_values(reference={"label_selector": {"pool": "in(a, b)"}}),
             r"label_selector.pool is 'in\(a, b\)': write",
         ),
+        *(
+            (
+                with_values(**{section: {"label_selector": {"pool": "!x"}}}),
+                f"{section}.label_selector.pool is '!x': write",
+            )
+            for section in ("scaling", "data")
+        ),
         (with_values(reference={"label_selector": {"pool": ""}}), "label_selector.pool is '': write the one value"),
         (with_values(reference={"label_selector": {"a b": "x"}}), "'a b' cannot be the name of a label"),
         (with_values(reference={"label_selector": {"a b/pool": "x"}}), "'a b/pool' cannot be the name of a label"),

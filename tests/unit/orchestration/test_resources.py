@@ -9,13 +9,16 @@ from ray.core.generated import autoscaler_pb2
 from dpo_ray.config import Config, parse_config
 from dpo_ray.errors import ConfigError
 from dpo_ray.orchestration import resources
-from dpo_ray.orchestration.nodes import resources_of
-from dpo_ray.orchestration.resources import as_text, demands, ensure_resources, room
+from dpo_ray.orchestration.autoscaler import NodeType, Status
+from dpo_ray.orchestration.nodes import PLENTY, labels_as_resources, resources_of
+from dpo_ray.orchestration.resources import Need, as_text, demands, ensure_resources, needs, room
 
 REFERENCE, POLICY = {"pool": "reference"}, {"pool": "policy"}
 
 
-def config(selector: dict[str, str], workers: Any = 1, **reference: Any) -> Config:
+def config(
+    selector: dict[str, str], workers: Any = 1, scaling: dict[str, Any] | None = None, **reference: Any
+) -> Config:
     return parse_config(
         {
             "name": "run",
@@ -23,7 +26,7 @@ def config(selector: dict[str, str], workers: Any = 1, **reference: Any) -> Conf
             "model": {"path": "/m"},
             "data": {"train": ["/p"]},
             "reference": {"label_selector": selector, **reference},
-            "scaling": {"workers": workers},
+            "scaling": {"workers": workers, **(scaling or {})},
         }
     )
 
@@ -85,6 +88,62 @@ def test_a_label_that_no_node_has_is_refused(monkeypatch: pytest.MonkeyPatch) ->
         ensure_resources(config(REFERENCE, replicas=3))
     # Scores that are there already ask for nothing.
     ensure_resources(config({"pool": "gold"}), references=False)
+
+
+def test_workers_go_where_their_label_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    there_are(monkeypatch, node("a", 4, POLICY), node("b", 2, REFERENCE))
+    many = {"min": 1, "max": 20}
+    labelled = {"label_selector": POLICY}
+    assert room(config({}, many), references=False)[0] == 4 + 2
+    assert room(config({}, many, labelled), references=False)[0] == 4
+    # A reference without one takes the room that is of no use to workers.
+    assert room(config({}, many, labelled, replicas=2), references=True)[0] == 4
+    assert room(config(POLICY, many, labelled, replicas=1), references=True)[0] == 3
+    with pytest.raises(ConfigError, match=r"scaling.workers: 5 x {CPU: 1, label pool=policy}: .* room for 4 of them"):
+        ensure_resources(config({}, 5, labelled))
+    with pytest.raises(ConfigError, match=r"scaling.label_selector is {pool: gold}: no node of the cluster has that"):
+        ensure_resources(config({}, 1, {"label_selector": {"pool": "gold"}}))
+    own = config({}, 1, {"resources_per_worker": {"policy": 1}})
+    with pytest.raises(ConfigError, match=r"scaling.workers: 1 x {CPU: 1, policy: 1}: the cluster has room for 0"):
+        ensure_resources(own)
+
+
+def test_what_a_run_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    types = [
+        NodeType("policy", {"CPU": 2.0, **labels_as_resources(POLICY, PLENTY)}, 3),
+        NodeType("reference", {"CPU": 1.0, **labels_as_resources(REFERENCE, PLENTY)}, 8),
+    ]
+    doing = Status({"policy": 1}, {"reference": "no quota"}, [], [])
+
+    def said(number: int, config: Config) -> Need:
+        return needs(demands(config, tokenizing=True))[number]
+
+    there_are(monkeypatch, node("head", 0, {}))
+    monkeypatch.setattr(resources, "_has_autoscaler", lambda: True)
+    monkeypatch.setattr(resources, "status", lambda: doing)
+    monkeypatch.setattr(resources, "node_types", lambda: types)
+    run = config(REFERENCE, 6, {"label_selector": POLICY}, replicas=9)
+    ahead = "on their way are 1 policy; reference could not be started (no quota)"
+    workers = said(0, run)
+    assert str(workers) == (
+        f"6 x {{CPU: 1, label pool=policy}}: 0 fit now; the autoscaler could add 6 on policy; {ahead}"
+    )
+    assert not workers.impossible
+    assert said(1, run).impossible
+    assert str(said(1, run)).endswith("8 on reference; " + ahead + "; the cluster can never give all of it")
+    assert "0 fit now; the autoscaler could add 6 on policy, 8 on reference;" in str(said(2, run))
+    gold = said(0, config({}, 1, {"label_selector": {"pool": "gold"}}))
+    assert gold.impossible
+    assert "no node type of the autoscaler has room for one" in str(gold)
+    assert gold.remedy == (
+        "see to scaling.workers and the resources and labels of scaling, or give the cluster nodes that have them"
+    )
+    # An autoscaler that keeps to itself what it can do still says what it cannot.
+    monkeypatch.setattr(resources, "node_types", lambda: None)
+    assert not said(0, run).impossible
+    doing.unfulfilled.append(({"CPU": 1.0, **labels_as_resources(POLICY, 1.0)}, 6))
+    assert said(0, run).impossible
+    assert not said(2, run).impossible
 
 
 def test_a_cluster_without_labels(monkeypatch: pytest.MonkeyPatch) -> None:
