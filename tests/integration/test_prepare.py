@@ -196,6 +196,8 @@ def test_scores_name_a_store_where_they_are_set(tmp_path: Path, tiny_model: Path
     scored = {"score_columns": ["good", "bad"]}
     assert '"score_columns"' not in json.dumps(found().about)
     assert len({found().uri, found(**scored).uri, found(**scored, min_score_gap=0.5).uri}) == 3
+    # Where the tasks run does not.
+    assert found(label_selector={"pool": "data"}).uri == found().uri
     with pytest.raises(DataError, match="no column 'worse', which data.score_columns names; the rows have bad, chosen"):
         found(score_columns=["good", "worse"])
     with pytest.raises(
