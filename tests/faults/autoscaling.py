@@ -101,6 +101,18 @@ class AutoscaledCluster:
         (first,) = psutil.Process(self.process.pid).children()
         return ("nsenter", "-t", str(first.pid), "-n", "-m", "-u", "-p")
 
+    def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Runs the command line in there."""
+        code = "from dpo_ray.cli import main; main()"
+        return subprocess.run(
+            [*self.prefix, sys.executable, "-c", code, *arguments],
+            env={**os.environ, **self.environment, "COLUMNS": "400"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
     def wait_for(self, node: str, event: str, count: int = 1) -> dict[str, Any]:
         """The `count`th time that a node of a type has come or gone."""
 
