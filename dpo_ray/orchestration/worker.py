@@ -107,6 +107,7 @@ def _behind(error: BaseException | None, kind: type[E]) -> E | None:
 def _context(assignment: Assignment, reporter: Reporter) -> WorkerContext:
     import ray.train.torch
     import torch
+    import torch.distributed as dist
 
     config, attempt = assignment.config, assignment.attempt
     ray_context = ray.train.get_context()
@@ -114,6 +115,8 @@ def _context(assignment: Assignment, reporter: Reporter) -> WorkerContext:
     if device.type == "cpu":
         torch.set_num_threads(max(1, int(config.scaling.cpus_per_worker)))
     rank, world_size = ray_context.get_world_rank(), ray_context.get_world_size()
+    nodes = [""] * world_size
+    dist.all_gather_object(nodes, Place.here().node_id)
     feed, pairs = make_feed(config, assignment.places, attempt)
     held = eval_feeds(config, feed, pairs)
     costs = assignment.places.costs
@@ -133,7 +136,7 @@ def _context(assignment: Assignment, reporter: Reporter) -> WorkerContext:
     return WorkerContext(
         rank=rank,
         world_size=world_size,
-        group=_group(config.scaling, rank, world_size),
+        group=group_among(config.scaling, rank, nodes),
         device=device,
         attempt=attempt,
         batches=batches,
@@ -149,14 +152,15 @@ def _context(assignment: Assignment, reporter: Reporter) -> WorkerContext:
     )
 
 
-def _group(scaling: ScalingConfig, rank: int, world_size: int) -> int:
-    """How many workers share a copy of the weights, the same on all of them."""
-    import torch.distributed as dist
+def group_among(scaling: ScalingConfig, rank: int, nodes: Sequence[str]) -> int:
+    """How many workers share a copy of the weights; rank 0 says so where they are not those that were asked for.
 
-    # Ray Train numbers the workers node by node. Its own count of those of a node goes by addresses.
-    nodes = [""] * world_size
-    dist.all_gather_object(nodes, Place.here().node_id)
-    group = scaling.group_of(nodes)
+    Args:
+        scaling: Who shall.
+        rank: Of this worker.
+        nodes: Where each is. Ray Train numbers workers node by node; its own count of a node's goes by addresses.
+    """
+    group, world_size = scaling.group_of(nodes), len(nodes)
     wanted = {"all": world_size, "node": nodes.count(nodes[0])}.get(str(scaling.shard_over), scaling.shard_over)
     if rank == 0 and group != wanted:
         log.warning(

@@ -82,7 +82,8 @@ def steps_said(driver: Driver) -> list[int]:
 def test_shrink_to_the_survivors(place: Place, twin: str, drivers: Any, machines: Any) -> None:
     """Fault 6: a node's power fails; the run goes on with what is left."""
     cluster = machines(2)
-    config = place.config("shrink", scaling={"workers": {"min": 1, "max": 2}})
+    # A node has one worker: two copies of the weights, then one.
+    config = place.config("shrink", scaling={"workers": {"min": 1, "max": 2}, "shard_over": "node"})
     driver = place.start(config, RAY_ADDRESS=cluster.address)
     drivers.append(driver)
     driver.wait_for_step(10)
@@ -91,6 +92,7 @@ def test_shrink_to_the_survivors(place: Place, twin: str, drivers: Any, machines
     after = driver.wait_for(lambda said: said["event"] == "step" and said["time"] > died + 3 and said["step"] > seen)
     driver.finish()
     place.assert_same_but_for_rounding("shrink", twin)
+    assert {line["shard_over"] for line in place.lines("shrink", "ledger.jsonl")} == {1}
     attempts = place.attempts("shrink")
     assert [attempt["world_size"] for attempt in attempts] == [2, 1]
     assert attempts[1]["reason"] == "1 node with workers died"

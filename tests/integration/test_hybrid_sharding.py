@@ -1,13 +1,15 @@
 """Copies of the weights, each sharded over a group of ranks, against one copy over all: 4 ranks as 2 x 2 over gloo."""
 
 import json
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import run_ranks
-from integration.test_sharding import build, gathered, scored_pairs, sigmoid
+from integration.test_sharding import CPU, build, gathered, scored_pairs, sigmoid
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
@@ -75,6 +77,8 @@ def alone(rank: int, world: int, model: str, folder: Path, written_by: list[str]
 
 
 def grouped(rank: int, world: int, model: str, folder: Path) -> None:
+    patience = timedelta(seconds=4321)  # Another than PyTorch's, as Ray Train sets it.
+    dist.group.WORLD._get_backend(CPU).set_timeout(patience)  # type: ignore[union-attr]
     trained(model, folder, "2 x 2", rank, world, group=2)
     trained(model, folder, "4", rank, world)
     resumed(model, folder, "4", rank, world, group=2)
@@ -84,6 +88,8 @@ def grouped(rank: int, world: int, model: str, folder: Path) -> None:
     for name, parameter in policy.named_parameters():
         # Half of it, and the same half as in the other group.
         assert isinstance(parameter, DTensor)
+        groups = parameter.device_mesh.get_all_groups()
+        assert [each._get_backend(CPU).options._timeout for each in groups] == [patience] * 2
         assert parameter.to_local().numel() <= -(-parameter.shape[0] // 2) * parameter[:1].numel(), name
     expected = json.loads((folder / "2 x 2.json").read_text())
     for options in ({"group": 2, "each": True}, {"group": 1, "each": True}):
