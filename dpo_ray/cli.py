@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dpo_ray import config as configuration
+from dpo_ray import storage
 from dpo_ray.errors import ConfigError, FinalError, StoppedError, UserError
 
 if TYPE_CHECKING:
@@ -71,6 +72,8 @@ def _train(parsed: configuration.Config, only_start: bool = False) -> None:
     console.print(closing_table(result))
     console.print(f"model    {result.export_uri}\nmetrics  {result.run_uri}/metrics.jsonl")
     console.print(f"curves   tensorboard --logdir {result.run_uri}/tensorboard")
+    if storage.exists(report := storage.join(result.run_uri, "report.html")):
+        console.print(f"report   {report}")
 
 
 @app.command()
@@ -393,6 +396,33 @@ def _verdict_table(verdict: Verdict) -> Table:
     if verdict.redone_steps:
         table.caption = f"at least {verdict.redone_steps:,} steps were done again"
     return table
+
+
+@app.command()
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN_URI...", help="A run's directory: <storage_path>/<name>.")],
+    compare: Annotated[bool, typer.Option("--compare", help="Writes one page of several runs, to --output.")] = False,
+    output: Annotated[str | None, typer.Option(help="With --compare: the page to write.")] = None,
+) -> None:
+    """Writes a run at a glance, one HTML file without scripts, to RUN_URI/report.html; needs no Ray.
+
+    `dpo-ray train` does so by itself when it ends; this shows a run that goes on, too.
+
+    Example: dpo-ray report runs/demo/dpo
+    """
+    from dpo_ray.report.page import write_comparison, write_report
+
+    if compare != (output is not None):
+        raise ConfigError(
+            "dpo-ray report: --compare and --output go together, e.g. --compare RUN RUN --output two.html"
+        )
+    if output is not None:
+        write_comparison(runs, output)
+        console.print(f"report   {output}")
+        return
+    if len(runs) != 1:
+        raise ConfigError("dpo-ray report: give one run, or several with --compare and --output")
+    console.print(f"report   {write_report(runs[0])}")
 
 
 @app.command("config")

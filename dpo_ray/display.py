@@ -16,6 +16,7 @@ from dpo_ray.pairs.near_duplicates import SHINGLE_TOKENS, THRESHOLD, NearDuplica
 from dpo_ray.pairs.plan import Plan
 from dpo_ray.pairs.statistics import PERCENTILES, Statistics, bars
 from dpo_ray.pairs.store import COUNTS, PairStore
+from dpo_ray.report.facts import eval_prefixes
 
 if TYPE_CHECKING:  # Not every command needs Ray.
     from dpo_ray.orchestration.estimate import Estimate
@@ -267,9 +268,7 @@ def _brief(line: dict[str, Any]) -> str:
 
 def _by_set(evaluation: Mapping[str, float]) -> dict[str, dict[str, float]]:
     """The metrics of an evaluation, of all held-out pairs and of each set that has a name, without prefixes."""
-    named = [key for key in evaluation if key.endswith("_loss") and key != "eval_loss"]
-    names = [key.removeprefix("eval_").removesuffix("_loss") for key in named]
-    prefixes = {"held-out pairs": "eval_"} | {name: f"eval_{name}_" for name in names}
+    prefixes = {name or "held-out pairs": prefix for name, prefix in eval_prefixes(evaluation).items()}
     return {
         shown: {key.removeprefix(prefix): value for key, value in evaluation.items() if key.startswith(prefix)}
         for shown, prefix in prefixes.items()

@@ -17,7 +17,9 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 from dpo_ray import storage
 from dpo_ray.errors import LeaseLostError, RunHeldError, StorageError
@@ -44,6 +46,46 @@ def process_start(pid: int) -> str | None:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return fields[19] if fields[0] not in "ZX" else None
     return None
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """The last driver that took a run.
+
+    Attributes:
+        generation: Its number.
+        who: Host, process and time, for people.
+        state: `released`: it gave the run back; `gone`: its process on this host is dead; `held`: neither is known.
+    """
+
+    generation: int
+    who: str
+    state: Literal["released", "gone", "held"]
+
+
+def last_holder(run_uri: str) -> Holder | None:
+    """Who took a run last, by a look at its files that changes nothing; None where nobody did."""
+    folder = storage.join(run_uri, "lease")
+    generation = _highest(folder)
+    try:
+        holder = storage.read_json(storage.join(folder, f"{generation:08d}.json"))
+    except FileNotFoundError:
+        return None
+    beat = storage.join(folder, f"{generation:08d}.heartbeat")
+    if storage.exists(beat) and storage.read_bytes(beat).decode() == _RELEASED:
+        return Holder(generation, _who(holder), "released")
+    here = holder["host_id"] is not None and holder["host_id"] == this_host()
+    gone = here and process_start(holder["pid"]) != holder["process_start"]
+    return Holder(generation, _who(holder), "gone" if gone else "held")
+
+
+def _who(holder: dict[str, Any]) -> str:
+    return f"the driver on {holder['host']} (process {holder['pid']}, since {holder['since']})"
+
+
+def _highest(folder: str) -> int:
+    names = [name.partition(".") for name in storage.list_names(folder)]
+    return max((int(number) for number, _, kind in names if kind == "json" and number.isdigit()), default=0)
 
 
 class RunLease:
@@ -123,8 +165,7 @@ class RunLease:
             )
 
     def _highest(self) -> int:
-        names = [name.partition(".") for name in storage.list_names(self._folder)]
-        return max((int(number) for number, _, kind in names if kind == "json" and number.isdigit()), default=0)
+        return _highest(self._folder)
 
     def _place(self, suffix: str, generation: int | None = None) -> str:
         return storage.join(self._folder, f"{generation or self.generation:08d}.{suffix}")
@@ -161,7 +202,7 @@ class RunLease:
             holder = storage.read_json(self._place("json", held))
         except FileNotFoundError:
             return  # Cleaned away by a newer one, which the next look will find.
-        who = f"the driver on {holder['host']} (process {holder['pid']}, since {holder['since']})"
+        who = _who(holder)
         if self._host is not None and holder["host_id"] == self._host:
             given_up = holder["pid"] == os.getpid() and holder["id"] not in _held_here
             if process_start(holder["pid"]) == holder["process_start"] and not given_up:

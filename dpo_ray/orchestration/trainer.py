@@ -6,6 +6,7 @@ import contextlib
 import importlib.metadata
 import logging
 import os
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ import yaml
 
 from dpo_ray import storage
 from dpo_ray.config import Config, changed_keys
-from dpo_ray.errors import ConfigError
+from dpo_ray.errors import ConfigError, LeaseLostError, first_line
 from dpo_ray.extensions import code_digest
 from dpo_ray.lease import RunLease
 from dpo_ray.model.files import check_quantize, refuse_auxiliary_loss, relative_costs
@@ -37,11 +38,14 @@ from dpo_ray.pairs.plan import Plan
 from dpo_ray.pairs.store import PairStore, open_store
 from dpo_ray.reference.store import ReferenceStore, error_place
 from dpo_ray.reference.usage import note_use
+from dpo_ray.report.page import write_report
 from dpo_ray.training import manifest
+from dpo_ray.training.outcome import write_outcome
 from dpo_ray.training.trackers import check_trackers
 
 log = logging.getLogger(__name__)
 
+RECORD_PATIENCE_S = 10.0
 _STEP_SECONDS = ("step_s", "reference_wait_s")
 
 
@@ -156,7 +160,33 @@ def _train_run(config: Config, watcher: Watcher) -> Result:
         found = survey(config, watcher)
         with RunLease(config.run_uri, watcher.phase) as lease:
             # Another driver may have begun or ended the run since we looked.
-            return _as_it_stands(config, watcher) or _train(config, watcher, found, lease)
+            if finished := _as_it_stands(config, watcher):
+                return finished
+            with _on_record(config.run_uri, lease.generation, watcher):
+                return _train(config, watcher, found, lease)
+
+
+@contextlib.contextmanager
+def _on_record(run_uri: str, generation: int, watcher: Watcher) -> Iterator[None]:
+    """Records how the driver ended, and writes the run's report."""
+    try:
+        yield
+    except LeaseLostError:
+        raise  # The run is another driver's.
+    except Exception as error:
+        _record(run_uri, generation, error, watcher)
+        raise
+    _record(run_uri, generation, None, watcher)
+
+
+def _record(run_uri: str, generation: int, error: Exception | None, watcher: Watcher) -> None:
+    """Does what no run may fail for."""
+    try:
+        with storage.patience(RECORD_PATIENCE_S):
+            write_outcome(run_uri, generation, error)
+            write_report(run_uri)
+    except Exception as problem:
+        watcher.warning(f"the run's report could not be written: {first_line(problem)}")
 
 
 def _as_it_stands(config: Config, watcher: Watcher) -> Result | None:
@@ -308,10 +338,26 @@ def finished_run(config: Config) -> Result | None:
 def _write_config(config: Config, plan: Plan, pairs: PairStore) -> None:
     versions = {name: importlib.metadata.version(name) for name in ("dpo_ray", "torch", "transformers", "ray")}
     about = {"versions": versions, "pairs": pairs.uri, "steps_per_epoch": plan.steps_per_epoch, "counts": pairs.counts}
-    about["code"] = _code(config)
+    about["code"], about["revision"] = _code(config), _revision()
     described = {"config": config.model_dump(mode="json"), "about": about}
     text = yaml.safe_dump(described, sort_keys=False, allow_unicode=True)
     storage.write_bytes(storage.join(config.run_uri, "config.yaml"), text.encode())
+
+
+def _revision() -> str | None:
+    """The commit of this package where it runs from its own repository, with `-dirty` where files differ from it."""
+    folder = os.path.dirname(os.path.dirname(__file__))
+    git = ["git", "-C", folder]
+    try:
+        # An installed package may lie within somebody else's repository.
+        for command in (
+            ["ls-files", "--error-unmatch", "__init__.py"],
+            ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+        ):
+            done = subprocess.run([*git, *command], capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
 
 
 def _code(config: Config) -> dict[str, str]:

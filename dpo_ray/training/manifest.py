@@ -90,6 +90,17 @@ def committed(run_uri: str) -> list[str]:
     return [name for name, there in _listed(run_uri).items() if _is_committed(run_uri, name, there)]
 
 
+def set_aside_records(run_uri: str) -> list[tuple[str, str]]:
+    """Names of checkpoints that have been set aside, oldest first, and why; one may have been written anew since."""
+    found = list[tuple[str, str]]()
+    for name, there in _listed(run_uri).items():
+        for record in there:
+            if record.startswith(_ASIDE):
+                about = storage.read_json(storage.join(checkpoint_uri(run_uri, name), record))
+                found.append((name, str(about["reason"])))
+    return found
+
+
 def read_manifest(run_uri: str, name: str) -> Manifest:
     """The manifest of a checkpoint.
 

@@ -110,8 +110,8 @@ class Stopwatch:
         Its time runs from the end of the step before: waiting for data, evaluation and checkpoint in between included.
 
         Returns:
-            Throughput, and the slowest rank. `perf/mfu` counts 6 operations per parameter and different token, 4 where
-            it is frozen.
+            Throughput, and the slowest rank. `perf/between_steps_s` is what evaluation and checkpoint after the step
+            before took. `perf/mfu` counts 6 operations per parameter and different token, 4 where it is frozen.
         """
         before, self._ended = self._ended, time.perf_counter()
         step_s, num_tokens = self._ended - before, int(result.num_tokens)
@@ -119,6 +119,7 @@ class Stopwatch:
             "perf/step_s": step_s,
             "perf/data_wait_s": self._got - self._asked,
             "perf/reference_wait_s": min(batch.reference_wait_s, self._got - self._asked),
+            "perf/between_steps_s": self._asked - before,
             "perf/pairs_per_s": batch.num_pairs / step_s,
             "perf/tokens_per_s": num_tokens / step_s,
             "perf/mfu": self._operations * num_tokens / (step_s * self._peak_flops),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections.abc import Sequence
 from types import TracebackType
@@ -10,7 +9,6 @@ from typing import Any
 
 from dpo_ray import storage
 from dpo_ray.config import Config
-from dpo_ray.errors import StorageError
 from dpo_ray.pairs.plan import batch_digest
 from dpo_ray.training.trackers import Point, open_trackers
 from dpo_ray.types import WorkerContext
@@ -130,9 +128,6 @@ class Recorder:
                 return
 
     def _links(self) -> dict[str, str]:
-        """Where what the run left is; the report only where there is one."""
-        links = {"run": self._run_uri, "export": storage.join(self._run_uri, "export")}
-        report = storage.join(self._run_uri, "report.html")
-        with contextlib.suppress(StorageError):  # All is done by now: a link is nothing to fail for.
-            return {**links, "report": report} if storage.exists(report) else links
-        return links
+        """Where what the run leaves is; its driver writes the report when all else is done."""
+        names = {"export": "export", "report": "report.html"}
+        return {"run": self._run_uri} | {name: storage.join(self._run_uri, file) for name, file in names.items()}

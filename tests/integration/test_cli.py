@@ -44,6 +44,10 @@ def test_the_wrong_reference_is_noticed_at_the_first_step(tmp_path: Path, tiny_m
     assert "first step: policy and reference differ" in done.stderr
     assert "checks.first_step: false" in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
+    # The run's folder says so too.
+    ended = json.loads((tmp_path / "s" / "run" / "outcome.json").read_text())
+    assert (ended["outcome"], ended["error"]) == ("failed", "FirstStepError")
+    assert "first step: policy and reference differ" in (tmp_path / "s" / "run" / "report.html").read_text()
 
 
 def test_broken_files_and_models(tmp_path: Path, tiny_model: Path) -> None:

@@ -155,5 +155,10 @@ def test_hh_rlhf_on_s3(s3_server: S3Server, smollm2: Path, hh_rlhf: Path, cluste
             total += float(predicted[len(pair.prompt) - 1 :].double().sum())
         assert result.eval_metrics[f"eval_logps/{name}"] == pytest.approx(total / len(pairs), rel=1e-5)
     assert (folder / "chat_template.jinja").exists()
+
+    # How it ended is on record.
+    assert storage.read_json(result.run_uri + "/outcome.json")["outcome"] == "finished"
+    page = storage.read_bytes(result.run_uri + "/report.html").decode()
+    assert f"{STEPS} of {STEPS} steps; the model is exported" in page
     assert (folder / "generation_config.json").exists()
     assert "library_name: transformers" in (folder / "README.md").read_text()

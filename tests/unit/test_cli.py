@@ -38,3 +38,30 @@ def test_refusals(
         main()
     assert (ended.value.code, capsys.readouterr().err) == (2, f"error: {message}\n")
     assert not (tmp_path / "storage").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "nowhere: no run is there; give a run's folder, <storage_path>/<name>"),
+        (["a", "b"], "dpo-ray report: give one run, or several with --compare and --output"),
+        (["a", "b", "--compare"], "dpo-ray report: --compare and --output go together"),
+        (["a", "--output", "x.html"], "dpo-ray report: --compare and --output go together"),
+        (["a", "--compare", "--output", "x.html"], "dpo-ray report --compare: give two runs or more"),
+    ],
+)
+def test_refusals_of_report(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["dpo-ray", "report", *arguments])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {message}")
+    assert list(tmp_path.iterdir()) == []

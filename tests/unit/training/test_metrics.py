@@ -47,6 +47,7 @@ def test_stopwatch(monkeypatch: pytest.MonkeyPatch) -> None:
         "perf/step_s": 4.0,
         "perf/data_wait_s": 0.5,
         "perf/reference_wait_s": 0.5,
+        "perf/between_steps_s": 1.0,
         "perf/pairs_per_s": 2.0,
         "perf/tokens_per_s": 50.0,
         "perf/mfu": pytest.approx(6 * 30 * 200 / (4 * 2 * 5000)),

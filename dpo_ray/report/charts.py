@@ -1,0 +1,303 @@
+"""The geometry of line charts: numbers in, paths and ticks out; templates draw them as SVG.
+
+Of the libraries that draw SVG none leaves the colours to the page's style sheet, its text selectable and its scripts
+out, and a chart here is two scales and a path.
+
+A curve of many steps is drawn by its extremes: the steps are put into columns, and of each the first, the smallest, the
+largest and the last value are kept, so that no spike is lost. A thicker line shows the columns' means.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+# Of the drawing, in its own units; a phone shows it at about one unit a pixel.
+WIDTH, HEIGHT = 360.0, 210.0
+LEFT, RIGHT, TOP, BOTTOM = 48.0, 8.0, 10.0, 30.0
+COLUMNS, MEANS = 160, 60
+PROBES, TABLE_ROWS = 40, 20
+# A scale that ends at this quantile is used where the largest value is so many times that.
+CUT_QUANTILE, CUT_FACTOR, CUT_ROOM = 0.98, 4.0, 1.25
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """Values to draw.
+
+    Attributes:
+        name: For the legend.
+        slot: Which of the page's colours.
+        x: Shape (N,), ascending.
+        y: Shape (N,); what is not finite is not drawn.
+        dots: Drawn as points, not as a line.
+    """
+
+    name: str
+    slot: int
+    x: np.ndarray
+    y: np.ndarray
+    dots: bool = False
+
+    @property
+    def finite(self) -> Series:
+        """Without what cannot be drawn."""
+        there = np.isfinite(self.y)
+        return Series(self.name, self.slot, self.x[there].astype(np.float64), self.y[there], self.dots)
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """A mark of an axis: where it stands in the drawing, and its text."""
+
+    at: float
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A vertical line through the drawing, or where one is pointed at: its left end, width, and what it says."""
+
+    at: float
+    width: float
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A series as it is drawn.
+
+    Attributes:
+        name: For the legend.
+        slot: Which of the page's colours.
+        thin: Path through all values, or through the extremes of columns.
+        thick: Path through the columns' means; empty where all values are drawn.
+        dots: Points, as x and y.
+        cut: Where values lie beyond the upper end of the scale: x of each.
+    """
+
+    name: str
+    slot: int
+    thin: str
+    thick: str
+    dots: tuple[tuple[float, float], ...]
+    cut: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """A chart.
+
+    Attributes:
+        title: Its heading.
+        unit: Of the values; may be empty.
+        summary: What it shows, in words.
+        notes: What must be known to read it.
+        series: The curves.
+        x_ticks: Of the steps.
+        y_ticks: Of the values.
+        marks: Vertical lines: where attempts began.
+        probes: What is told where one points at.
+        header: Of the table of its numbers.
+        rows: Of that table.
+    """
+
+    title: str
+    unit: str
+    summary: str
+    notes: tuple[str, ...]
+    series: tuple[Drawn, ...]
+    x_ticks: tuple[Tick, ...]
+    y_ticks: tuple[Tick, ...]
+    marks: tuple[Mark, ...]
+    probes: tuple[Mark, ...]
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def line_chart(
+    title: str, unit: str, series: Sequence[Series], marks: Sequence[tuple[int, str]] = (), cut: bool = False
+) -> Chart | None:
+    """A chart over optimizer steps.
+
+    Args:
+        title: Its heading.
+        unit: Of the values.
+        series: Curves; those without a finite value are left out.
+        marks: Steps with something to tell.
+        cut: Whether a few values far above all others may lie beyond the scale; it is marked where they do.
+
+    Returns:
+        The chart, or None where there is nothing to draw.
+    """
+    there = [each.finite for each in series]
+    there = [each for each in there if len(each.x)]
+    if not there:
+        return None
+    last = max(float(each.x[-1]) for each in there)
+    first = min(0.0, *(float(each.x[0]) for each in there))
+    values = np.concatenate([each.y for each in there])
+    low, high = float(values.min()), float(values.max())
+    top = float(np.quantile(values, CUT_QUANTILE)) * CUT_ROOM if cut else high
+    if not (cut and high > CUT_FACTOR * top / CUT_ROOM and top > low):
+        top = high
+    y_at = ticks(low, top, 5)
+    low, top = min(low, y_at[0]), max(top, y_at[-1])
+    x_at = [tick for tick in ticks(first, max(last, first + 1), 5) if first <= tick <= last and tick == int(tick)]
+    scale = _Scale(first, max(last, first + 1), low, top)
+    edges = np.linspace(first, last + 1, PROBES + 1)
+    notes = []
+    most = max(len(each.x) for each in there if not each.dots) if any(not each.dots for each in there) else 0
+    if most > COLUMNS:
+        notes.append(f"Thin: least and greatest of every {math.ceil(most / COLUMNS):,} steps; thick: means")
+    if beyond := int((values > top).sum()):
+        notes.append(f"▲ {beyond:,} of {len(values):,} values lie beyond the scale, up to {number(high)}")
+    table = np.linspace(first, last + 1, TABLE_ROWS + 1)
+    return Chart(
+        title,
+        unit,
+        summary="; ".join(_in_words(each) for each in there),
+        notes=tuple(notes),
+        series=tuple(scale.drawn(each) for each in there),
+        x_ticks=tuple(Tick(scale.x(tick), _steps(tick, last)) for tick in x_at),
+        y_ticks=tuple(Tick(scale.y(tick), number(tick)) for tick in y_at),
+        marks=tuple(Mark(scale.x(step), 0.0, text) for step, text in marks if first <= step <= last),
+        probes=tuple(
+            Mark(scale.x(left), scale.x(right) - scale.x(left), f"{row[0]}: " + ", ".join(texts))
+            for left, right, row in _rows(there, edges)
+            if (texts := [f"{each.name} {cell}" for each, cell in zip(there, row[1:], strict=True) if cell])
+        ),
+        header=("steps", *(each.name for each in there)),
+        rows=tuple(row for *_, row in _rows(there, table)),
+    )
+
+
+def extremes(x: np.ndarray, y: np.ndarray, columns: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of each of so many columns of values the first, the least, the greatest and the last, in their order.
+
+    Args:
+        x: Shape (N,).
+        y: Shape (N,).
+        columns: How many.
+
+    Returns:
+        Shape (M,) each, M at most 4 x columns; all values where there are no more than columns.
+    """
+    if len(x) <= columns:
+        return x, y
+    kept = set[int]()
+    for left, right in _columns(len(x), columns):
+        part = y[left:right]
+        kept |= {left, left + int(part.argmin()), left + int(part.argmax()), right - 1}
+    at = np.array(sorted(kept))
+    return x[at], y[at]
+
+
+def ticks(low: float, high: float, most: int) -> list[float]:
+    """Round numbers (1, 2 or 5 times a power of ten apart), at most two more than `most`, that enclose a range."""
+    span = high - low
+    largest = max(abs(low), abs(high))
+    if not span > 1e-9 * largest or largest < 1e-300:  # Nothing between them that a label could show.
+        span = largest if largest >= 1e-300 else 1.0
+        low, high = low - span / 2, high + span / 2
+        span = high - low
+    raw = span / most
+    power = 10.0 ** math.floor(math.log10(raw))
+    apart = next(each * power for each in (1, 2, 5, 10) if each * power >= raw * (1 - 1e-9))
+    first, last = math.floor(low / apart + 1e-9), math.ceil(high / apart - 1e-9)
+    return [float(f"{each * apart:.12g}") for each in range(first, last + 1)]
+
+
+def number(value: float) -> str:
+    """A number as people read it."""
+    if not math.isfinite(value):
+        return "–"
+    if value == int(value) and abs(value) < 1e15:
+        return f"{int(value):,}".replace("-", "−")
+    if 1e-4 <= abs(value) < 1e4:
+        text = f"{value:.4g}"
+    elif abs(value) >= 1e4:
+        text = f"{value:,.0f}"
+    else:
+        digits, power = f"{value:.2e}".split("e")
+        text = f"{float(digits):g}e{int(power)}"
+    return text.replace("-", "−")
+
+
+def _steps(step: float, last: float) -> str:
+    """A label of the axis of steps: thousands as such where there are many."""
+    return f"{step / 1000:,g}k" if last >= 10_000 and step else number(step)
+
+
+def _columns(length: int, columns: int) -> list[tuple[int, int]]:
+    bounds = [length * at // columns for at in range(columns + 1)]
+    return list(zip(bounds[:-1], bounds[1:], strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class _Scale:
+    """From steps and values to the drawing's units."""
+
+    first: float
+    last: float
+    low: float
+    high: float
+
+    def x(self, step: float) -> float:
+        share = (min(step, self.last) - self.first) / (self.last - self.first)
+        return round(LEFT + share * (WIDTH - LEFT - RIGHT), 1)
+
+    def y(self, value: float) -> float:
+        share = (min(value, self.high) - self.low) / (self.high - self.low)
+        return round(HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM), 1)
+
+    def drawn(self, each: Series) -> Drawn:
+        x, y = extremes(each.x, each.y, COLUMNS)
+        cut = tuple(sorted({self.x(step) for step in each.x[each.y > self.high].tolist()}))
+        if each.dots or len(x) == 1:
+            return Drawn(each.name, each.slot, "", "", tuple(map(self._point, x.tolist(), y.tolist())), cut)
+        thick = ""
+        if len(each.x) > COLUMNS:
+            parts = _columns(len(each.x), MEANS)
+            thick = self._path(*zip(*((each.x[a:b].mean(), each.y[a:b].mean()) for a, b in parts), strict=True))
+        return Drawn(each.name, each.slot, self._path(x.tolist(), y.tolist()), thick, (), cut)
+
+    def _point(self, step: float, value: float) -> tuple[float, float]:
+        return self.x(step), self.y(value)
+
+    def _path(self, steps: Sequence[float], values: Sequence[float]) -> str:
+        return "M" + "L".join(f"{x:g} {y:g}" for x, y in map(self._point, steps, values))
+
+
+def _rows(series: Sequence[Series], edges: np.ndarray) -> list[tuple[float, float, tuple[str, ...]]]:
+    """Left edge, right edge and cells (steps, then one of each series) of the stretches in which there is a value."""
+    found = list[tuple[float, float, tuple[str, ...]]]()
+    bounds = [np.searchsorted(each.x, edges) for each in series]
+    for at, (left, right) in enumerate(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)):
+        inside = [each.x[bound[at] : bound[at + 1]] for each, bound in zip(series, bounds, strict=True)]
+        if not any(len(each) for each in inside):
+            continue
+        steps = np.concatenate(inside)
+        first, last = int(steps.min()), int(steps.max())
+        cells = [_cell(each.y[bound[at] : bound[at + 1]]) for each, bound in zip(series, bounds, strict=True)]
+        found.append((left, right, (f"{first:,}" if first == last else f"{first:,} to {last:,}", *cells)))
+    return found
+
+
+def _cell(values: np.ndarray) -> str:
+    if not len(values):
+        return ""
+    if len(values) == 1:
+        return number(float(values[0]))
+    return f"{number(float(values.mean()))} ({number(float(values.min()))} to {number(float(values.max()))})"
+
+
+def _in_words(each: Series) -> str:
+    least, greatest = (number(float(value)) for value in (each.y.min(), each.y.max()))
+    if len(each.y) == 1:
+        return f"{each.name}: {number(float(each.y[0]))} after step {number(float(each.x[0]))}"
+    first, last = number(float(each.y[0])), number(float(each.y[-1]))
+    return f"{each.name}: from {first} to {last}, least {least}, greatest {greatest}"

@@ -1,0 +1,137 @@
+"""Folders of runs as training leaves them, without the training."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from helpers import chunk_table, tokenized
+
+from dpo_ray.config import parse_config
+from dpo_ray.demo_data import byte_tokenizer, make_pairs
+from dpo_ray.pairs import store
+from dpo_ray.training import outcome
+from dpo_ray.types import Attempt, TokenizedPair
+
+BETA = 0.1
+PAIRS_PER_STEP = 8
+
+
+@dataclass(frozen=True)
+class Began:
+    """A start of the worker group: steps done before it, why, and the driver's generation."""
+
+    position: int
+    reason: str
+    generation: int = 1
+
+
+def make_run(
+    folder: Path,
+    name: str = "run",
+    steps: int = 40,
+    total: int = 40,
+    began: Sequence[Began] = (Began(0, "start"),),
+    error: BaseException | None = None,
+    ended: bool = True,
+    chosen_falls: bool = True,
+    **sections: dict[str, Any],
+) -> str:
+    """A run of `steps` steps, evaluated every ten, that loses ten seconds with each attempt.
+
+    Step s has reward margin s / 10; the chosen answers' log-probability starts at -20 and falls, or rises, by 0.05 a
+    step, and its reward is BETA times that change.
+
+    Args:
+        folder: Its storage path.
+        name: The run's.
+        steps: That are done.
+        total: Where it ends.
+        began: Its attempts.
+        error: What ended its last driver; None: nothing, it is finished.
+        ended: Whether that is on record.
+        chosen_falls: Whether the chosen answers become less likely.
+        sections: More of the configuration.
+    """
+    run = folder / name
+    run.mkdir(parents=True)
+    raw = {"name": name, "storage_path": str(folder), "model": {"path": "model"}, "data": {"train": ["pairs.jsonl"]}}
+    own = {"train": {"max_steps": total, "global_batch_pairs": PAIRS_PER_STEP}, "objective": {"beta": BETA}}
+    config = parse_config({**raw, **own, **sections})
+    pairs, counts = _pair_store(folder)
+    about = {"versions": {"dpo_ray": "0.1.0"}, "pairs": pairs, "steps_per_epoch": total, "counts": counts, "code": {}}
+    (run / "config.yaml").write_text(yaml.safe_dump({"config": config.model_dump(mode="json"), "about": about}))
+    starts = [each.position for each in began]
+    attempts = [
+        Attempt(number, each.generation, each.position, None, 2, each.reason, f"2026-01-01T00:{number:02d}:00+00:00")
+        for number, each in enumerate(began)
+    ]
+    _write_lines(run / "attempts.jsonl", [asdict(each) for each in attempts])
+    metrics, ledger = list[dict[str, Any]](), list[dict[str, Any]]()
+    for step in range(1, steps + 1):
+        change = (-0.05 if chosen_falls else 0.05) * step
+        line = _metrics(step, change)
+        metrics.append(
+            {
+                "step": step,
+                "epoch": step / total,
+                **line,
+                "grad_norm": 1.0 + math.sin(step),
+                "learning_rate": 1e-6,
+                "num_tokens": 1000 * step,
+                "perf/step_s": 1.0 + 10.0 * (step - 1 in starts),
+                "perf/data_wait_s": 0.25 + 10.0 * (step - 1 in starts),
+                "perf/reference_wait_s": 0.125,
+                "perf/between_steps_s": 0.25 if step % 10 == 1 and step > 1 else 0.0,
+                "perf/pairs_per_s": PAIRS_PER_STEP / (1.0 + 10.0 * (step - 1 in starts)),
+                "perf/tokens_per_s": 1000.0,
+                "perf/mfu": 0.25,
+            }
+        )
+        if step % 10 == 0:
+            held = {f"eval_{key}": value for key, value in line.items()}
+            metrics.append({"step": step, **held, "eval_perf/seconds": 0.125})
+        attempt = max(number for number, start in enumerate(starts) if start < step)
+        ledger.append({"step": step, "digest": "0", "num_pairs": PAIRS_PER_STEP, "attempt": attempt, "world_size": 2})
+    _write_lines(run / "metrics.jsonl", metrics)
+    _write_lines(run / "ledger.jsonl", ledger)
+    if ended:
+        outcome.write_outcome(str(run), began[-1].generation, error)
+    return str(run)
+
+
+def _metrics(step: int, change: float) -> dict[str, float]:
+    margin = step / 10
+    return {
+        "loss": math.log1p(math.exp(-margin)),
+        "logps/chosen": -20.0 + change,
+        "logps/rejected": -30.0 + change - margin / BETA,
+        "rewards/chosen": BETA * change,
+        "rewards/rejected": BETA * change - margin,
+        "rewards/margins": margin,
+        "rewards/accuracies": 0.75,
+    }
+
+
+def _pair_store(folder: Path) -> tuple[str, dict[str, int]]:
+    """A store of 32 pairs and one reject, made once in a folder."""
+    uri = str(folder / "store" / "pairs" / "0123456789abcdef")
+    counts = {**dict.fromkeys(store.COUNTS, 0), "rows": 33, "pairs": 32, "rejects": 1}
+    if not Path(uri, "manifest.json").exists():
+        made = tokenized(list(make_pairs(32, seed=1)), byte_tokenizer())
+        pairs = [each for each in made if isinstance(each, TokenizedPair)]
+        chunk = store.write_chunk(uri, store.chunk_name("train", 0), chunk_table(pairs))
+        store.write_manifest(store.PairStore(uri, (chunk,), (), counts), {})
+        Path(uri, "rejects").mkdir()
+        reject = {"source": "pairs.jsonl", "row": 3, "reason": "the answer <script>alert(1)</script> is empty"}
+        _write_lines(Path(uri, "rejects", "part.jsonl"), [reject])
+    return uri, counts
+
+
+def _write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))

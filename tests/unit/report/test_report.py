@@ -1,0 +1,227 @@
+"""A run's page: what it says of runs whose numbers are known, and that what runs bring stays text."""
+
+import os
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from run_folders import Began, make_run
+
+from dpo_ray import storage
+from dpo_ray.errors import ConfigError, RecoveryError, StoppedError
+from dpo_ray.lease import RunLease
+from dpo_ray.report.facts import read_facts, step_parts
+from dpo_ray.report.page import comparison_page, duration, run_page, write_comparison, write_report
+
+PLANTED = "<script>alert('x')</script><img src=x onerror=alert(1)>\"'"
+FAULTS = (
+    Began(0, "start"),
+    Began(10, "a worker's process died"),
+    Began(20, "1 node with workers died"),
+    Began(30, "rank 1 stood still", generation=2),
+)
+
+
+class Page(HTMLParser):
+    """What a browser would make of a page: its tags, ids and text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags, self.ids, self.links = list[str](), list[str](), list[str]()
+        self.attributes, self.headings, self.words = set[str](), list[int](), list[str]()
+        self.feed(html)
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes |= {name for name, _ in attrs}
+        self.ids += [value or "" for name, value in attrs if name == "id"]
+        self.links += [value or "" for name, value in attrs if name == "href"]
+        if len(tag) == 2 and tag[0] == "h" and tag[1].isdigit():
+            self.headings.append(int(tag[1]))
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+def test_facts_of_a_finished_run(tmp_path: Path) -> None:
+    """40 steps of 1 s, 10 s more for the first: the numbers of `make_run`, summed by hand."""
+    facts = read_facts(make_run(tmp_path))
+    assert (facts.status.state, facts.num_steps, facts.total_steps) == ("finished", 40, 40)
+    assert (facts.pairs_trained, facts.steps_s, facts.pairs_per_s) == (320, 50.0, 320 / 50)
+    assert {name: float(np.sum(each)) for name, each in step_parts(facts).items()} == pytest.approx(
+        {
+            "computing": 50 - 20 - 0.75,
+            "waiting for data": 20 - 5,
+            "waiting for the reference": 5,
+            "evaluation": 3 * 0.125,
+            "checkpoint": 3 * 0.125,
+        }
+    )
+    (held,) = facts.held_out
+    assert (held.first_step, held.last_step) == (10, 40)
+    assert held.rows["rewards/margins"] == (0.0, 1.0, 4.0)
+    # The reference's log-probability, from the last evaluation's: -22 - (-0.2) / 0.1.
+    assert held.rows["logps/chosen"] == (pytest.approx(-20.0), -20.5, -22.0)
+    assert held.rows["logps/rejected"] == (pytest.approx(-30.0), pytest.approx(-40.5), pytest.approx(-72.0))
+    assert held.rows["rewards/accuracies"] == (None, 0.75, 0.75)
+    assert facts.chosen is not None
+    assert facts.chosen.falls
+    assert facts.data is not None
+    assert facts.data.statistics is not None
+    assert facts.data.statistics.rejects == {"the answer <script>alert(_)</script> is empty": 1}
+
+
+def test_another_reference_says_nothing_of_the_start(tmp_path: Path) -> None:
+    """Rewards are then no log-ratio to the policy's start: the first evaluation is the earliest that is known."""
+    facts = read_facts(make_run(tmp_path, reference={"path": "elsewhere"}))
+    assert facts.held_out[0].rows["logps/chosen"] == (None, -20.5, -22.0)
+    assert facts.chosen is not None
+    assert (facts.chosen.before, facts.chosen.after) == (-20.5, -22.0)
+
+
+def test_the_warning_of_falling_chosen_answers(tmp_path: Path) -> None:
+    falls, rises = (
+        run_page(read_facts(make_run(tmp_path, name, chosen_falls=name == "falls"))) for name in ("falls", "rises")
+    )
+    assert "have become less likely:" in falls
+    assert "fell from −20 to −22 nats" in Page(falls).text.replace("\n", " ")
+    assert "have become less likely:" not in rises
+    assert "have not become less likely" in rises
+
+
+def test_three_faults_are_shown(tmp_path: Path) -> None:
+    """With a driver that was killed between the last two attempts, which left no word of its end."""
+    facts = read_facts(make_run(tmp_path, began=FAULTS))
+    assert [(each.position, each.steps, each.steps_s) for each in facts.attempts] == [
+        (position, 10, 20.0) for position in (0, 10, 20, 30)
+    ]
+    page = run_page(facts)
+    text = Page(page).text
+    for each in FAULTS:
+        assert each.reason in text
+    assert page.count('class="mark"') == 3 * page.count('class="chart"')
+    assert "attempt 2 began after step 20: 1 node with workers died" in page
+
+
+def test_why_a_run_failed(tmp_path: Path) -> None:
+    error = RecoveryError("rank 1: ValueError: 17: failure 4 of this kind since step 12\nTraceback: line 1\nline 2")
+    facts = read_facts(make_run(tmp_path, steps=12, error=error))
+    assert facts.status.state == "failed"
+    text = Page(run_page(facts)).text
+    assert "✗ Failed rank 1: ValueError: 17: failure 4 of this kind since step 12." in text
+    assert "RecoveryError" in text
+    assert "Traceback: line 1 line 2" in text
+    assert "12 of 40" in text
+
+
+def test_how_a_run_stands(tmp_path: Path) -> None:
+    """A record of a driver's end is worth nothing once a newer driver has taken the run."""
+    stopped = make_run(tmp_path, "stopped", steps=5, error=StoppedError("stopped by SIGTERM", 15))
+    assert read_facts(stopped).status.state == "stopped"
+    unknown = make_run(tmp_path, "unknown", steps=5, ended=False)
+    assert read_facts(unknown).status.state == "unknown"
+    running = make_run(tmp_path, "running", steps=5, error=RecoveryError("long ago"))
+    for _ in range(2):
+        with RunLease(running) as lease:
+            pass
+    with RunLease(running) as lease:
+        assert read_facts(running).status.state == "running"
+        place = storage.join(running, "lease", f"{lease.generation:08d}.json")
+        holder = storage.read_json(place)
+        assert f"process {os.getpid()}" in read_facts(running).status.text
+        # The same number, started at another time: that process is gone.
+        storage.write_json(place, {**holder, "process_start": "1"})
+        assert read_facts(running).status.state == "dead"
+    with pytest.raises(ConfigError, match="no run is there; give a run's folder"):
+        read_facts(str(tmp_path / "nothing"))
+
+
+def test_a_run_that_failed_before_it_began(tmp_path: Path) -> None:
+    """Its folder holds nothing but the record of its end."""
+    from dpo_ray.training.outcome import write_outcome
+
+    write_outcome(str(tmp_path / "early"), 1, RecoveryError("the pairs were gone"))
+    text = Page(storage.read_bytes(write_report(str(tmp_path / "early"))).decode()).text
+    assert "✗ Failed the pairs were gone." in text
+
+
+def test_what_runs_bring_stays_text(tmp_path: Path) -> None:
+    """Script in the run's name, its configuration, a reason, an error, a reject, a checkpoint and a file name."""
+    run = make_run(
+        tmp_path, began=(Began(0, "start"), Began(10, PLANTED)), error=RecoveryError(f"{PLANTED}\n{PLANTED}")
+    )
+    described = yaml.safe_load((Path(run) / "config.yaml").read_text())
+    described["config"]["name"] = described["config"]["model"]["path"] = PLANTED
+    described["about"]["versions"] = {PLANTED: PLANTED}
+    described["about"]["code"] = {PLANTED: PLANTED}
+    (Path(run) / "config.yaml").write_text(yaml.safe_dump(described))
+    storage.write_json(storage.join(run, "checkpoints", "step-00000010", "set-aside-0000.json"), {"reason": PLANTED})
+    storage.write_bytes(storage.join(run, "hangs", "<script>.txt"), b"")
+    lines = storage.read_json_lines(storage.join(run, "metrics.jsonl"))
+    for line in lines:
+        if "eval_loss" in line:
+            line[f"eval_{PLANTED}_loss"] = 1.0
+            line[f"eval_{PLANTED}_rewards/margins"] = 1.0
+        else:
+            line[f"memory {PLANTED}"] = 1.0
+    storage.write_json_lines(storage.join(run, "metrics.jsonl"), lines)
+    other = make_run(tmp_path, "other")
+    for html in (run_page(read_facts(run)), comparison_page([read_facts(run), read_facts(other)])):
+        page = Page(html)
+        assert not {"script", "img", "iframe", "object", "link", "form"} & set(page.tags)
+        assert not {name for name in page.attributes if name.startswith("on") or name == "src"}
+        assert PLANTED in " ".join(page.words)
+
+
+@pytest.mark.parametrize("compare", [False, True])
+def test_structure(tmp_path: Path, compare: bool) -> None:
+    """One main landmark, headings without gaps, ids once, links that lead somewhere, nothing fetched."""
+    facts = read_facts(make_run(tmp_path, began=FAULTS))
+    html = comparison_page([facts, read_facts(make_run(tmp_path, "other"))]) if compare else run_page(facts)
+    page = Page(html)
+    assert page.headings[0] == 1
+    assert all(after - before <= 1 for before, after in zip(page.headings, page.headings[1:], strict=False))
+    assert [page.tags.count(tag) for tag in ("main", "header", "footer", "nav", "h1")] == [1, 1, 1, 1, 1]
+    assert len(page.ids) == len(set(page.ids))
+    assert all(link.removeprefix("#") in page.ids for link in page.links)
+    assert page.tags.count("figure") == html.count('role="img"') == html.count("in numbers</summary>") >= 8
+    assert "url(" not in html
+    assert "http" not in html.replace("http-equiv", "")
+
+
+def test_a_hundred_thousand_steps_make_a_small_page(tmp_path: Path) -> None:
+    """With one spike among them, in which the loss is 50 times what it is elsewhere."""
+    run = make_run(tmp_path, steps=1000, total=100_000)
+    lines = [line for line in storage.read_json_lines(storage.join(run, "metrics.jsonl")) if "loss" in line]
+    many = [{**lines[step % 1000], "step": step + 1} for step in range(100_000)]
+    many[54_321]["loss"] = 50.0
+    storage.write_json_lines(storage.join(run, "metrics.jsonl"), many)
+    page = run_page(read_facts(run))
+    assert len(page.encode()) < 3_000_000
+    assert "greatest 50" in page
+
+
+def test_comparison(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path, "a"), make_run(tmp_path, "b", chosen_falls=False, objective={"beta": 0.2})]
+    write_comparison(runs, str(tmp_path / "both.html"))
+    text = Page((tmp_path / "both.html").read_text()).text
+    assert "2 runs compared" in text
+    assert "a: the chosen answers have become less likely" in text
+    assert "b: the chosen answers have become less likely" not in text
+    assert "objective.beta 0.1 0.2" in text
+    assert "train.max_steps" not in text
+    with pytest.raises(ConfigError, match="give two runs or more"):
+        write_comparison(runs[:1], str(tmp_path / "one.html"))
+
+
+def test_durations() -> None:
+    assert [duration(each) for each in (0.04, 59.4, 61.0, 3599.0, 7300.0)] == [
+        "0.0 s",
+        "59 s",
+        "1 min 1 s",
+        "59 min 59 s",
+        "2 h 1 min",
+    ]
