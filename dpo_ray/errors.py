@@ -30,6 +30,10 @@ class StorageError(UserError):
     """A URI that cannot be read or written."""
 
 
+class ComparisonError(UserError):
+    """Comparisons of models from which no ranking follows. The message names the models."""
+
+
 class RunHeldError(UserError):
     """Another driver is training this run."""
 
