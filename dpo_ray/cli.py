@@ -349,6 +349,36 @@ def doctor(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def evaluate(
+    run: Annotated[
+        str,
+        typer.Argument(metavar="RUN_URI", help="A finished run's directory, <storage_path>/<name>, or its YAML file."),
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Prints the numbers as JSON.")] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Says whether a run's model is better than its reference, and by how much, on pairs held out of its training.
+
+    What is scored already is kept; given again, it goes on where it stood.
+
+    Example: dpo-ray evaluate s3://bucket/dpo/my-run
+    """
+    from dpo_ray.display import ProgressBar, evaluation_tables
+    from dpo_ray.orchestration import evaluate_job
+
+    if as_json:
+        typer.echo(json.dumps(evaluate_job.as_json(evaluate_job.evaluate(run, overrides)), indent=1))
+        return
+    with ProgressBar(console) as watcher:
+        found = evaluate_job.evaluate(run, overrides, watcher)
+        for warning in found.warnings:
+            watcher.warning(warning)
+    for table in evaluation_tables(found):
+        console.print(table)
+    console.print(f"numbers  {found.run_uri}/evaluation/summary.json")
+
+
+@app.command()
 def verify(
     run: Annotated[str, typer.Argument(metavar="RUN_URI", help="A run's directory: <storage_path>/<name>.")],
     as_json: Annotated[bool, typer.Option("--json", help="Prints the verdict as JSON.")] = False,

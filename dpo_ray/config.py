@@ -1090,9 +1090,22 @@ def load_config(path: str, overrides: list[str] | None = None) -> Config:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: a configuration is a mapping of sections; `dpo-ray config --template` prints one")
-    for override in overrides or []:
-        _apply_override(raw, override)
+    apply_overrides(raw, overrides or [])
     return parse_config(raw, source=path)
+
+
+def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Sets keys of a mapping.
+
+    Args:
+        raw: Sections; changed in place.
+        overrides: Each `section.key=value`, the value in YAML.
+
+    Raises:
+        ConfigError: One is not written so.
+    """
+    for override in overrides:
+        _apply_override(raw, override)
 
 
 def parse_config(raw: Mapping[str, Any], source: str = "configuration") -> Config:

@@ -19,7 +19,9 @@ from dpo_ray.pairs.store import COUNTS, PairStore
 from dpo_ray.report.facts import eval_prefixes
 
 if TYPE_CHECKING:  # Not every command needs Ray.
+    from dpo_ray.evaluation.statistics import Estimate as Measured
     from dpo_ray.orchestration.estimate import Estimate
+    from dpo_ray.orchestration.evaluate_job import Evaluation
     from dpo_ray.orchestration.reference_job import Status
     from dpo_ray.orchestration.submit import Job
     from dpo_ray.orchestration.sweep import Outcome
@@ -310,6 +312,32 @@ def sweep_table(outcomes: Sequence[Outcome]) -> Table:
         numbers = [outcome.metrics.get("loss"), accuracy, *map(outcome.log_ratios, ("margins", "chosen", "rejected"))]
         table.add_row(*settings, *map(_number, numbers), style="bold" if accuracy == best else "")
     return table
+
+
+def evaluation_tables(found: Evaluation) -> list[Table]:
+    """What held-out pairs say of the policy and its reference, with intervals at 95 %."""
+    held_out = found.held_out
+    title = f"{found.run_uri} after step {found.step}: {held_out.pairs:,} held-out pairs"
+    table = _numbers_table(title, "mean", "95 % interval")
+    for name, value in held_out.metrics.items():
+        table.add_row(name, *_measured(value))
+    table.add_row("calibration error", f"{held_out.calibration.error:.4f}", "")
+    names = [name for name in next(iter(next(iter(held_out.groups.values())).values()))]
+    groups = Table(title="by group", title_justify="left")
+    for column in ("", "", "pairs", *(part for name in names for part in (name, "95 % interval"))):
+        groups.add_column(column, justify="left" if not column else "right")
+    for by, each_group in held_out.groups.items():
+        for number, (name, metrics) in enumerate(each_group.items(), start=1):
+            num = next(iter(metrics.values())).num
+            cells = (cell for value in metrics.values() for cell in _measured(value))
+            groups.add_row(
+                by if number == 1 else "", Text(name), f"{num:,}", *cells, end_section=number == len(each_group)
+            )
+    return [table, groups]
+
+
+def _measured(value: Measured) -> tuple[str, str]:
+    return f"{value.value:.4f}", f"{value.low:.4f} to {value.high:.4f}"
 
 
 def reference_caption(filled: Mapping[str, float]) -> str:

@@ -1,0 +1,203 @@
+"""`dpo-ray evaluate`: a finished run's model against its reference.
+
+The policy's export is scored on the held-out pairs as the reference is, by replicas, into a store of its own: what is
+scored already is found there, and the same command goes on where it stood.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import yaml
+
+from dpo_ray import storage
+from dpo_ray.config import AdapterConfig, Config, apply_overrides, changed_keys, load_config, parse_config
+from dpo_ray.errors import ConfigError, DataError
+from dpo_ray.evaluation.held_out import HeldOut, evaluate_pairs, warnings_of
+from dpo_ray.orchestration.reference_filler import LOOK_S, ReferenceFiller, open_reference_store
+from dpo_ray.orchestration.resources import ensure_resources
+from dpo_ray.orchestration.trainer import final_errors, start_ray
+from dpo_ray.orchestration.watch import Watcher, warnings_to
+from dpo_ray.pairs.store import PairStore, open_store
+from dpo_ray.reference.store import ReferenceStore
+from dpo_ray.reference.usage import note_use
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What was found, as `<run>/evaluation/summary.json` has it.
+
+    Attributes:
+        run_uri: The run.
+        step: Optimizer steps of the policy's.
+        policy: Its place.
+        reference: The reference's.
+        held_out: On held-out pairs.
+        warnings: What its owner should know.
+    """
+
+    run_uri: str
+    step: int
+    policy: str
+    reference: str
+    held_out: HeldOut
+    warnings: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run that has an export.
+
+    Attributes:
+        config: Its configuration.
+        pairs: Its pair store.
+        export_uri: The policy.
+        step: Its optimizer steps.
+    """
+
+    config: Config
+    pairs: PairStore
+    export_uri: str
+    step: int
+
+
+def open_run(target: str, overrides: Sequence[str] | None = None) -> Run:
+    """The run that a URI or a configuration names.
+
+    Args:
+        target: `<storage_path>/<name>`, or a YAML file.
+        overrides: As for `load_config`.
+
+    Raises:
+        ConfigError: It has no export to evaluate yet, or none that can be; or the configuration is not the run's.
+        DataError: There is no such run, or nothing is held out.
+    """
+    given = load_config(target, list(overrides or [])) if target.endswith((".yaml", ".yml")) else None
+    run_uri = given.run_uri if given else target.rstrip("/")
+    try:
+        described = yaml.safe_load(storage.read_bytes(storage.join(run_uri, "config.yaml")))
+        stored, about = described["config"], described["about"]
+    except FileNotFoundError:
+        raise DataError(
+            f"{run_uri}: not the directory of a run: it has no config.yaml; give <storage_path>/<name>, or train first"
+        ) from None
+    # Runs and stores may have been moved together.
+    place, _, name = run_uri.rpartition("/")
+    stored |= {"storage_path": place, "name": name}
+    raw = dict(stored)
+    if given is None:
+        apply_overrides(raw, overrides or [])
+    config = parse_config(raw, source=storage.join(run_uri, "config.yaml"))
+    if given is not None:
+        # With a start by likelihood the run's model is that start.
+        expected = given if given.sft.epochs is None else given.after_start()
+        changed = changed_keys(stored, expected)
+        config = expected
+    else:
+        changed = changed_keys(stored, config)
+    if changed:
+        raise ConfigError(f"{run_uri} is a run with another configuration:\n  " + "\n  ".join(changed))
+    export_uri = storage.join(run_uri, "export")
+    exported = storage.join(export_uri, "exported.json")
+    if not storage.exists(exported):
+        raise ConfigError(
+            f"{run_uri} has no export yet, which is what is evaluated: `dpo-ray train` makes it at its end"
+        )
+    there = storage.read_json(exported)
+    if not there["merged"]:
+        raise ConfigError(
+            f"{export_uri} is an adapter alone, and a whole model is evaluated: run `dpo-ray train` again with --set "
+            "adapter.merge=true, which only exports"
+        )
+    pairs = open_store(storage.join(config.store_uri, "pairs", storage.name_of(about["pairs"])))
+    if pairs is None:
+        raise DataError(f"{about['pairs']}: the run's pair store is gone: run `dpo-ray prepare` to make it again")
+    if not pairs.eval:
+        raise DataError(
+            f"{run_uri} has no held-out pairs: nothing can be said of pairs that it was trained on; set data.eval or "
+            "data.eval_fraction for the next run"
+        )
+    return Run(config, pairs, export_uri, there["step"])
+
+
+def evaluate(target: str, overrides: Sequence[str] | None = None, watcher: Watcher | None = None) -> Evaluation:
+    """Evaluates a run's export, and writes `<run>/evaluation/summary.json`.
+
+    Args:
+        target: The run's URI, or its configuration.
+        overrides: Each `section.key=value`.
+        watcher: Told what happens; None for silence.
+
+    Raises:
+        UserError: See `open_run`.
+        ReferenceFillError: Pairs could not be scored.
+    """
+    watcher = watcher or Watcher()
+    run = open_run(target, overrides)
+    config = run.config
+    with warnings_to(watcher.warning), final_errors():
+        policy = _score(run, run.export_uri, "the policy", watcher)
+        reference = _score(run, config.reference_path, "the reference", watcher)
+        held_out = evaluate_pairs(
+            config, run.pairs, policy, reference, lambda done, total: watcher.progress("reading scores", done, total)
+        )
+    found = Evaluation(config.run_uri, run.step, run.export_uri, config.reference_path, held_out, warnings_of(held_out))
+    storage.write_json(storage.join(config.run_uri, "evaluation", "summary.json"), as_json(found))
+    return found
+
+
+def as_json(found: Evaluation) -> dict[str, Any]:
+    """The evaluation as plain data."""
+    return asdict(found)
+
+
+def _score(run: Run, path: str, what: str, watcher: Watcher) -> ReferenceStore:
+    """Has the held-out pairs scored by a model, as far as they are not.
+
+    Raises:
+        ConfigError: There is no room, or the reference cannot be scored apart from training.
+    """
+    config, chunks = run.config, run.pairs.eval
+    store = open_reference_store(config, run.pairs.uri)
+    if path == config.reference_path and not store.missing(chunks):
+        return store
+    if path == config.reference_path and config.adapter.quantize:
+        raise ConfigError(
+            f"adapter.quantize is {config.adapter.quantize}, so that the reference is the policy's quantized weights, "
+            "and held-out pairs have no scores of it: let the run evaluate them itself (train.eval_every_steps)"
+        )
+    scoring = _scoring(config, path)
+    store = open_reference_store(scoring, run.pairs.uri)
+    note_use(store, config.run_uri, run.pairs.uri)
+    if not store.missing(chunks):
+        return store
+    start_ray(scoring)
+    ensure_resources(scoring, workers=False)
+    filler = ReferenceFiller(scoring, run.pairs, chunks, store, f"evaluate-{uuid.uuid4().hex[:12]}")
+    total = sum(chunk.num_pairs for chunk in filler.missing)
+    filler.start()
+    try:
+        while filler.working():
+            time.sleep(LOOK_S)
+            watcher.progress(f"scoring with {what} (pairs)", max(0, total - filler.filled.left_pairs), total)
+    finally:
+        filler.stop()
+    filler.check()
+    return store
+
+
+def _scoring(config: Config, path: str) -> Config:
+    """The configuration with which replicas score with a model as the run's reference is scored."""
+    options = {"path": path, "dtype": config.reference_dtype, "place": "actors", "columns": None, "sync_steps": None}
+    return config.model_copy(
+        update={
+            # What a filler reports shall not be taken for training's.
+            "name": f"{config.name}/evaluation",
+            "reference": config.reference.model_copy(update=options),
+            "adapter": AdapterConfig(),
+        }
+    )
