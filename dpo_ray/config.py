@@ -626,6 +626,74 @@ class PairsConfig(Section):
     gpus_per_actor: float = Field(0.0, ge=0.0, le=1.0, description="GPU of one of them, or a share of one")
 
 
+class EvaluationConfig(Section):
+    """`dpo-ray evaluate`: answers of the policy, the reference and others to held-out prompts, and who judges them."""
+
+    prompts: int = Field(64, ge=0, description="held-out prompts that each model answers; 0: no answers, pairs alone")
+    models: list[Uri] = Field([], description="further models that answer: transformers directories")
+    max_new_tokens: PositiveInt = Field(256, description="longer answers are cut")
+    temperature: PositiveFloat = Field(1.0, description="of the sampling; the KL is estimated with 1 alone")
+    top_p: float = Field(
+        1.0, gt=0.0, le=1.0, description="share of the probability that tokens are drawn from; likewise"
+    )
+    prompts_per_part: PositiveInt = Field(
+        16, description="prompts of a part, which is answered as a whole or not at all"
+    )
+    actors: PositiveInt = Field(1, description="actors that answer, each with one model and, for the KL, the reference")
+    cpus_per_actor: PositiveFloat = Field(1.0, description="CPUs of one of them")
+    gpus_per_actor: float = Field(0.0, ge=0.0, le=1.0, description="GPU of one of them, or a share of one")
+    judge: Literal["none", "reward_model", "endpoint"] = Field(
+        "none",
+        description="none: answers and lengths alone; reward_model: the higher score wins; endpoint: a model behind an "
+        "OpenAI-compatible server, asked in both orders, whose disagreement is a tie",
+    )
+    reward_model: Uri | None = Field(
+        None, description="transformers directory of a sequence classification model with one output"
+    )
+    endpoint: str | None = Field(None, description="the server, e.g. http://127.0.0.1:8000/v1")
+    endpoint_model: str | None = Field(None, description="the model's name there")
+    key_variable: str | None = Field(
+        None, description="name of the environment variable with the server's key, which is never written anywhere"
+    )
+    reply_tokens: PositiveInt = Field(256, description="tokens of a reply of the judge, at most")
+    max_requests: PositiveInt = Field(
+        1000, description="requests of one command to the judge, at most, those not counted that failed"
+    )
+    max_tokens: PositiveInt | None = Field(
+        None, description="no request is sent after the server has counted so many tokens; null: no limit"
+    )
+    timeout_s: PositiveFloat = Field(120.0, description="a judge that is silent for so long is asked again")
+    prior_std: PositiveFloat | None = Field(
+        None,
+        description="of a ranking: standard deviation of a normal prior of each model's strength, e.g. 1.0, which "
+        "keeps it finite where a model always or never wins; null: plain maximum likelihood",
+    )
+
+    @model_validator(mode="after")
+    def _judge_is_named(self) -> EvaluationConfig:
+        needed = {"reward_model": ["reward_model"], "endpoint": ["endpoint", "endpoint_model"]}
+        for judge, keys in needed.items():
+            for key in keys:
+                value = getattr(self, key)
+                if judge == self.judge and value is None:
+                    raise ValueError(f"evaluation.judge is {judge}, but evaluation.{key} is null: name it")
+                if judge != self.judge and value is not None:
+                    raise ValueError(
+                        f"evaluation.{key} is {value!r}, which does nothing with evaluation.judge: {self.judge}; leave "
+                        f"it out, or set evaluation.judge: {judge}"
+                    )
+        if self.judge != "none" and not self.prompts:
+            raise ValueError(
+                f"evaluation.judge is {self.judge}, but evaluation.prompts is 0: there is nothing to judge"
+            )
+        if self.endpoint is not None and not re.match(r"https?://[^@]+$", self.endpoint):
+            raise ValueError(
+                "evaluation.endpoint is not a plain http(s) URL: write e.g. http://127.0.0.1:8000/v1, and a key into "
+                "the environment variable that evaluation.key_variable names"
+            )
+        return self
+
+
 class OptimizerConfig(Section):
     """The update."""
 
@@ -829,6 +897,7 @@ class Config(Section):
     checks: ChecksConfig = ChecksConfig()
     tracking: TrackingConfig = TrackingConfig()
     pairs: PairsConfig = PairsConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
 
     @model_validator(mode="before")
     @classmethod
@@ -1045,6 +1114,7 @@ MAY_CHANGE = (
     "checks",
     "tracking",
     "pairs",
+    "evaluation",
     "adapter.merge",
     "reference.place",
     "reference.replicas",

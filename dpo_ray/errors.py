@@ -34,6 +34,10 @@ class ComparisonError(UserError):
     """Comparisons of models from which no ranking follows. The message names the models."""
 
 
+class JudgeError(FinalError):
+    """The judge of an evaluation does not answer, or may not be asked any more; what it has said is kept."""
+
+
 class RunHeldError(UserError):
     """Another driver is training this run."""
 
