@@ -682,6 +682,8 @@ class EvaluationConfig(Section):
                         f"evaluation.{key} is {value!r}, which does nothing with evaluation.judge: {self.judge}; leave "
                         f"it out, or set evaluation.judge: {judge}"
                     )
+        if len(set(self.models)) < len(self.models):
+            raise ValueError(f"evaluation.models names a model twice: {', '.join(self.models)}; name it once")
         if self.judge != "none" and not self.prompts:
             raise ValueError(
                 f"evaluation.judge is {self.judge}, but evaluation.prompts is 0: there is nothing to judge"

@@ -21,7 +21,7 @@ from dpo_ray.report.facts import eval_prefixes
 if TYPE_CHECKING:  # Not every command needs Ray.
     from dpo_ray.evaluation.statistics import Estimate as Measured
     from dpo_ray.orchestration.estimate import Estimate
-    from dpo_ray.orchestration.evaluate_job import Evaluation
+    from dpo_ray.orchestration.evaluate_job import Answers, Evaluation
     from dpo_ray.orchestration.reference_job import Status
     from dpo_ray.orchestration.submit import Job
     from dpo_ray.orchestration.sweep import Outcome
@@ -333,7 +333,31 @@ def evaluation_tables(found: Evaluation) -> list[Table]:
             groups.add_row(
                 by if number == 1 else "", Text(name), f"{num:,}", *cells, end_section=number == len(each_group)
             )
-    return [table, groups]
+    return [table, groups, *([_answers_table(found.answers)] if found.answers else [])]
+
+
+def _answers_table(answers: Answers) -> Table:
+    table = Table(title=f"answers to {answers.prompts:,} held-out prompts", title_justify="left")
+    for column in ("", "", "mean", "95 % interval"):
+        table.add_column(column, justify="right" if column else "left", overflow="fold")
+    for name in answers.tokens:
+        table.add_row(Text(name), "tokens", *_measured(answers.tokens[name]))
+        table.add_row("", "came to an end", *_measured(answers.ended[name]), end_section=True)
+    for name, value in answers.kl.items():
+        table.add_row("KL to the reference, nats", name, *_measured(value))
+    for name, each in answers.win_rates.items():
+        what = f"win rate ({each.wins:,} won, {each.ties:,} tied, {each.losses:,} lost)"
+        table.add_row(Text(f"policy against {name}"), what, *_measured(each.rate))
+        table.add_row("", "length-controlled", *_measured(each.length_controlled), end_section=True)
+    if answers.ranking:
+        for name, value in answers.ranking.strengths.items():
+            mean, interval = _measured(value)
+            shown = interval if answers.ranking.intervals else "too few comparisons"
+            table.add_row(Text(name), "strength (Bradley-Terry)", mean, shown)
+    if answers.disagreed:
+        table.caption = f"{answers.disagreed:,} verdicts changed with the order, and are ties"
+        table.caption_justify = "left"
+    return table
 
 
 def _measured(value: Measured) -> tuple[str, str]:

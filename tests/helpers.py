@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+import urllib.request
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -119,6 +121,39 @@ def plain_logps(model: torch.nn.Module, pair: TokenizedPair) -> torch.Tensor:
         logps = model(whole[None]).logits[0, len(pair.prompt) - 1 : -1].log_softmax(-1)
         found.append(logps.gather(1, whole[len(pair.prompt) :, None]).sum())
     return torch.stack(found)
+
+
+class JudgeServer:
+    """`judge_server.py` as a process, and how tests speak with it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._port_file = folder / "port"
+
+    def __enter__(self) -> JudgeServer:
+        script = Path(__file__).with_name("judge_server.py")
+        self._process = subprocess.Popen([sys.executable, str(script), str(self._port_file)])
+        deadline = time.monotonic() + 60
+        while not self._port_file.exists():
+            assert self._process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        self.url = f"http://127.0.0.1:{self._port_file.read_text()}"
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def faults(self, *faults: dict[str, Any]) -> None:
+        """What happens to the next requests; forgets those before."""
+        request = urllib.request.Request(f"{self.url}/faults", json.dumps(faults).encode(), method="POST")
+        urllib.request.urlopen(request).close()
+
+    def seen(self) -> list[dict[str, Any]]:
+        """The requests."""
+        with urllib.request.urlopen(f"{self.url}/seen") as answer:
+            found: list[dict[str, Any]] = json.load(answer)
+            return found
 
 
 def run_ranks(work: Callable[..., None], world_size: int, folder: Path, *arguments: Any) -> None:

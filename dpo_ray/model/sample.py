@@ -1,4 +1,4 @@
-"""Answers of a model to prompts, and what a judge says of them: the model's part of `dpo-ray pairs`."""
+"""Answers of a model to prompts, and what a judge says of them: the model's part of `pairs` and `evaluate`."""
 
 from __future__ import annotations
 
@@ -21,17 +21,19 @@ Turns = Sequence[Mapping[str, str]]
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """An answer that has come to its end.
+    """An answer.
 
     Attributes:
         text: Without special tokens.
         prompt: Token ids of the prompt that it answers.
-        tokens: Its own, with the end of the turn.
+        tokens: Its own, with the end of the turn where it has come to one.
+        ended: Whether it has.
     """
 
     text: str
     prompt: np.ndarray
     tokens: np.ndarray
+    ended: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +85,23 @@ class Sampler:
             do_sample=True, top_k=0, eos_token_id=sorted(self._ends), pad_token_id=tokenizer.pad_token_id, **options
         )
 
-    @torch.inference_mode()
     def answers(self, prompts: Sequence[Turns], seed: int) -> list[list[Sampled]]:
         """Answers that have come to an end and differ, per prompt; the same for the same seed and prompts.
+
+        Args:
+            prompts: Answered together.
+            seed: Of PyTorch's generators.
+        """
+        found = [dict[str, Sampled]() for _ in prompts]
+        for of_prompt, sampled in zip(found, self.sampled(prompts, seed), strict=True):
+            for each in sampled:
+                if each.ended and each.text.strip():
+                    of_prompt.setdefault(each.text, each)
+        return [list(of_prompt.values()) for of_prompt in found]
+
+    @torch.inference_mode()
+    def sampled(self, prompts: Sequence[Turns], seed: int) -> list[list[Sampled]]:
+        """All answers, as they were drawn, per prompt; the same for the same seed and prompts.
 
         Args:
             prompts: Answered together.
@@ -100,18 +116,13 @@ class Sampler:
         made: Any = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=self._generation)
         each = made[:, ids.shape[1] :].view(len(prompts), -1, made.shape[1] - ids.shape[1]).cpu().numpy()
         asked = [row[kept.bool()].cpu().numpy() for row, kept in zip(ids, mask, strict=True)]
-        return [self._finished(prompt, rows) for prompt, rows in zip(asked, each, strict=True)]
+        return [[self._answer(prompt, row) for row in rows] for prompt, rows in zip(asked, each, strict=True)]
 
-    def _finished(self, prompt: np.ndarray, rows: np.ndarray) -> list[Sampled]:
-        found: dict[str, Sampled] = {}
-        for row in rows:
-            ends = np.flatnonzero(np.isin(row, list(self._ends)))
-            if len(ends):
-                tokens = row[: ends[0] + 1]
-                text = str(self._template.tokenizer.decode(tokens, skip_special_tokens=True))
-                if text.strip():
-                    found.setdefault(text, Sampled(text, prompt.astype(np.int32), tokens.astype(np.int32)))
-        return list(found.values())
+    def _answer(self, prompt: np.ndarray, row: np.ndarray) -> Sampled:
+        ends = np.flatnonzero(np.isin(row, list(self._ends)))
+        tokens = row[: ends[0] + 1] if len(ends) else row
+        text = str(self._template.tokenizer.decode(tokens, skip_special_tokens=True))
+        return Sampled(text, prompt.astype(np.int32), tokens.astype(np.int32), bool(len(ends)))
 
 
 class RewardModel:
@@ -135,7 +146,7 @@ class RewardModel:
         if model.config.num_labels != 1:
             raise ConfigError(
                 f"{path}: a reward model has one output, this model has {model.config.num_labels}: name another one as "
-                "pairs.judge"
+                "the judge"
             )
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token_id = tokenizer.eos_token_id

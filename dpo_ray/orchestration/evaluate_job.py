@@ -6,18 +6,33 @@ scored already is found there, and the same command goes on where it stood.
 
 from __future__ import annotations
 
+import itertools
+import math
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import yaml
 
 from dpo_ray import storage
 from dpo_ray.config import AdapterConfig, Config, apply_overrides, changed_keys, load_config, parse_config
-from dpo_ray.errors import ConfigError, DataError
+from dpo_ray.errors import ComparisonError, ConfigError, DataError
 from dpo_ray.evaluation.held_out import HeldOut, evaluate_pairs, warnings_of
+from dpo_ray.evaluation.judge import EndpointJudge, Question
+from dpo_ray.evaluation.statistics import (
+    Comparison,
+    Estimate,
+    Ranking,
+    WinRate,
+    mean_estimate,
+    rank,
+    share_estimate,
+    win_rate,
+)
+from dpo_ray.orchestration.answers_job import Model, Prompt, answers_of, held_out_prompts, rewards_of
 from dpo_ray.orchestration.reference_filler import LOOK_S, ReferenceFiller, open_reference_store
 from dpo_ray.orchestration.resources import ensure_resources
 from dpo_ray.orchestration.trainer import final_errors, start_ray
@@ -25,6 +40,34 @@ from dpo_ray.orchestration.watch import Watcher, warnings_to
 from dpo_ray.pairs.store import PairStore, open_store
 from dpo_ray.reference.store import ReferenceStore
 from dpo_ray.reference.usage import note_use
+
+POLICY, REFERENCE = "policy", "reference"
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What sampled answers say.
+
+    Attributes:
+        prompts: How many were answered.
+        tokens: By model, tokens of an answer.
+        ended: By model, the share of answers that came to an end within `evaluation.max_new_tokens`.
+        kl: The policy's KL divergence to the reference, nats an answer, by estimator: `k1` and `k3`; empty where
+            answers were not drawn from the policy as it is.
+        win_rates: The policy against each of the others; empty without a judge. Length is in characters.
+        ranking: Of three models or more.
+        open: Comparisons that the judge gave no verdict of.
+        disagreed: Comparisons that the judge decided otherwise in the other order, counted as ties.
+    """
+
+    prompts: int
+    tokens: dict[str, Estimate]
+    ended: dict[str, Estimate]
+    kl: dict[str, Estimate]
+    win_rates: dict[str, WinRate]
+    ranking: Ranking | None
+    open: int
+    disagreed: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +80,7 @@ class Evaluation:
         policy: Its place.
         reference: The reference's.
         held_out: On held-out pairs.
+        answers: On answers to held-out prompts; None without them.
         warnings: What its owner should know.
     """
 
@@ -45,6 +89,7 @@ class Evaluation:
     policy: str
     reference: str
     held_out: HeldOut
+    answers: Answers | None
     warnings: list[str]
 
 
@@ -138,21 +183,144 @@ def evaluate(target: str, overrides: Sequence[str] | None = None, watcher: Watch
     """
     watcher = watcher or Watcher()
     run = open_run(target, overrides)
-    config = run.config
+    config, warnings = run.config, list[str]()
+    # A key that is not there is better known before anything is computed.
+    judge = _endpoint(config) if config.evaluation.judge == "endpoint" else None
     with warnings_to(watcher.warning), final_errors():
         policy = _score(run, run.export_uri, "the policy", watcher)
         reference = _score(run, config.reference_path, "the reference", watcher)
         held_out = evaluate_pairs(
             config, run.pairs, policy, reference, lambda done, total: watcher.progress("reading scores", done, total)
         )
-    found = Evaluation(config.run_uri, run.step, run.export_uri, config.reference_path, held_out, warnings_of(held_out))
+        warnings += warnings_of(held_out)
+        answers = _answers(run, judge, warnings, watcher) if config.evaluation.prompts else None
+    found = Evaluation(config.run_uri, run.step, run.export_uri, config.reference_path, held_out, answers, warnings)
     storage.write_json(storage.join(config.run_uri, "evaluation", "summary.json"), as_json(found))
     return found
 
 
+def _endpoint(config: Config) -> EndpointJudge:
+    return EndpointJudge(config.evaluation, storage.join(config.store_uri, "judgements"))
+
+
+def _answers(run: Run, judge: EndpointJudge | None, warnings: list[str], watcher: Watcher) -> Answers:
+    """Has all models answer, and their answers judged."""
+    config, options = run.config, run.config.evaluation
+    tokenizer = config.model.tokenizer or config.model.path
+    drawn = options.temperature == 1.0 and options.top_p == 1.0
+    models = [
+        Model(POLICY, run.export_uri, tokenizer, config.reference_path if drawn else None),
+        Model(REFERENCE, config.reference_path, tokenizer),
+        *(Model(path, path, path) for path in options.models),
+    ]
+    prompts = held_out_prompts(config, run.pairs)
+    lines = answers_of(config, prompts, models, watcher)
+    texts = np.array([[line["answer"] for line in each] for each in lines], dtype=object)
+    outcomes, disagreed = dict[tuple[int, int], list[float | None]](), 0
+    pairs = list(itertools.combinations(range(len(models)), 2))
+    if options.judge == "reward_model":
+        rewards = rewards_of(config, prompts, lines, watcher)
+        outcomes = {(one, two): list((np.sign(rewards[one] - rewards[two]) + 1) / 2) for one, two in pairs}
+    elif judge is not None:
+        questions = [
+            Question(prompt.text, texts[one, index], texts[two, index])
+            for one, two in pairs
+            for index, prompt in enumerate(prompts)
+        ]
+        judged = judge.judge(questions, lambda done, total: watcher.progress("asking the judge", done, total))
+        disagreed = judged.disagreed
+        outcomes = {pair: judged.outcomes[at * len(prompts) : (at + 1) * len(prompts)] for at, pair in enumerate(pairs)}
+    names, seed = [model.name for model in models], config.seed
+    _write_side_by_side(run, prompts, names, texts, outcomes)
+    still_open = sum(each is None for every in outcomes.values() for each in every)
+    if still_open:
+        warnings.append(f"the judge gave no verdict of {still_open:,} comparisons, which are left out; ask again")
+    sizes = np.vectorize(len)(texts)
+    kl = {
+        name: mean_estimate(np.array([line[f"kl_{name}"] for line in lines[0]]), seed)
+        for name in (("k1", "k3") if drawn else ())
+    }
+    return Answers(
+        prompts=len(prompts),
+        tokens={
+            name: mean_estimate(np.array([line["tokens"] for line in each]), seed)
+            for name, each in zip(names, lines, strict=True)
+        },
+        ended={
+            name: share_estimate(np.array([line["ended"] for line in each]))
+            for name, each in zip(names, lines, strict=True)
+        },
+        kl=kl,
+        win_rates=_win_rates(names, sizes, outcomes, seed),
+        ranking=_ranking(config, names, outcomes, warnings) if outcomes and len(models) > 2 else None,
+        open=still_open,
+        disagreed=disagreed,
+    )
+
+
+def _win_rates(
+    names: Sequence[str], sizes: np.ndarray, outcomes: Mapping[tuple[int, int], Sequence[float | None]], seed: int
+) -> dict[str, WinRate]:
+    """The policy against each of the others."""
+    found = {}
+    for (one, two), each in outcomes.items():
+        known = [index for index, outcome in enumerate(each) if outcome is not None]
+        if one == 0 and known:
+            decided = np.array([each[index] for index in known], np.float64)
+            found[names[two]] = win_rate(decided, (sizes[0] - sizes[two])[known].astype(np.float64), seed)
+    return found
+
+
+def _ranking(
+    config: Config,
+    names: Sequence[str],
+    outcomes: Mapping[tuple[int, int], Sequence[float | None]],
+    warnings: list[str],
+) -> Ranking | None:
+    comparisons = [
+        Comparison(index, names[one], names[two], outcome)
+        for (one, two), each in outcomes.items()
+        for index, outcome in enumerate(each)
+        if outcome is not None
+    ]
+    try:
+        return rank(comparisons, config.evaluation.prior_std, config.seed) if comparisons else None
+    except ComparisonError as error:
+        warnings.append(f"no ranking: {error}")
+        return None
+
+
+def _write_side_by_side(
+    run: Run,
+    prompts: Sequence[Prompt],
+    names: Sequence[str],
+    texts: np.ndarray,
+    outcomes: Mapping[tuple[int, int], Sequence[float | None]],
+) -> None:
+    """All answers to a prompt on a line, for people."""
+    lines = [
+        {
+            "pair_id": prompt.pair_id,
+            "prompt": prompt.turns,
+            "answers": dict(zip(names, texts[:, index], strict=True)),
+            "outcomes": {f"{names[one]} against {names[two]}": each[index] for (one, two), each in outcomes.items()},
+        }
+        for index, prompt in enumerate(prompts)
+    ]
+    storage.write_json_lines(storage.join(run.config.run_uri, "evaluation", "side_by_side.jsonl"), lines)
+
+
 def as_json(found: Evaluation) -> dict[str, Any]:
-    """The evaluation as plain data."""
-    return asdict(found)
+    """The evaluation as plain data; null for ends of intervals that there are not."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(each) for key, each in value.items()}
+        if isinstance(value, list):
+            return [plain(each) for each in value]
+        return None if isinstance(value, float) and math.isnan(value) else value
+
+    return {name: plain(value) for name, value in asdict(found).items()}
 
 
 def _score(run: Run, path: str, what: str, watcher: Watcher) -> ReferenceStore:

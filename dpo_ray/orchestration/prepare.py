@@ -9,10 +9,12 @@ store and its aggregators. What pass 1 has finished is on storage, so that a `pr
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import pickle
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -33,6 +35,7 @@ from dpo_ray.pairs.runs import Run
 from dpo_ray.pairs.store import Chunk, PairStore
 from dpo_ray.pairs.tokenize import Limits, PairTokenizer, Tokenized, tokenizer_digest
 from dpo_ray.storage import FileInfo
+from dpo_ray.types import PreferencePair, TokenRow
 
 # Raw text of a block, and token data of a range: what one task holds, several times over, while it works.
 BLOCK_BYTES = 8 * 2**20
@@ -203,6 +206,44 @@ def prepared(config: Config) -> PairStore:
     if made is None:
         raise ConfigError(f"{config.name}: the pairs are not prepared: run `dpo-ray prepare` first")
     return made
+
+
+def turns_at(config: Config, places: Collection[str]) -> dict[str, list[dict[str, str]]]:
+    """The prompts of rows, as turns.
+
+    Args:
+        config: The run that they were prepared for.
+        places: File and row of each, as `store.sources_of` gives them.
+
+    Returns:
+        By place; without those that have no turns, or tools or calls in them, or whose file is gone.
+    """
+    numbers = defaultdict[str, set[int]](set)
+    for place in places:
+        uri, _, row = place.rpartition(" row ")
+        numbers[uri].add(int(row))
+    found: dict[str, list[dict[str, str]]] = {}
+    for source in _sources(config):
+        if not any(file.uri in numbers for file in source.files):
+            continue
+        reading = _recognised(config, source, _sample(source))
+        for uri in (file.uri for file in source.files if file.uri in numbers):
+            texts = enumerate((text for part, _ in rows.open_rows(uri) for text in part), start=1)
+            for number, text in itertools.islice(texts, max(numbers[uri])):
+                if number in numbers[uri]:
+                    with contextlib.suppress(RowError):
+                        if turns := _plain_turns(parse_row(rows.json_object(text), reading)):
+                            found[f"{uri} row {number}"] = turns
+    return found
+
+
+def _plain_turns(row: PreferencePair | TokenRow) -> list[dict[str, str]]:
+    """The turns of a row's prompt; none where it has others than of a role and a text."""
+    if isinstance(row, TokenRow) or row.layout == "raw" or row.tools:
+        return []
+    if any(turn.extra or turn.content is None for turn in row.prompt):
+        return []
+    return [{"role": turn.role, "content": str(turn.content)} for turn in row.prompt]
 
 
 def prepare(config: Config, watcher: Watcher | None = None, found: Survey | None = None) -> PairStore:

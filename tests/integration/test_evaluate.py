@@ -10,18 +10,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import plain_logps, read_lines, tiny_config, write_pairs
-from transformers import AutoModelForCausalLM
+from helpers import JudgeServer, plain_logps, read_lines, tiny_config, write_pairs
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, LlamaForSequenceClassification
 from typer.testing import CliRunner
 
 from dpo_ray import train
 from dpo_ray.cli import app
 from dpo_ray.config import Config, parse_config
-from dpo_ray.errors import ConfigError, DataError
+from dpo_ray.demo_data import byte_tokenizer, tiny_llama_config
+from dpo_ray.errors import ConfigError, DataError, JudgeError
 from dpo_ray.orchestration.evaluate_job import evaluate, open_run
 from dpo_ray.pairs.store import read_chunk
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(300)]
+
+# Pairs, without answers.
+ALONE = ["evaluation.prompts=0"]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +61,7 @@ def plain(config: Config) -> dict[str, np.ndarray]:
 
 def test_held_out_pairs(trained: Config) -> None:
     """The means are transformers' and those of the run's own last evaluation; scores are made once."""
-    shown = CliRunner().invoke(app, ["evaluate", trained.run_uri])
+    shown = CliRunner().invoke(app, ["evaluate", trained.run_uri, "--set", "evaluation.prompts=0"])
     assert shown.exit_code == 0, (shown.output, shown.exception)
     summary = json.loads(Path(f"{trained.run_uri}/evaluation/summary.json").read_text())
     held_out, expected = summary["held_out"], plain(trained)
@@ -77,7 +81,7 @@ def test_held_out_pairs(trained: Config) -> None:
         assert weighted / held_out["pairs"] == pytest.approx(expected["loss"].mean(), abs=1e-5)
     stores = Path(trained.store_uri, "reference")
     before = {path: path.stat().st_mtime_ns for path in stores.rglob("*.parquet")}
-    assert evaluate(trained.run_uri).held_out.metrics["loss"].value == held_out["metrics"]["loss"]["value"]
+    assert evaluate(trained.run_uri, ALONE).held_out.metrics["loss"].value == held_out["metrics"]["loss"]["value"]
     assert {path: path.stat().st_mtime_ns for path in stores.rglob("*.parquet")} == before
 
 
@@ -118,8 +122,101 @@ def test_a_real_model_agrees_with_transformers(tmp_path: Path, smollm2: Path, hh
         }
     )
     train(config)
-    metrics = evaluate(config.run_uri).held_out.metrics
+    metrics = evaluate(config.run_uri, ALONE).held_out.metrics
     for name, values in plain(config).items():
         assert metrics[name].value == pytest.approx(values.mean(), rel=1e-5, abs=1e-5)
     assert metrics["loss"].num == 12
     assert metrics["rewards/margins"].value != 0.0
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A further language model and a reward model; both untrained."""
+    tokenizer, made = byte_tokenizer(), {}
+    for seed, kind in enumerate((LlamaForCausalLM, LlamaForSequenceClassification), start=5):
+        torch.manual_seed(seed)
+        config = tiny_llama_config(len(tokenizer), hidden_size=32, num_heads=2)
+        config.initializer_range, config.num_labels = 0.1, 1
+        made[kind.__name__] = folder = tmp_path_factory.mktemp("other")
+        kind(config).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return made
+
+
+def test_answers_side_by_side(trained: Config, others: dict[str, Path]) -> None:
+    """KL estimates and rewards are transformers'; a part that is lost is made again, to the byte."""
+    other, judge = (str(others[name]) for name in ("LlamaForCausalLM", "LlamaForSequenceClassification"))
+    options = ["prompts=10", "prompts_per_part=4", "max_new_tokens=12", f"models=[{other}]"]
+    options = [
+        f"evaluation.{each}" for each in (*options, "judge=reward_model", f"reward_model={judge}", "prior_std=1")
+    ]
+    found = evaluate(trained.run_uri, options)
+    assert found.answers is not None
+    folder = Path(trained.run_uri, "evaluation")
+    rows = read_lines(folder / "side_by_side.jsonl")
+    assert len(rows) == found.answers.prompts == 10
+    assert all([turn["role"] for turn in row["prompt"]] == ["user"] for row in rows)
+    parts = sorted(folder.glob("answers/*/part-*.jsonl"))
+    assert len(parts) == 9
+    lines = [line for part in parts for line in read_lines(part)]
+    export = f"{trained.run_uri}/export"
+    own = {line["pair_id"]: line for line in lines if line["model"] == export}
+    tokenizer = AutoTokenizer.from_pretrained(export)
+    policy, reference = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (export, trained.model.path))
+    reward = LlamaForSequenceClassification.from_pretrained(judge).eval()
+    k1, k3, won = [], [], []
+    for row in rows:
+        asked = tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
+        prompt = tokenizer(asked, add_special_tokens=False).input_ids
+        line = own[row["pair_id"]]
+        assert row["answers"]["policy"] == line["answer"]
+        assert tokenizer.decode(line["token_ids"], skip_special_tokens=True) == line["answer"]
+        whole, start = torch.tensor([[*prompt, *line["token_ids"]]]), len(prompt)
+        with torch.no_grad():
+            ours, its = (
+                model(whole).logits[0, start - 1 : -1].log_softmax(-1).gather(1, whole[0, start:, None]).double()
+                for model in (policy, reference)
+            )
+        k1.append((ours - its).sum().item())
+        k3.append(((its - ours).exp() - 1 - (its - ours)).sum().item())
+        for name, each in (("kl_k1", k1), ("kl_k3", k3)):
+            assert line[name] == pytest.approx(each[-1], rel=1e-4, abs=1e-4)
+        scores = []
+        for name in ("policy", "reference"):
+            turns = [*row["prompt"], {"role": "assistant", "content": row["answers"][name]}]
+            ids = tokenizer(tokenizer.apply_chat_template(turns, tokenize=False), add_special_tokens=False).input_ids
+            with torch.no_grad():
+                scores.append(reward(torch.tensor([ids])).logits.item())
+        won.append(float(scores[0] > scores[1]) if row["answers"]["policy"] != row["answers"]["reference"] else 0.5)
+        assert row["outcomes"]["policy against reference"] == won[-1]
+    assert found.answers.win_rates["reference"].rate.value == pytest.approx(np.mean(won))
+    assert found.answers.kl["k3"].value == pytest.approx(np.mean(k3), rel=1e-4)
+    assert found.answers.kl["k3"].value > 0
+    assert found.answers.ranking is not None
+    assert set(found.answers.ranking.strengths) == {"policy", "reference", other}
+    before = parts[4].read_bytes()
+    parts[4].unlink()
+    assert evaluate(trained.run_uri, options) == found
+    assert parts[4].read_bytes() == before
+
+
+def test_an_endpoint_judges(trained: Config, tmp_path: Path) -> None:
+    """The server goes down in the middle: the message says what is kept; given again the command asks the rest."""
+    with JudgeServer(tmp_path) as server:
+        options = {"prompts": 6, "max_new_tokens": 12, "judge": "endpoint", "endpoint": f"{server.url}/v1"}
+        sets = [f"evaluation.{key}={value}" for key, value in {**options, "endpoint_model": "judge"}.items()]
+        command = ["evaluate", trained.run_uri, *(part for each in sets for part in ("--set", each))]
+        limited = CliRunner().invoke(app, [*command, "--set", "evaluation.max_requests=3"])
+        assert isinstance(limited.exception, JudgeError)
+        assert len(server.seen()) == 3
+        shown = CliRunner().invoke(app, command)
+        assert shown.exit_code == 0, (shown.output, shown.exception)
+        assert "length-controlled" in shown.output
+        seen = len(server.seen())
+        assert seen <= 12
+        found = evaluate(trained.run_uri, sets).answers
+        assert len(server.seen()) == seen
+    assert found is not None
+    rate = found.win_rates["reference"]
+    assert rate.wins + rate.ties + rate.losses == 6
+    assert len(list(Path(trained.store_uri, "judgements").iterdir())) == seen

@@ -96,6 +96,7 @@ ORDER = [
     "orchestration.sweep",
     "orchestration.reference_job",
     "orchestration.pairs_job",
+    "orchestration.answers_job",
     "orchestration.evaluate_job",
     "orchestration.verify",
     "orchestration.submit",

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import JudgeServer
 
 from dpo_ray.config import EvaluationConfig
 from dpo_ray.errors import ConfigError, JudgeError
@@ -31,40 +27,14 @@ QUESTIONS = [
 OUTCOMES = [1.0, 0.0, 0.5, 0.5, 0.5]
 
 
-class Server:
-    """The process, and how tests speak with it."""
-
-    def __init__(self, folder: Path) -> None:
-        script = Path(__file__).parents[2] / "judge_server.py"
-        self._port_file = folder / "port"
-        self.process = subprocess.Popen([sys.executable, str(script), str(self._port_file)])
-        deadline = time.monotonic() + 60
-        while not self._port_file.exists():
-            assert self.process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        self.url = f"http://127.0.0.1:{self._port_file.read_text()}"
-
-    def faults(self, *faults: dict[str, Any]) -> None:
-        request = urllib.request.Request(f"{self.url}/faults", json.dumps(faults).encode(), method="POST")
-        urllib.request.urlopen(request).close()
-
-    def seen(self) -> list[dict[str, Any]]:
-        with urllib.request.urlopen(f"{self.url}/seen") as answer:
-            found: list[dict[str, Any]] = json.load(answer)
-            return found
-
-
 @pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("judge"))
-    yield server
-    server.process.kill()
-    server.process.wait()
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JudgeServer]:
+    with JudgeServer(tmp_path_factory.mktemp("judge")) as server:
+        yield server
 
 
 @pytest.fixture
-def server(running: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
+def server(running: JudgeServer, monkeypatch: pytest.MonkeyPatch) -> JudgeServer:
     monkeypatch.setattr(judging, "BACKOFF_S", 0.01)
     monkeypatch.setenv("JUDGE_KEY", KEY)
     running.faults()
@@ -76,7 +46,7 @@ def judge_of(url: str, cache: Path, **options: Any) -> EndpointJudge:
     return EndpointJudge(EvaluationConfig.model_validate({**named, **options}), str(cache))
 
 
-def test_verdicts_of_both_orders_are_kept(server: Server, tmp_path: Path) -> None:
+def test_verdicts_of_both_orders_are_kept(server: JudgeServer, tmp_path: Path) -> None:
     """Four of five questions are asked, twice each; a verdict for the place is a tie; nothing is asked again."""
     told = list[tuple[int, int]]()
     found = judge_of(server.url, tmp_path).judge(QUESTIONS, lambda done, total: told.append((done, total)))
@@ -106,13 +76,13 @@ def test_verdicts_of_both_orders_are_kept(server: Server, tmp_path: Path) -> Non
         {"kind": "mute"},
     ],
 )
-def test_what_passes_is_asked_again(server: Server, tmp_path: Path, fault: dict[str, Any]) -> None:
+def test_what_passes_is_asked_again(server: JudgeServer, tmp_path: Path, fault: dict[str, Any]) -> None:
     server.faults({**fault, "times": 2})
     assert judge_of(server.url, tmp_path, timeout_s=0.5).judge(QUESTIONS).outcomes == OUTCOMES
     assert len(server.seen()) == 10
 
 
-def test_a_judge_that_says_nothing_leaves_a_comparison_open(server: Server, tmp_path: Path) -> None:
+def test_a_judge_that_says_nothing_leaves_a_comparison_open(server: JudgeServer, tmp_path: Path) -> None:
     """Three times per order; without a verdict nothing is kept, and it is asked the next time."""
     server.faults({"kind": "mute", "times": 6})
     assert judge_of(server.url, tmp_path).judge(QUESTIONS[:1]).outcomes == [None]
@@ -120,13 +90,15 @@ def test_a_judge_that_says_nothing_leaves_a_comparison_open(server: Server, tmp_
     assert judge_of(server.url, tmp_path).judge(QUESTIONS[:1]).outcomes == [1.0]
 
 
-def test_an_outage_is_reported_and_nothing_is_lost(server: Server, tmp_path: Path) -> None:
+def test_an_outage_is_reported_and_nothing_is_lost(server: JudgeServer, tmp_path: Path) -> None:
     many = [Question(f"number {number}", "good", "bad") for number in range(20)]
     assert judge_of(server.url, tmp_path).judge(many[:8]).requests == 16
     server.faults({"kind": "status", "status": 500, "times": 1000})
     message = r"judge at http.*/v1 says 500 again and again: 16 of 40 replies are there and kept; give the same command"
     with pytest.raises(JudgeError, match=message):
         judge_of(server.url, tmp_path).judge(many)
+    # Those under way are tried six times each; no others are sent.
+    assert len(server.seen()) <= 8 * 6
     server.faults()
     found = judge_of(server.url, tmp_path).judge(many)
     assert (found.outcomes, found.requests) == ([1.0] * 20, 24)
@@ -134,7 +106,7 @@ def test_an_outage_is_reported_and_nothing_is_lost(server: Server, tmp_path: Pat
         judge_of("http://127.0.0.1:9", tmp_path / "other").judge(many[:1])
 
 
-def test_the_limits_hold(server: Server, tmp_path: Path) -> None:
+def test_the_limits_hold(server: JudgeServer, tmp_path: Path) -> None:
     with pytest.raises(JudgeError, match=r"sent 3 requests for 30 tokens.*: 3 of 8 replies are there and kept; raise"):
         judge_of(server.url, tmp_path, max_requests=3).judge(QUESTIONS)
     assert len(server.seen()) == 3
@@ -146,7 +118,7 @@ def test_the_limits_hold(server: Server, tmp_path: Path) -> None:
 
 
 def test_mistakes_are_one_message_without_the_key(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: JudgeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server's refusal repeats the key that it was given: it is not shown."""
     server.faults({"kind": "status", "status": 401, "times": 1000})
