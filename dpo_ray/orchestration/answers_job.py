@@ -103,8 +103,8 @@ def answers_of(
 ) -> list[list[dict[str, Any]]]:
     """Each model's answer to each prompt, by model, in the order of the prompts.
 
-    They are lines of `<run>/evaluation/answers/<fingerprint>/part-*.jsonl`: the pair's id, the prompt, the answer and its
-    tokens, whether it came to an end; and of a model with one to compare `kl_k1` and `kl_k3`, see `_kl`.
+    They are lines of `<run>/evaluation/answers/<fingerprint>/part-*.jsonl`: the pair's id, the prompt, the
+    answer and its tokens, whether it came to an end; and of a model with one to compare `kl_k1` and `kl_k3`, see `_kl`.
 
     Raises:
         ConfigError: A model cannot be loaded.
