@@ -115,7 +115,7 @@ OWNERS = {
     "typer": ("cli",),
     "wandb": ("training.trackers",),
     "mlflow": ("training.trackers",),
-    "requests": ("evaluation.judge",),
+    "requests": ("evaluation.judge", "orchestration.submit"),
     "scipy": ("evaluation.statistics",),
     "datasketch": ("pairs.near_duplicates",),
     "jinja2": ("pairs.render", "report.page"),
