@@ -54,6 +54,9 @@ _S3_MEANINGS = {
     "500": _FAILED,
     "503": _FAILED,
 }
+# Variables of the environment that hold one; a shorter value is none, and may be a part of any word.
+_SECRET_NAMES = r"(SECRET_ACCESS_KEY|API_KEY|SECRET|TOKEN|PASSWORD)$"
+SECRET_CHARS = 8
 # What the next request may find mended, besides whatever the server marks as its own failure (5xx).
 _PASSING_CODES = {
     "408",
@@ -109,10 +112,7 @@ def explained(uri: str, filesystem: FileSystemOf, tried_s: float = 0.0) -> Itera
 
 def said(uri: str, error: BaseException, filesystem: FileSystemOf) -> str:
     """What is wrong with what, and what to do about it; without secrets."""
-    message = f"{shown(uri)}: {_meaning(uri, error, filesystem)}"
-    for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
-        message = message.replace(os.environ.get(name) or "\0", "***")
-    return message
+    return without_secrets(f"{shown(uri)}: {_meaning(uri, error, filesystem)}")
 
 
 def is_passing(error: BaseException, local: bool) -> bool:
@@ -256,7 +256,15 @@ def _endpoint(uri: str, filesystem: FileSystemOf) -> str:
 
 def shown(uri: str) -> str:
     """A URI without the name and password that some schemes allow in it."""
-    return re.sub(r"://[^/@]*@", "://", uri)
+    return re.sub(r"://[^/@\s]*@", "://", uri)
+
+
+def without_secrets(text: str) -> str:
+    """A text without the keys, tokens and passwords of this process's environment, and without those in URIs."""
+    for name, value in os.environ.items():
+        if len(value) >= SECRET_CHARS and re.search(_SECRET_NAMES, name):
+            text = text.replace(value, "***")
+    return shown(text)
 
 
 def _file_in_the_way(path: Any) -> str | None:

@@ -107,7 +107,8 @@ class WorkerGroup:
         self._report, self._slow = Report(), Slow()
         self._began = self._excused = time.monotonic()
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self._monitor = ray.remote(num_cpus=0, max_restarts=0)(Monitor).options(scheduling_strategy=here).remote()
+        actor = ray.remote(num_cpus=0, max_restarts=0)(Monitor).options(scheduling_strategy=here)
+        self._monitor = actor.remote(f"{config.name}, attempt {attempt.attempt}")
         self._thread = threading.Thread(target=self._fit, name="ray-train", daemon=True)
 
     def run(self, look: Callable[[dict[int, Place]], str | None]) -> End:

@@ -6,6 +6,7 @@ A worker that has lost its driver ends itself: nobody would take note of what it
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
@@ -23,6 +24,8 @@ from dpo_ray import storage
 from dpo_ray.errors import FinalError
 from dpo_ray.lease import process_start
 from dpo_ray.types import WAITING
+
+log = logging.getLogger(__name__)
 
 BEAT_S = 1.0
 # What Ray and Python's imports may take to bring up a process, beyond `recovery.hang_timeout_s`.
@@ -187,12 +190,17 @@ class Slow:
 class Monitor:
     """The actor between workers and driver; it lives as long as an attempt."""
 
-    def __init__(self) -> None:
+    def __init__(self, about: str) -> None:
+        """Args: about: The run and the attempt, for Ray's dashboard."""
+        self._about = about
         self._beats: dict[int, Beat] = {}
         self._came: dict[int, float] = {}
         self._lines = list[dict[str, Any]]()
         self._orders = Orders()
         self._controller: Place | None = None
+
+    def __repr__(self) -> str:
+        return f"{self._about}, monitor"
 
     def controller(self, place: Place) -> None:
         """Takes note of where Ray Train's controller runs."""
@@ -267,13 +275,16 @@ class Reporter:
             since_s = time.monotonic() - self._since
             beat = Beat(self._rank, self._place, doing, since_s, taken, stacks, self._failure)
             try:
-                self._orders = ray.get(self._monitor.beat.remote(beat), timeout=10)
+                orders = ray.get(self._monitor.beat.remote(beat), timeout=10)
+                if orders.leave is not None and self._orders.leave is None:
+                    log.info("asked to write a checkpoint and end: %s", orders.leave)
+                self._orders = orders
                 self._heard = time.monotonic()
             except (RayError, GetTimeoutError) as error:
                 self._lines.extendleft(reversed(taken))
                 lost = isinstance(error, ActorDiedError) or time.monotonic() - self._heard > LOST_S
                 if lost and not self._done.is_set():
-                    print(f"rank {self._rank}: the driver is gone: ending", file=sys.stderr, flush=True)
+                    log.error("the driver is gone: ending")
                     os._exit(1)
 
 

@@ -7,6 +7,7 @@ a file of scores appears in the store.
 from __future__ import annotations
 
 import contextlib
+import logging
 import socket
 import time
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from dpo_ray import storage
 from dpo_ray.config import Config
 from dpo_ray.errors import CheckpointError, FinalError, StorageError
+from dpo_ray.orchestration.logs import log_as
 from dpo_ray.orchestration.monitor import START_S, Place
 from dpo_ray.orchestration.nodes import kill, lead_gloo, on_nodes
 from dpo_ray.orchestration.resources import resources_per_device
@@ -30,6 +32,8 @@ from dpo_ray.pairs.store import Chunk, brought_scores, read_chunk
 from dpo_ray.reference.brought import check_brought
 from dpo_ray.reference.store import ReferenceStore
 from dpo_ray.reference.versions import Version, version_after
+
+log = logging.getLogger(__name__)
 
 # How often a replica that computes is asked whether it moves.
 ASK_S = 5.0
@@ -48,6 +52,10 @@ class ReferenceReplica:
         self._version = version
         self._moved_at = time.monotonic()
         self._scorer: Any = None
+        log_as(run=config.name, role="reference", rank=rank)
+
+    def __repr__(self) -> str:
+        return f"{self._config.name}, reference, device {self._rank}"
 
     def here(self) -> tuple[Place, str]:
         """Where this process runs, and an address on which others can meet it."""
@@ -81,6 +89,7 @@ class ReferenceReplica:
             per_token=self._config.needs_token_scores,
             weights=self._read_version if self._version else None,
         )
+        log.info("has loaded %s", self._config.reference_path)
 
     def _read_version(self, model: Any) -> None:
         """Gives a model the weights of the version: they are in every checkpoint until the next."""
@@ -118,6 +127,7 @@ class ReferenceReplica:
             scores = self._scorer.score(pairs, self._moved)
         if self._rank == 0:
             self._reference.put(chunk, [pair.pair_id for pair in pairs], scores)
+            log.info("has scored %s, %d pairs", chunk.name, len(pairs))
         return len(pairs)
 
     @ray.method(concurrency_group="asked")

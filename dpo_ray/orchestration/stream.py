@@ -93,7 +93,9 @@ def open_streams(config: Config, places: Places, attempt: Attempt) -> list[ray.d
     feed, _ = make_feed(config, places, attempt)
     if attempt.position >= feed.plan.total_steps:
         return []
-    return stream(feed, attempt.position, attempt.world_size).streaming_split(attempt.world_size, equal=True)
+    rows = stream(feed, attempt.position, attempt.world_size)
+    rows.set_name(f"{config.name}-attempt-{attempt.attempt}")
+    return rows.streaming_split(attempt.world_size, equal=True)
 
 
 def close_streams(streams: Sequence[ray.data.DataIterator]) -> None:

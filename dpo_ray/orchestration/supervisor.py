@@ -6,6 +6,7 @@ and when a group shall make way for a larger one or leave a node that goes.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -26,6 +27,8 @@ from dpo_ray.orchestration.stream import Places
 from dpo_ray.orchestration.watch import Watcher
 from dpo_ray.training import attempts, manifest
 from dpo_ray.types import Attempt
+
+log = logging.getLogger(__name__)
 
 POLL_S = 0.5
 # What a group that ended held is free within seconds; until then less room is not believed.
@@ -106,9 +109,12 @@ def supervise(
                 if references is not None:
                     references.begins(attempt)
                 watcher.began(attempt)
+                whose = {"run": config.name, "attempt": attempt.attempt}
+                log.info("begins after step %d with %d workers: %s", attempt.position, num_workers, reason, extra=whose)
                 group = WorkerGroup(config, places, attempt, node_ids, watcher, _tell(references))
                 end = group.run(_Look(config, attempt, lease, references, watcher, stop, wish))
                 watcher.ended(end.kind)
+                log.info("ended (%s): %s", end.kind, end.reason, extra=whose)
                 if end.kind == "done" and finished():
                     return
                 _check(stop, config)

@@ -16,6 +16,7 @@ from ray.data.collate_fn import ArrowBatchCollateFn
 
 from dpo_ray import errors
 from dpo_ray.config import Config, ScalingConfig
+from dpo_ray.orchestration.logs import log_as
 from dpo_ray.orchestration.monitor import Failure, FailureKind, Place, Reporter
 from dpo_ray.orchestration.stream import Places, eval_feeds, make_feed
 from dpo_ray.orchestration.watch import warnings_to
@@ -54,7 +55,10 @@ def work(arguments: dict[str, Assignment]) -> None:
         arguments: The `assignment`.
     """
     assignment = arguments["assignment"]
-    reporter = Reporter(assignment.monitor, ray.train.get_context().get_world_rank())
+    rank, attempt = ray.train.get_context().get_world_rank(), assignment.attempt
+    log_as(run=assignment.config.name, attempt=attempt.attempt, rank=rank)
+    log.info("begins after step %d, one of %d workers", attempt.position, attempt.world_size)
+    reporter = Reporter(assignment.monitor, rank)
     failure = None
     try:
         # What is imported is no garbage: each look through it takes a quarter of a second, and stops every thread.
@@ -67,7 +71,10 @@ def work(arguments: dict[str, Assignment]) -> None:
             train(assignment.config, _context(assignment, reporter))
     except BaseException as error:
         failure = _failure(error)
+        log.error("failed (%s): %s", failure.kind, failure.text)
         raise
+    else:
+        log.info("ended")
     finally:
         reporter.close(failure)
 

@@ -240,6 +240,7 @@ class Checkpointer:
             raise
         if self._rank == 0:
             self._publish({"checkpoint": state.step})
+            _log.info("the checkpoint of step %d is committed", state.step)
             best = state.best_step if self._keep_best and self._keep_best == state.best_metric else None
             try:
                 newest = read_attempts(self._run_uri)[-1:]

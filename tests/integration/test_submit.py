@@ -89,6 +89,23 @@ def check_gauges(found: dict[str, float], last: dict[str, float], ended: float) 
     assert found["ray_dpo_reference_pairs_left"] == 0 < found["ray_dpo_reference_pairs_scored"]
 
 
+def check_logs(folder: Path) -> None:
+    """Of each run's workers and replicas Ray's logs say whose a line is: as JSON, and in front of it."""
+    found = set[tuple[str, int, int, str]]()
+    for path in folder.glob("train/ray-train-app-worker-*.log"):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        found |= {(each["run"], each["attempt"], each["rank"], each["message"]) for each in lines if "run" in each}
+    assert {
+        ("short", 0, 0, "begins after step 0, one of 1 workers"),
+        ("short", 0, 0, "the checkpoint of step 2 is committed"),
+        ("short", 0, 0, "ended"),
+        ("long", 0, 0, "asked to write a checkpoint and end: asked to stop (SIGTERM)"),
+    } <= found
+    told = [line for path in folder.glob("worker-*.err") for line in path.read_text().splitlines()]
+    assert [line for line in told if " INFO run=short attempt=0 rank=0 dpo_ray.orchestration.worker: begins" in line]
+    assert [line for line in told if " INFO run=short role=reference rank=0 dpo_ray.orchestration.repl" in line]
+
+
 def test_a_job(cluster: Addresses, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dashboard = cluster.dashboard
     monkeypatch.chdir(tmp_path)
@@ -132,12 +149,14 @@ def test_a_job(cluster: Addresses, tmp_path: Path, tiny_model: Path, monkeypatch
         assert time.monotonic() < deadline
         time.sleep(0.5)
 
+    session = Path("/tmp/ray/session_latest").resolve()
+    check_logs(session / "logs")
+
     # The environment of this machine has gone nowhere.
     told = done.output + begun.output + stopped.output + shown.output
     jobs = json.dumps([each.model_dump(mode="json") for each in JobSubmissionClient(dashboard).list_jobs()])
     assert CANARY not in told + jobs
     assert "RAY_JOB_STOP_WAIT_TIME_S" in jobs
-    session = Path("/tmp/ray/session_latest").resolve()
     grep = subprocess.run(["grep", "-rl", CANARY, str(session / "logs"), str(tmp_path / "s")], capture_output=True)
     assert grep.stdout == b""
     with pytest.raises(ConfigError, match="the cluster refuses: .*nobody"):

@@ -79,6 +79,7 @@ ORDER = [
     "orchestration.prepare",
     "orchestration.forget",
     "orchestration.stream",
+    "orchestration.logs",
     "orchestration.monitor",
     "orchestration.nodes",
     "orchestration.autoscaler",

@@ -1,0 +1,45 @@
+"""What the processes of a run log: one line per event, which says whose it is, and holds no secret."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from typing import Any
+
+from dpo_ray.storage_errors import without_secrets
+
+FORMAT = "%(asctime)s %(levelname)s {whose} %(name)s: %(message)s"
+
+
+class _OneLine(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return super().format(record).replace("\n", "\\n")
+
+
+def log_as(**whose: object) -> None:
+    """Has all that this process logs from now on say whose it is; for processes that are a run's own.
+
+    Each of `whose` is an attribute of every record, and so a key of Ray's JSON logs: those that Ray Train keeps of each
+    worker, and all of a job that was started with RAY_LOGGING_CONFIG_ENCODING=JSON. On the console it stands in front.
+
+    Args:
+        whose: The run, and where it applies attempt and rank.
+    """
+    make = logging.getLogRecordFactory()
+
+    def record(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        made = make(*args, **kwargs)
+        made.__dict__.update(whose)
+        with contextlib.suppress(TypeError, ValueError):  # A message that does not fit is for the handlers to report.
+            made.msg, made.args = without_secrets(made.getMessage()), None
+        return made
+
+    logging.setLogRecordFactory(record)
+    root = logging.getLogger()
+    if not root.handlers:
+        root.addHandler(logging.StreamHandler())
+    before = " ".join(f"{key}=%({key})s" for key in whose)
+    for handler in root.handlers:
+        if isinstance(handler, logging.StreamHandler) and handler.formatter is None:  # Those of files write JSON.
+            handler.setFormatter(_OneLine(FORMAT.format(whose=before)))
+    logging.getLogger("dpo_ray").setLevel(logging.INFO)
