@@ -660,7 +660,9 @@ class EvaluationConfig(Section):
         1000, description="requests of one command to the judge, at most, those not counted that failed"
     )
     max_tokens: PositiveInt | None = Field(
-        None, description="no request is sent after the server has counted so many tokens; null: no limit"
+        None,
+        description="no request is sent that might take the tokens of one command, as the server counts them, beyond "
+        "this; null: no limit",
     )
     timeout_s: PositiveFloat = Field(120.0, description="a judge that is silent for so long is asked again")
     prior_std: PositiveFloat | None = Field(

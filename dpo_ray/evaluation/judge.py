@@ -108,7 +108,7 @@ class EndpointJudge:
         for scheme in ("http://", "https://"):
             self._session.mount(scheme, HTTPAdapter(pool_maxsize=ASKED_TOGETHER, max_retries=retry))
         self._lock = threading.Lock()
-        self._requests = self._tokens = 0
+        self._requests = self._tokens = self._tokens_under_way = 0
 
     def judge(
         self, questions: Sequence[Question], progress: Callable[[int, int], None] = lambda done, total: None
@@ -193,11 +193,26 @@ class EndpointJudge:
 
     def _ask(self, body: Mapping[str, Any]) -> tuple[str, int]:
         """The server's reply, and the tokens it counted; the empty text where it is not what the protocol says."""
-        options, endpoint = self._options, str(self._options.endpoint)
+        options = self._options
+        # What it may take at most, a token being some four characters: the limit holds for what is under way too.
+        expected = options.reply_tokens + sum(len(message["content"]) for message in body["messages"]) // 4
         with self._lock:
-            if self._requests >= options.max_requests or self._tokens >= (options.max_tokens or 2**62):
+            tokens = self._tokens + self._tokens_under_way + expected
+            if self._requests >= options.max_requests or tokens > (options.max_tokens or 2**62):
                 raise _SpentError
             self._requests += 1
+            self._tokens_under_way += expected
+        counted = 0
+        try:
+            text, counted = self._reply(body, expected)
+        finally:
+            with self._lock:
+                self._tokens_under_way -= expected
+                self._tokens += counted
+        return text, counted
+
+    def _reply(self, body: Mapping[str, Any], expected: int) -> tuple[str, int]:
+        options, endpoint = self._options, str(self._options.endpoint)
         try:
             answer = self._session.post(
                 f"{endpoint.rstrip('/')}/chat/completions", json=body, timeout=options.timeout_s, allow_redirects=False
@@ -217,10 +232,7 @@ class EndpointJudge:
         except (ValueError, LookupError, TypeError, AttributeError):
             return "", 0
         # A server that does not count is taken to use all that it may.
-        counted = tokens if isinstance(tokens, int) else options.reply_tokens + len(str(body)) // 4
-        with self._lock:
-            self._tokens += counted
-        return text if isinstance(text, str) else "", counted
+        return text if isinstance(text, str) else "", tokens if isinstance(tokens, int) else expected
 
     def _with_key(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
         if self._key:
