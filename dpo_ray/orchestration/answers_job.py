@@ -21,6 +21,7 @@ from dpo_ray.errors import ConfigError
 from dpo_ray.model.files import load_tokenizer
 from dpo_ray.model.weights import weights_digest
 from dpo_ray.orchestration.prepare import turns_at
+from dpo_ray.orchestration.resources import no_room
 from dpo_ray.orchestration.trainer import start_ray
 from dpo_ray.orchestration.watch import Watcher
 from dpo_ray.pairs.store import PairStore, read_chunk, sources_of
@@ -180,6 +181,8 @@ def _parts(
     if missing:
         start_ray(config)
         options = config.evaluation
+        if reason := no_room({"CPU": options.cpus_per_actor, "GPU": options.gpus_per_actor}):
+            watcher.warning(f"evaluation: {reason}")
         made = ray.data.from_items(
             [json.dumps(item) for item in missing], override_num_blocks=len(missing)
         ).map_batches(

@@ -21,7 +21,7 @@ from dpo_ray.config import Config
 from dpo_ray.errors import ConfigError, DataError, RowError
 from dpo_ray.model.files import load_tokenizer
 from dpo_ray.model.weights import weights_digest
-from dpo_ray.orchestration.resources import as_text
+from dpo_ray.orchestration.resources import no_room
 from dpo_ray.orchestration.rows import SUFFIXES, json_object, open_rows
 from dpo_ray.orchestration.trainer import final_errors, start_ray
 from dpo_ray.orchestration.watch import Watcher
@@ -78,10 +78,8 @@ def make_pairs(config: Config, watcher: Watcher | None = None) -> Made:
     )
     if missing:
         start_ray(config)
-        wanted = {"CPU": options.cpus_per_actor, "GPU": options.gpus_per_actor}
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        if not any(all(node.get(name, 0) >= amount for name, amount in wanted.items()) for node in nodes):
-            watcher.warning(f"no node has room for an actor of pairs ({as_text(wanted)}): waiting for one")
+        if reason := no_room({"CPU": options.cpus_per_actor, "GPU": options.gpus_per_actor}):
+            watcher.warning(f"pairs: {reason}")
         items = [json.dumps({"index": index, "prompts": parts[index]}) for index in missing]
         made = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
             _Part,

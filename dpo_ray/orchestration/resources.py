@@ -318,6 +318,14 @@ def _is_group(name: str) -> bool:
     return name.startswith(f"{LABEL}{NODE_GROUP}=")
 
 
+def no_room(wanted: Resources) -> str | None:
+    """Says so where no node of now could hold an actor that wants so much."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if any(all(node.get(name, 0) >= amount for name, amount in wanted.items()) for node in nodes):
+        return None
+    return f"no node has room for an actor ({as_text(wanted)}): waiting for one"
+
+
 def _has_autoscaler() -> bool:
     from ray.autoscaler.v2.utils import is_autoscaler_v2
     from ray.experimental.internal_kv import _internal_kv_get
