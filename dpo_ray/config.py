@@ -179,8 +179,8 @@ class AdapterConfig(Section):
     )
     quantize: Literal["nf4"] | None = Field(
         None,
-        description="nf4: QLoRA, the frozen linear layers in 4 bits, whole on each worker; needs the extra qlora, and "
-        "reference.place: adapter_off where there is a reference",
+        description="nf4: QLoRA, the frozen linear layers in 4 bits, whole on each worker; needs the extra "
+        "bitsandbytes, and reference.place: adapter_off where there is a reference",
     )
 
     @field_validator("target_modules", mode="before")
@@ -701,9 +701,11 @@ class EvaluationConfig(Section):
 class OptimizerConfig(Section):
     """The update."""
 
-    name: Literal["adamw", "rmsprop", "adamw_kahan"] = Field(
+    name: Literal["adamw", "rmsprop", "adamw_kahan", "adamw_8bit"] = Field(
         "adamw",
-        description="adamw, rmsprop (the DPO paper's), or adamw_kahan (keeps small updates in bfloat16 weights)",
+        description="adamw, rmsprop (the DPO paper's), adamw_kahan (keeps small updates in bfloat16 weights), or "
+        "adamw_8bit (moments in 8 bits, but those of embeddings and of rows that are no multiple of 256 numbers; needs "
+        "the extra bitsandbytes)",
     )
     learning_rate: PositiveFloat = Field(1e-6, description="peak learning rate")
     schedule: Literal["constant", "constant_with_warmup", "linear", "cosine"] = Field(

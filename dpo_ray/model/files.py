@@ -161,7 +161,7 @@ def check_quantize(quantize: str | None, uri: str) -> None:
     """
     if quantize is None:
         return
-    check_installed("bitsandbytes", "qlora", f"adapter.quantize is {quantize}")
+    check_installed("bitsandbytes", "bitsandbytes", f"adapter.quantize is {quantize}")
     config = model_config(uri).get_text_config()
     if (experts := _num_experts(config)) > 1:
         raise ConfigError(

@@ -30,7 +30,7 @@ from dpo_ray.model.attention import packed_attention
 from dpo_ray.model.files import first_line
 from dpo_ray.model.forward import completion_states, output_layer, with_token_scores
 from dpo_ray.model.load import DTYPES, empty_model
-from dpo_ray.model.shard import blocks_of, empty_policy
+from dpo_ray.model.shard import blocks_of, embeddings_of, empty_policy
 from dpo_ray.objective.logps import completion_token_scores
 
 # Tokens of the smaller of two packs that are tried, for each hidden unit; the other has twice as many. With fewer the
@@ -51,12 +51,14 @@ class Weight:
         numel: All its numbers.
         trained: Whether it has a gradient.
         quantized: Whether it is held in 4 bits, which FSDP neither splits nor gathers.
+        embedding: Whether it is an embedding's.
     """
 
     rows: int
     numel: int
     trained: bool
     quantized: bool = False
+    embedding: bool = False
 
     def shard(self, workers: int) -> int:
         """Numbers of the largest shard: rows stay whole."""
@@ -147,11 +149,12 @@ def _footprint(
     blocks = blocks_of(model)
     inside = {id(parameter) for block in blocks for parameter in block.parameters()}
     linear = {id(module.weight) for block in blocks for module in block.modules() if isinstance(module, nn.Linear)}
-    in_4_bits = linear if quantize else set()
+    in_4_bits, embeddings = linear if quantize else set(), embeddings_of(model)
     groups = tuple(
-        tuple(_weight(parameter, id(parameter) in in_4_bits) for parameter in block.parameters()) for block in blocks
+        tuple(_weight(parameter, embeddings, id(parameter) in in_4_bits) for parameter in block.parameters())
+        for block in blocks
     )
-    rest = tuple(_weight(parameter) for parameter in model.parameters() if id(parameter) not in inside)
+    rest = tuple(_weight(parameter, embeddings) for parameter in model.parameters() if id(parameter) not in inside)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(DTYPES[dtype])  # As FSDP gathers it.
     output = model.get_output_embeddings().weight
@@ -174,9 +177,10 @@ def _footprint(
     return Footprint(groups, rest, kept, working, head, head_weight)
 
 
-def _weight(parameter: nn.Parameter, in_4_bits: bool = False) -> Weight:
+def _weight(parameter: nn.Parameter, embeddings: set[torch.Tensor], in_4_bits: bool = False) -> Weight:
     trained = parameter.requires_grad
-    return Weight(parameter.shape[0], parameter.numel(), trained, in_4_bits and not trained)
+    quantized = in_4_bits and not trained
+    return Weight(parameter.shape[0], parameter.numel(), trained, quantized, parameter in embeddings)
 
 
 def _line(tokens: int, first: int, second: int) -> Growth:

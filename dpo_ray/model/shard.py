@@ -302,6 +302,11 @@ def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
     return [module for module in model.modules() if is_block is not None and is_block(module)]
 
 
+def embeddings_of(model: nn.Module) -> set[torch.Tensor]:
+    """The weights of embeddings, with an output layer that is tied to one."""
+    return {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+
+
 class _InPlace(ReduceScatter):
     """The reduction of a gradient over one rank: what comes in is what goes out.
 

@@ -35,6 +35,7 @@ from dpo_ray.orchestration.prepare import survey
 from dpo_ray.orchestration.resources import as_number, demands, ensure_resources, needs, possible_nodes
 from dpo_ray.orchestration.watch import SourcePreview, Watcher
 from dpo_ray.pairs.tokenize import Limits, PairTokenizer
+from dpo_ray.training.optimizer import check_optimizer
 
 Level = Literal["ok", "note", "wrong"]
 
@@ -209,6 +210,7 @@ def _check_model(config: Config) -> list[Row]:
         if not any(row.level == "wrong" for row in rows):
             refuse_auxiliary_loss(config.model.path)
             check_quantize(config.adapter.quantize, config.model.path)
+            check_optimizer(config.optimizer)
     except ConfigError as error:
         rows.append(Row("model", config.model.path, "wrong", str(error), "as the result says"))
     try:

@@ -40,6 +40,7 @@ from dpo_ray.reference.store import ReferenceStore, error_place
 from dpo_ray.reference.usage import note_use
 from dpo_ray.report.page import write_report
 from dpo_ray.training import manifest
+from dpo_ray.training.optimizer import check_optimizer
 from dpo_ray.training.outcome import write_outcome
 from dpo_ray.training.trackers import check_trackers
 
@@ -151,6 +152,7 @@ def make_start(config: Config, watcher: Watcher | None = None) -> Result:
 def _train_run(config: Config, watcher: Watcher) -> Result:
     with Gauges(config, watcher) as watcher, warnings_to(watcher.warning):
         check_trackers(config)
+        check_optimizer(config.optimizer)
         check_reachable(config)
         if finished := _as_it_stands(config, watcher):
             return finished

@@ -12,9 +12,10 @@ import torch.distributed as dist
 from torch import nn
 
 from dpo_ray import storage
-from dpo_ray.config import Config
+from dpo_ray.config import Config, OptimizerConfig
 from dpo_ray.errors import ConfigError, OutOfMemoryError
 from dpo_ray.model.shard import set_gradient_sync
+from dpo_ray.training.optimizer import compact_weights
 from dpo_ray.types import GlobalBatch, WorkerContext
 
 log = logging.getLogger(__name__)
@@ -30,8 +31,8 @@ SHRINK = 0.7
 MOST_TOKENS, PADDED_TOKENS = 65_536, 4096
 # Of the memory, what the unsummed gradient of the whole model may take.
 GRADIENT_SHARE = 0.15
-# What an optimizer keeps per trained number, at most: two moments in float32, and Kahan's compensation.
-STATE_BYTES = 10
+# What an optimizer keeps per trained number, at most: two moments in float32, and Kahan's compensation; or in 8 bits.
+STATE_BYTES, COMPACT_STATE_BYTES = 10, 3
 
 
 class Budget:
@@ -47,6 +48,7 @@ class Budget:
         names: list[str] = [""] * dist.get_world_size()
         dist.all_gather_object(names, _device_name(context.device))
         # What a budget holds for.
+        self._optimizer = config.optimizer
         self._valid_for = {
             "configured": configured,
             "world_size": dist.get_world_size(),
@@ -101,7 +103,9 @@ class Budget:
                 few, many = (_peak_bytes(model, tokens, device, self.reduce_each) for tokens in TRIED_TOKENS)
             config = cast(Any, model).config.get_text_config()
             least = 2 * config.num_hidden_layers * config.hidden_size
-            affordable = affordable_tokens(few, many, least, _state_bytes(model), _memory_bytes(device))
+            affordable = affordable_tokens(
+                few, many, least, _state_bytes(model, self._optimizer), _memory_bytes(device)
+            )
             if not cast(Any, model).packed:
                 # Padded rows with their prompts take several times the memory that their tokens say.
                 affordable = min(affordable, PADDED_TOKENS)
@@ -193,10 +197,14 @@ def _peak_bytes(model: nn.Module, num_tokens: int, device: torch.device, reduce_
     return torch.cuda.max_memory_allocated(device)
 
 
-def _state_bytes(model: nn.Module) -> int:
+def _state_bytes(model: nn.Module, config: OptimizerConfig) -> int:
     """What the optimizer will take of the device's memory."""
-    trained = (cast(Any, parameter).to_local() for parameter in model.parameters() if parameter.requires_grad)
-    return sum(local.numel() * STATE_BYTES for local in trained if local.is_cuda)
+    compact = compact_weights(model) if config.name == "adamw_8bit" else set()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.is_cuda]
+    return sum(
+        cast(Any, parameter).to_local().numel() * (COMPACT_STATE_BYTES if parameter in compact else STATE_BYTES)
+        for parameter in trained
+    )
 
 
 def _memory_bytes(device: torch.device) -> int:

@@ -23,6 +23,7 @@ import torch
 from dpo_ray.config import Config
 from dpo_ray.model.footprint import Footprint, Weight
 from dpo_ray.training.budget import CPU_TOKENS, GRADIENT_SHARE, MOST_TOKENS, TRIED_TOKENS, USED_SHARE
+from dpo_ray.training.optimizer import BLOCK, in_blocks
 
 MILLION = 1_000_000
 GIB = 2**30
@@ -31,8 +32,8 @@ MOST_WORKERS = 1024
 REDUCED_BYTES = 4
 # Of a weight in 4 bits, with its block's scale, itself in 8 bits (arXiv:2305.14314, section 3).
 QUANTIZED_BYTES = 0.516
-# Tensors that the optimizer keeps for each trained weight, of its dtype.
-STATES = {"adamw": 2, "rmsprop": 1, "adamw_kahan": 3}
+# Tensors that the optimizer keeps for each trained weight, of its dtype; adamw_8bit of those not in 8 bits.
+STATES = {"adamw": 2, "rmsprop": 1, "adamw_kahan": 3, "adamw_8bit": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,7 +309,16 @@ class Sizing:
         adapted, model = self.config.adapter.rank is not None, self.config.model
         weights = of_trained + _bytes_of(model.compute_dtype if adapted else model.weights_dtype) * frozen
         weights += round(QUANTIZED_BYTES * in_4_bits)
-        return weights, STATES[self.config.optimizer.name] * of_trained, of_trained
+        state = sum(self._state_bytes(weight, group) for weight in _trained(self.policy.weights))
+        return weights, state, of_trained
+
+    def _state_bytes(self, weight: Weight, group: int) -> int:
+        """What the optimizer keeps for a worker's share of a weight."""
+        name, numel = self.config.optimizer.name, weight.shard(group)
+        if name == "adamw_8bit" and not weight.embedding and in_blocks(weight.rows, weight.numel):
+            # Two moments of a byte each, and for each block of them a scale.
+            return 2 * (numel + self._trained_bytes * numel // BLOCK)
+        return STATES[name] * self._trained_bytes * numel
 
     def _update_bytes(self, group: int) -> int:
         """What the update needs for itself: AdamW is one kernel, others go weight by weight, on GPUs not RMSprop."""
@@ -316,8 +326,12 @@ class Sizing:
         shards = [self._trained_bytes * weight.shard(group) for weight in trained]
         if optimizer.name == "adamw" or not shards or self.config.model.cpu_offload:
             return 0
-        if optimizer.name == "rmsprop" and self.config.scaling.gpus_per_worker:
+        on_gpu = self.config.scaling.gpus_per_worker
+        if optimizer.name == "rmsprop" and on_gpu:
             return sum(shards) * (2 if optimizer.weight_decay else 1)
+        if optimizer.name == "adamw_8bit":
+            # One kernel on GPUs; elsewhere in steps: both moments, the gradient, and two of the denominator.
+            return 0 if on_gpu else 5 * max(shards)
         return max(shards)
 
     def reference_parts(self) -> dict[str, int]:

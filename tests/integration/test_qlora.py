@@ -29,7 +29,7 @@ from dpo_ray.training.optimizer import build_optimizer
 from dpo_ray.training.step import Objective, train_step
 from dpo_ray.types import ScoredPair, TokenizedPair, TrainState
 
-functional = pytest.importorskip("bitsandbytes.functional", reason="needs the extra qlora")
+functional = pytest.importorskip("bitsandbytes.functional", reason="needs the extra bitsandbytes")
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 CPU = torch.device("cpu")

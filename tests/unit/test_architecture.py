@@ -112,6 +112,7 @@ OWNERS = {
     "s3fs": ("storage",),
     "peft": ("model.adapter",),
     "accelerate": ("model.load", "model.shard"),
+    "bitsandbytes": ("training.optimizer",),
     "pydantic": ("config",),
     "typer": ("cli",),
     "wandb": ("training.trackers",),

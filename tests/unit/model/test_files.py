@@ -43,7 +43,7 @@ def test_a_router_s_own_loss_is_not_left_out_in_silence(
 def test_what_cannot_be_quantized_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(
-        ConfigError, match=r"quantize is nf4, but the package bitsandbytes .*pip install 'dpo_ray\[qlora"
+        ConfigError, match=r"quantize is nf4, but the package bitsandbytes .*pip install 'dpo_ray\[bitsandbytes"
     ):
         check_quantize("nf4", str(tmp_path))
     monkeypatch.setattr(files, "check_installed", lambda *_: None)

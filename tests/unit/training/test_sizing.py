@@ -83,6 +83,18 @@ def test_other_optimizers_and_places() -> None:
     assert totals(host.moments(4, Load(100, 1, False)))["update"] == 0
 
 
+def test_moments_in_8_bits() -> None:
+    """Of 4 rows of 512 a worker of two has 1,024 weights: 2 x 1,024 bytes, and for each of 4 blocks two scales of 4.
+
+    An embedding, and rows of 100, have 8 bytes a weight.
+    """
+    blocks = ((Weight(4, 2048, True), *BLOCK),)
+    footprint = replace(MODEL, blocks=blocks, rest=(Weight(4, 2048, True, embedding=True),))
+    found = sizing(footprint=footprint, optimizer={"name": "adamw_8bit"}).moments(2, Load(100, 1, False))["update"]
+    assert found["optimizer state"] == 2 * 1024 + 2 * 4 * 4 + 8 * 300 + 8 * 1024
+    assert found["sums"] == 0
+
+
 def test_an_adapter_alone_is_trained() -> None:
     """500 frozen weights in bfloat16 and 100 of the adapter: 1,000 + 400 bytes, and 800 for AdamW."""
     block = (Weight(5, 500, False), Weight(5, 100, True))
