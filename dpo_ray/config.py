@@ -701,11 +701,12 @@ class EvaluationConfig(Section):
 class OptimizerConfig(Section):
     """The update."""
 
-    name: Literal["adamw", "rmsprop", "adamw_kahan", "adamw_8bit"] = Field(
+    name: Literal["adamw", "rmsprop", "adamw_kahan", "adamw_8bit", "muon"] = Field(
         "adamw",
-        description="adamw, rmsprop (the DPO paper's), adamw_kahan (keeps small updates in bfloat16 weights), or "
+        description="adamw, rmsprop (the DPO paper's), adamw_kahan (keeps small updates in bfloat16 weights), "
         "adamw_8bit (moments in 8 bits, but those of embeddings and of rows that are no multiple of 256 numbers; needs "
-        "the extra bitsandbytes)",
+        "the extra bitsandbytes), or muon (for the blocks' matrices, with updates as large as adamw's, which has the "
+        "rest)",
     )
     learning_rate: PositiveFloat = Field(1e-6, description="peak learning rate")
     schedule: Literal["constant", "constant_with_warmup", "linear", "cosine"] = Field(
@@ -942,6 +943,11 @@ class Config(Section):
                 raise ValueError(f"model.gradient_checkpointing: offload {needless} true")
             if self.model.cpu_offload:
                 raise ValueError(f"model.cpu_offload: true {needless} false")
+        if self.model.cpu_offload and self.optimizer.name == "muon":
+            raise ValueError(
+                "optimizer.name is muon, but with model.cpu_offload: true its products of whole matrices would run on "
+                "the CPU, longer than all else of a step: leave one of them out"
+            )
         if self.model.weights_dtype == "bfloat16" and self.model.compute_dtype == "float32":
             raise ValueError("model.weights_dtype: bfloat16 needs model.compute_dtype: bfloat16")
         if self.train.eval_every_steps and not (self.data.eval or self.data.eval_fraction):

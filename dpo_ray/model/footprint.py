@@ -60,6 +60,11 @@ class Weight:
     quantized: bool = False
     embedding: bool = False
 
+    @property
+    def smaller_side(self) -> int:
+        """Rows, or numbers of each; 1 of what is no matrix."""
+        return min(self.rows, self.numel // self.rows)
+
     def shard(self, workers: int) -> int:
         """Numbers of the largest shard: rows stay whole."""
         return -(-self.rows // workers) * (self.numel // self.rows)

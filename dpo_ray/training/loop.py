@@ -43,7 +43,7 @@ def _train(config: Config, context: WorkerContext, recorder: Recorder | None) ->
     model = sharded_policy(config.model, context.device, config.adapter, config.seed, context.group)
     budget = Budget(config, context)
     tokens_per_microbatch = budget.settle(model)
-    optimizer = build_optimizer(model, config.optimizer)
+    optimizer = build_optimizer(model, config.optimizer, config.model.compute_dtype)
     learning_rate = learning_rate_at(config.optimizer, context.total_steps)
     objective = objective_of(config.objective)
     # A checkpoint promises the lines up to its step.

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from optimi import AdamW as KahanAdamW
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer, RMSprop
-from transformers import get_scheduler
+from transformers import PreTrainedModel, get_scheduler
 
-from dpo_ray.config import OptimizerConfig
+from dpo_ray.config import Dtype, OptimizerConfig
 from dpo_ray.errors import ConfigError
 from dpo_ray.extensions import check_installed
+from dpo_ray.model.linear import widens
+from dpo_ray.model.load import DTYPES
 from dpo_ray.model.shard import embeddings_of
 
 # Of bitsandbytes' kernel: so many moments have a scale in common.
 BLOCK = 256
+# Of Muon's quintic iteration, as its author chose them: steep at zero.
+NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS = (3.4445, -4.7750, 2.0315), 5
+MOMENTUM = 0.95
 
 
 def check_optimizer(config: OptimizerConfig) -> None:
@@ -31,59 +38,166 @@ def check_optimizer(config: OptimizerConfig) -> None:
         check_installed("bitsandbytes", "bitsandbytes", f"optimizer.name is {config.name}")
 
 
-class AdamW8bit(AdamW):
+class _AdamWForOthers(AdamW):
+    """AdamW, but for some weights, which a subclass updates."""
+
+    def __init__(self, groups: list[dict[str, Any]], own: set[nn.Parameter], config: OptimizerConfig) -> None:
+        """Begins.
+
+        Args:
+            groups: As torch has them.
+            own: What the subclass updates.
+            config: AdamW's hyperparameters.
+        """
+        super().__init__(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
+        self._own = own
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One update."""
+        own = [
+            (parameter, group)
+            for group in self.param_groups
+            for parameter in group["params"]
+            if parameter in self._own and parameter.grad is not None
+        ]
+        self._update(own)
+        for parameter, _ in own:
+            parameter.grad = None  # What still has one is AdamW's.
+        return super().step(closure)
+
+    def _update(self, own: list[tuple[nn.Parameter, dict[str, Any]]]) -> None:
+        raise NotImplementedError
+
+
+class AdamW8bit(_AdamWForOthers):
     """AdamW with the moments of most weights in 8 bits (arXiv:2110.02861), by bitsandbytes' kernel on a rank's rows.
 
     Moments with a scale in common lie within a row, and a row on one rank: neither an update nor a checkpoint depends
     on how many ranks there are.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], compact: set[nn.Parameter], config: OptimizerConfig) -> None:
+    def __init__(self, groups: list[dict[str, Any]], own: set[nn.Parameter], config: OptimizerConfig) -> None:
+        """Begins, with the weights of `compact_weights`."""
+        super().__init__(groups, own, config)
+        from bitsandbytes.functional import create_dynamic_map
+
+        device = next(iter(own)).device
+        # What the 256 codes stand for, in the first moment and in the second, which has no sign.
+        self._codes = [create_dynamic_map(signed=signed).to(device) for signed in (True, False)]
+
+    def _update(self, own: list[tuple[nn.Parameter, dict[str, Any]]]) -> None:
+        for parameter, group in own:
+            state, grad = self.state[parameter], parameter.grad
+            assert grad is not None, "there is no gradient"
+            if not state:
+                state["step"] = torch.zeros(())
+                scales = parameter.flatten(1)[:, : parameter.numel() // parameter.shape[0] // BLOCK]
+                for moment in ("exp_avg", "exp_avg_sq"):
+                    state[moment] = torch.zeros_like(parameter, dtype=torch.uint8)
+                    state[f"{moment}_scale"] = torch.zeros_like(scales)
+            state["step"] += 1
+            if not _local(parameter).numel():
+                continue
+            unused = 0.0, 0.0  # A third beta, and alpha.
+            torch.ops.bitsandbytes.optimizer_update_8bit_blockwise(
+                "adam",
+                *(_local(tensor) for tensor in (grad, parameter, state["exp_avg"], state["exp_avg_sq"])),
+                *(*group["betas"], *unused, group["eps"], int(state["step"]), group["lr"]),
+                *self._codes,
+                *(_local(state[name]).view(-1) for name in ("exp_avg_scale", "exp_avg_sq_scale")),
+                group["weight_decay"],
+                1.0,  # The gradient is clipped already.
+            )
+
+
+class Muon(_AdamWForOthers):
+    """Muon for the matrices of the blocks, AdamW for all else (arXiv:2502.16982, section 2).
+
+    Matrices are dealt to the ranks, each of which orthogonalizes its own as a whole: no product is computed twice, and
+    none depends on the number of ranks. At the same learning rate an update is as large as AdamW's.
+    """
+
+    def __init__(
+        self, groups: list[dict[str, Any]], own: set[nn.Parameter], config: OptimizerConfig, dtype: torch.dtype
+    ) -> None:
         """Begins.
 
         Args:
             groups: As torch has them.
-            compact: Those with moments in 8 bits, see `compact_weights`.
+            own: Those of `block_matrices`.
             config: AdamW's hyperparameters.
+            dtype: Of Muon's products.
         """
-        super().__init__(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
-        from bitsandbytes.functional import create_dynamic_map
+        super().__init__(groups, own, config)
+        self._dtype = dtype
 
-        self._compact, device = compact, next(iter(compact)).device
-        # What the 256 codes stand for, in the first moment and in the second, which has no sign.
-        self._codes = [create_dynamic_map(signed=signed).to(device) for signed in (True, False)]
+    def _update(self, own: list[tuple[nn.Parameter, dict[str, Any]]]) -> None:
+        ranks = dist.get_world_size()
+        # Those that are dealt together are of a size, so that no rank waits long.
+        ordered = sorted(own, key=lambda each: each[0].numel())
+        for start in range(0, len(ordered), ranks):
+            dealt = ordered[start : start + ranks]
+            wholes = [parameter for parameter, _ in dealt]
+            updates = _dealt([self._ahead(parameter) for parameter in wholes], wholes)
+            for (parameter, group), update in zip(dealt, updates, strict=True):
+                local = _local(parameter)
+                local.mul_(1 - group["lr"] * group["weight_decay"])
+                rate = 0.2 * math.sqrt(max(parameter.shape)) * group["lr"]
+                local.add_(update.view_as(local), alpha=-rate)
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        """One update."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter in self._compact and parameter.grad is not None:
-                    self._update(parameter, self.state[parameter], group)
-                    parameter.grad = None  # What still has one is AdamW's.
-        return super().step(closure)
-
-    def _update(self, parameter: nn.Parameter, state: dict[str, torch.Tensor], group: dict[str, Any]) -> None:
+    def _ahead(self, parameter: nn.Parameter) -> torch.Tensor:
+        """This rank's part of the momentum, one step ahead as Nesterov has it."""
+        state, grad = self.state[parameter], parameter.grad
+        assert grad is not None, "there is no gradient"
         if not state:
-            state["step"] = torch.zeros(())
-            scales = parameter.flatten(1)[:, : parameter.numel() // parameter.shape[0] // BLOCK]
-            for moment in ("exp_avg", "exp_avg_sq"):
-                state[moment] = torch.zeros_like(parameter, dtype=torch.uint8)
-                state[f"{moment}_scale"] = torch.zeros_like(scales)
-        state["step"] += 1
-        if not _local(parameter).numel():
-            return
-        assert parameter.grad is not None, "there is no gradient"
-        unused = 0.0, 0.0  # A third beta, and alpha.
-        torch.ops.bitsandbytes.optimizer_update_8bit_blockwise(
-            "adam",
-            *(_local(tensor) for tensor in (parameter.grad, parameter, state["exp_avg"], state["exp_avg_sq"])),
-            *(*group["betas"], *unused, group["eps"], int(state["step"]), group["lr"]),
-            *self._codes,
-            *(_local(state[name]).view(-1) for name in ("exp_avg_scale", "exp_avg_sq_scale")),
-            group["weight_decay"],
-            1.0,  # The gradient is clipped already.
-        )
+            state["momentum"] = torch.zeros_like(parameter)
+        state["momentum"].lerp_(grad, 1 - MOMENTUM)
+        return _local(grad).lerp(_local(state["momentum"]), MOMENTUM).to(self._dtype)
+
+
+def _dealt(parts: list[torch.Tensor], matrices: list[nn.Parameter]) -> list[torch.Tensor]:
+    """Orthogonalizes matrices, each on a rank of its own.
+
+    Args:
+        parts: This rank's rows of each; at most as many as there are ranks.
+        matrices: Of the same shapes.
+
+    Returns:
+        This rank's part of each result, flat.
+
+    Collective: all ranks.
+    """
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    # Numbers of a matrix that each rank has; those that no matrix is left for give and take none.
+    sizes = [[each.numel() for each in torch.empty(m.shape, device="meta").chunk(ranks)] for m in matrices]
+    sizes = [[*each, *[0] * (ranks - len(each))] for each in sizes] + [[0] * ranks] * (ranks - len(matrices))
+    given, taken = [each[rank] for each in sizes], sizes[rank]
+    whole = parts[0].new_empty(sum(taken))
+    dist.all_to_all_single(whole, torch.cat([part.flatten() for part in parts]), taken, given)
+    if rank < len(matrices):
+        whole = orthogonalized(whole.view(matrices[rank].shape)).flatten()
+    back = parts[0].new_empty(sum(given))
+    dist.all_to_all_single(back, whole, given, taken)
+    return list(back.split(given))[: len(matrices)]
+
+
+def orthogonalized(matrix: torch.Tensor) -> torch.Tensor:
+    """A matrix with its singular vectors, and singular values near 1, by five steps of Newton and Schulz.
+
+    Args:
+        matrix: Shape (rows, columns).
+
+    Returns:
+        Likewise, in the same dtype.
+    """
+    first, third, fifth = NEWTON_SCHULZ
+    wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    wide = wide / wide.norm().clamp(min=1e-7)
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        gram = wide @ wide.T
+        wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=third, alpha=fifth), wide, beta=first)
+    return wide.T if matrix.shape[0] > matrix.shape[1] else wide
 
 
 def compact_weights(model: nn.Module) -> set[nn.Parameter]:
@@ -101,12 +215,20 @@ def in_blocks(rows: int, numel: int) -> bool:
     return numel // rows % BLOCK == 0
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
+def block_matrices(model: PreTrainedModel) -> set[nn.Parameter]:
+    """The trained matrices that Muon updates: all but those of embeddings and of the output layer."""
+    head = model.get_output_embeddings()
+    others = embeddings_of(model) | ({head.weight} if head is not None else set())
+    return {p for p in model.parameters() if p.requires_grad and p.ndim == 2 and p not in others}
+
+
+def build_optimizer(model: PreTrainedModel, config: OptimizerConfig, compute_dtype: Dtype = "float32") -> Optimizer:
     """The configured optimizer over all parameters that are not frozen; weight decay on matrices only.
 
     Args:
         model: The sharded policy.
         config: Which, and its hyperparameters.
+        compute_dtype: Of products that the optimizer makes.
 
     Raises:
         ConfigError: It needs a package that is not installed, or would be no other than AdamW here.
@@ -127,12 +249,22 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
             return KahanAdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, kahan_sum=True)
         case "adamw_8bit":
             check_optimizer(config)
-            if compact := compact_weights(model):
-                return AdamW8bit(groups, compact, config)
-            raise ConfigError(
-                f"optimizer.name is adamw_8bit, but no trained weight of {type(model).__name__} has rows of a multiple "
-                f"of {BLOCK} numbers: it would be adamw; use that"
-            )
+            own = compact_weights(model)
+            _refuse_none(own, model, config, f"has rows of a multiple of {BLOCK} numbers")
+            return AdamW8bit(groups, own, config)
+        case "muon":
+            own = block_matrices(model)
+            _refuse_none(own, model, config, "is a block's matrix")
+            dtype = DTYPES[compute_dtype]
+            return Muon(groups, own, config, torch.float32 if widens(dtype, trained[0].device) else dtype)
+
+
+def _refuse_none(own: set[nn.Parameter], model: nn.Module, config: OptimizerConfig, which: str) -> None:
+    if not own:
+        raise ConfigError(
+            f"optimizer.name is {config.name}, but no trained weight of {type(model).__name__} {which}: it would be "
+            "adamw; use that"
+        )
 
 
 def learning_rate_at(config: OptimizerConfig, total_steps: int) -> Callable[[int], float]:

@@ -23,7 +23,7 @@ import torch
 from dpo_ray.config import Config
 from dpo_ray.model.footprint import Footprint, Weight
 from dpo_ray.training.budget import CPU_TOKENS, GRADIENT_SHARE, MOST_TOKENS, TRIED_TOKENS, USED_SHARE
-from dpo_ray.training.optimizer import BLOCK, in_blocks
+from dpo_ray.training.optimizer import BLOCK, NEWTON_SCHULZ_STEPS, in_blocks
 
 MILLION = 1_000_000
 GIB = 2**30
@@ -32,8 +32,8 @@ MOST_WORKERS = 1024
 REDUCED_BYTES = 4
 # Of a weight in 4 bits, with its block's scale, itself in 8 bits (arXiv:2305.14314, section 3).
 QUANTIZED_BYTES = 0.516
-# Tensors that the optimizer keeps for each trained weight, of its dtype; adamw_8bit of those not in 8 bits.
-STATES = {"adamw": 2, "rmsprop": 1, "adamw_kahan": 3, "adamw_8bit": 2}
+# Tensors that the optimizer keeps for each trained weight, of its dtype; of the last two the weights that are AdamW's.
+STATES = {"adamw": 2, "rmsprop": 1, "adamw_kahan": 3, "adamw_8bit": 2, "muon": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,16 +309,25 @@ class Sizing:
         adapted, model = self.config.adapter.rank is not None, self.config.model
         weights = of_trained + _bytes_of(model.compute_dtype if adapted else model.weights_dtype) * frozen
         weights += round(QUANTIZED_BYTES * in_4_bits)
-        state = sum(self._state_bytes(weight, group) for weight in _trained(self.policy.weights))
+        state = sum(self._state_bytes(weight, True, group) for block in self.policy.blocks for weight in block)
+        state += sum(self._state_bytes(weight, False, group) for weight in self.policy.rest)
         return weights, state, of_trained
 
-    def _state_bytes(self, weight: Weight, group: int) -> int:
+    def _state_bytes(self, weight: Weight, in_a_block: bool, group: int) -> int:
         """What the optimizer keeps for a worker's share of a weight."""
         name, numel = self.config.optimizer.name, weight.shard(group)
+        if not weight.trained:
+            return 0
         if name == "adamw_8bit" and not weight.embedding and in_blocks(weight.rows, weight.numel):
             # Two moments of a byte each, and for each block of them a scale.
             return 2 * (numel + self._trained_bytes * numel // BLOCK)
-        return STATES[name] * self._trained_bytes * numel
+        tensors = 1 if name == "muon" and in_a_block and weight.smaller_side > 1 else STATES[name]
+        return tensors * self._trained_bytes * numel
+
+    def _orthogonalized(self) -> list[Weight]:
+        """What Muon updates."""
+        wanted = self.config.optimizer.name == "muon"
+        return [w for block in self.policy.blocks for w in _trained(block) if wanted and w.smaller_side > 1]
 
     def _update_bytes(self, group: int) -> int:
         """What the update needs for itself: AdamW is one kernel, others go weight by weight, on GPUs not RMSprop."""
@@ -326,6 +335,11 @@ class Sizing:
         shards = [self._trained_bytes * weight.shard(group) for weight in trained]
         if optimizer.name == "adamw" or not shards or self.config.model.cpu_offload:
             return 0
+        if optimizer.name == "muon":
+            # Of the matrix that a worker has to itself: its part of each that is dealt, the whole, two steps of it, and
+            # two of its products with itself.
+            compute = _bytes_of(self.config.model.compute_dtype)
+            return max(compute * (4 * w.numel + 2 * w.smaller_side**2) for w in self._orthogonalized())
         on_gpu = self.config.scaling.gpus_per_worker
         if optimizer.name == "rmsprop" and on_gpu:
             return sum(shards) * (2 if optimizer.weight_decay else 1)
@@ -371,6 +385,11 @@ class Sizing:
             load.microbatches,
             load.reduce_each,
         )
+        sides = ((w.smaller_side, w.numel // w.smaller_side) for w in self._orthogonalized())
+        update_s = (
+            hardware.seconds(sum(NEWTON_SCHULZ_STEPS * (4.0 * m * m * n + 2.0 * m**3) for m, n in sides)) / workers
+        )
+        step_s += update_s
         batch = max(self.config.train.global_batch_pairs, workers)
         pairs_per_s = batch / step_s
         hours = MILLION / pairs_per_s / 3600
@@ -387,7 +406,7 @@ class Sizing:
             peak,
             self.host_bytes(workers),
             peak <= hardware.usable_bytes,
-            load.microbatches * compute_s / step_s,
+            (load.microbatches * compute_s + update_s) / step_s,
             MILLION / hours / 3600,
             hours,
             (hours * workers + scoring_hours) * hardware.price_per_hour,

@@ -156,6 +156,10 @@ def with_values(**sections: dict[str, Any]) -> dict[str, Any]:
         (with_values(reference={"label_selector": {"a b": "x"}}), "'a b' cannot be the name of a label"),
         (with_values(reference={"label_selector": {"a b/pool": "x"}}), "'a b/pool' cannot be the name of a label"),
         (with_values(reference={"label_selector": {"pool": 1}}), "label_selector.pool is 1: .*valid string"),
+        (
+            with_values(model={"cpu_offload": True}, optimizer={"name": "muon"}, scaling={"gpus_per_worker": 1}),
+            "optimizer.name is muon, but with model.cpu_offload: true its products of whole matrices would run",
+        ),
         (with_values(model={"cpu_offload": True}), "does nothing without scaling.gpus_per_worker: 1.*use false"),
         (with_values(train={"eval_every_steps": 5}), "nothing is held out"),
         (with_values(data={"eval": ["x"], "eval_fraction": 0.1}), "keep one of them"),

@@ -95,6 +95,20 @@ def test_moments_in_8_bits() -> None:
     assert found["sums"] == 0
 
 
+def test_muon() -> None:
+    """A block's 600 weights, 6 rows, have one moment, its norm of 8 two, and so the rest's 1,000; 2 x 300 numbers are
+    a worker's part. In the update 4 x 600 + 2 x 6 x 6 numbers in bfloat16. Five steps of 4 x 6 x 6 x 100 + 2 x 6^3
+    operations, three times, on two workers that do 10^9 a second."""
+    footprint = replace(MODEL, blocks=((*BLOCK, Weight(8, 8, True)),) * 3)
+    hardware = Hardware(tflops=2e-3, utilisation=0.5, network=Network(8, 1e9, 1e9, 0.0))
+    muon, adamw = (sizing(hardware, footprint, optimizer={"name": name}) for name in ("muon", "adamw"))
+    found = muon.moments(2, Load(100, 1, False))["update"]
+    assert found["optimizer state"] == 3 * (4 * 300 + 8 * 4) + 8 * 500
+    assert found["sums"] == 2 * (4 * 600 + 2 * 6 * 6)
+    steps_s = [run.scale(2).batch_pairs / run.scale(2).pairs_per_s for run in (muon, adamw)]
+    assert steps_s[0] - steps_s[1] == pytest.approx(3 * 5 * (4 * 36 * 100 + 2 * 6**3) / 2 / 1e9)
+
+
 def test_an_adapter_alone_is_trained() -> None:
     """500 frozen weights in bfloat16 and 100 of the adapter: 1,000 + 400 bytes, and 800 for AdamW."""
     block = (Weight(5, 500, False), Weight(5, 100, True))
