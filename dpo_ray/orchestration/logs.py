@@ -36,10 +36,12 @@ def log_as(**whose: object) -> None:
 
     logging.setLogRecordFactory(record)
     root = logging.getLogger()
-    if not root.handlers:
-        root.addHandler(logging.StreamHandler())
-    before = " ".join(f"{key}=%({key})s" for key in whose)
-    for handler in root.handlers:
-        if isinstance(handler, logging.StreamHandler) and handler.formatter is None:  # Those of files write JSON.
-            handler.setFormatter(_OneLine(FORMAT.format(whose=before)))
+    consoles = [handler for handler in root.handlers if isinstance(handler, logging.StreamHandler)]
+    # One with a formatter is what the job asked Ray for; Ray Train's own has none, and shows messages alone.
+    if all(handler.formatter is None for handler in consoles):
+        for handler in consoles:
+            root.removeHandler(handler)
+        console = logging.StreamHandler()
+        console.setFormatter(_OneLine(FORMAT.format(whose=" ".join(f"{key}=%({key})s" for key in whose))))
+        root.addHandler(console)
     logging.getLogger("dpo_ray").setLevel(logging.INFO)
