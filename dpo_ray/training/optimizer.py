@@ -157,7 +157,7 @@ class Muon(_AdamWForOthers):
 
 
 def _dealt(parts: list[torch.Tensor], matrices: list[nn.Parameter]) -> list[torch.Tensor]:
-    """Orthogonalizes matrices, each on a rank of its own.
+    """Orthogonalizes matrices, each on a rank of its own, which has its rows from those it shares a copy with.
 
     Args:
         parts: This rank's rows of each; at most as many as there are ranks.
@@ -169,17 +169,25 @@ def _dealt(parts: list[torch.Tensor], matrices: list[nn.Parameter]) -> list[torc
     Collective: all ranks.
     """
     ranks, rank = dist.get_world_size(), dist.get_rank()
-    # Numbers of a matrix that each rank has; those that no matrix is left for give and take none.
-    sizes = [[each.numel() for each in torch.empty(m.shape, device="meta").chunk(ranks)] for m in matrices]
-    sizes = [[*each, *[0] * (ranks - len(each))] for each in sizes] + [[0] * ranks] * (ranks - len(matrices))
-    given, taken = [each[rank] for each in sizes], sizes[rank]
+    mesh = matrices[0].device_mesh if isinstance(matrices[0], DTensor) else None
+    group = mesh.size(-1) if mesh is not None else 1  # Of ranks one after another, that share a copy.
+    copy, place = divmod(rank, group)
+    # Numbers of a matrix that each of a copy's ranks has.
+    sizes = [[each.numel() for each in torch.empty(m.shape, device="meta").chunk(group)] for m in matrices]
+    sizes = [[*each, *[0] * (group - len(each))] for each in sizes]
+    back = [each[place] for each in sizes] + [0] * (ranks - len(matrices))
+    given = [size if owner // group == copy else 0 for owner, size in enumerate(back)]
+    own = sizes[rank] if rank < len(matrices) else [0] * group
+    taken = [0] * copy * group + own + [0] * (ranks - (copy + 1) * group)
     whole = parts[0].new_empty(sum(taken))
-    dist.all_to_all_single(whole, torch.cat([part.flatten() for part in parts]), taken, given)
+    rows = [part.flatten() for part, size in zip(parts, given, strict=False) if size]
+    dist.all_to_all_single(whole, torch.cat(rows) if rows else whole.new_empty(0), taken, given)
     if rank < len(matrices):
         whole = orthogonalized(whole.view(matrices[rank].shape)).flatten()
-    back = parts[0].new_empty(sum(given))
-    dist.all_to_all_single(back, whole, given, taken)
-    return list(back.split(given))[: len(matrices)]
+    result = parts[0].new_empty(sum(back))
+    copies = ranks // group
+    dist.all_to_all_single(result, whole.repeat(copies), back, own * copies)
+    return list(result.split(back))[: len(matrices)]
 
 
 def orthogonalized(matrix: torch.Tensor) -> torch.Tensor:

@@ -37,8 +37,8 @@ IN_8_BITS = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None,
 THEIR_MUON = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="needs torch 2.9")
 
 
-def build(model: str, name: Any) -> tuple[Any, Any]:
-    policy = sharded_policy(ModelConfig(path=model, compute_dtype="float32"), CPU)
+def build(model: str, name: Any, group: int | None = None) -> tuple[Any, Any]:
+    policy = sharded_policy(ModelConfig(path=model, compute_dtype="float32"), CPU, group=group)
     return policy, build_optimizer(policy, OptimizerConfig(name=name, learning_rate=RATE, weight_decay=DECAY))
 
 
@@ -120,17 +120,18 @@ def trained(rank: int, world: int, name: str, model: str, folder: str) -> None:
         Path(folder, "losses.json").write_text(json.dumps(losses))
 
 
-def again(rank: int, world: int, name: str, model: str, folder: str) -> None:
-    """At another world size the same losses, and the same bits of a checkpoint."""
+def again(rank: int, world: int, name: str, model: str, folder: str, group: int | None) -> None:
+    """At another world size, or in copies, the same losses, and the same bits of a checkpoint."""
     pairs, expected = scored_pairs(model), json.loads(Path(folder, "losses.json").read_text())
-    policy, optimizer = build(model, name)
-    assert list(losses_of(policy, optimizer, pairs, rank, world, 1)) == pytest.approx(expected, rel=1e-5)
+    policy, optimizer = build(model, name, group)
+    # A sum in another order can move a moment to the next of 256 codes.
+    assert list(losses_of(policy, optimizer, pairs, rank, world, 1)) == pytest.approx(expected, rel=1e-5, abs=5e-6)
     with Checkpointer(folder, policy, optimizer, attempt=1, keep=1) as checkpoints:
         assert checkpoints.load("step-00000003") == TrainState(3, 30)
     here, there = whole(tensors_of(policy, optimizer)), load_file(f"{folder}/held.safetensors")
     assert here.keys() == there.keys()
     assert all(torch.equal(here[key], there[key]) for key in here)
-    assert list(losses_of(policy, optimizer, pairs, rank, world, 4)) == pytest.approx(expected[3:], rel=1e-5)
+    assert list(losses_of(policy, optimizer, pairs, rank, world, 4)) == pytest.approx(expected[3:], rel=1e-5, abs=5e-6)
 
 
 @pytest.mark.parametrize("name", [pytest.param("adamw_8bit", marks=IN_8_BITS), pytest.param("muon", marks=THEIR_MUON)])
@@ -142,5 +143,5 @@ def test_no_number_depends_on_the_world_size(tmp_path: Path, name: str) -> None:
     LlamaForCausalLM(shape).save_pretrained(model)
     tokenizer.save_pretrained(model)
     run_ranks(trained, 2, tmp_path, name, str(model), str(run))
-    for world in (1, 3):
-        run_ranks(again, world, tmp_path, name, str(model), str(run))
+    for world, group in ((3, None), (4, 2)):
+        run_ranks(again, world, tmp_path, name, str(model), str(run), group)
