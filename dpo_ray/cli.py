@@ -253,6 +253,9 @@ def data(
             "training pair (extra `data`); up to 60,000 pairs it took 0.3 ms and 5.4 KB of memory a pair.",
         ),
     ] = False,
+    output: Annotated[
+        str | None, typer.Option(help="Also writes them as an HTML page with plots, to this place.")
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
     """Shows what the prepared pairs are like: counts, lengths, length bias, repeated prompts, gaps of scores, rejects.
@@ -265,7 +268,10 @@ def data(
     from dpo_ray.orchestration.prepare import prepared
     from dpo_ray.pairs.near_duplicates import near_duplicates
     from dpo_ray.pairs.statistics import describe
+    from dpo_ray.report.page import write_data_page
 
+    if as_json and output is not None:
+        raise ConfigError("dpo-ray data: give --json or --output, not both")
     pairs = prepared(configuration.load_config(config, overrides))
     if as_json:
         alike = {"near_duplicates": asdict(near_duplicates(pairs))} if near else {}
@@ -279,6 +285,9 @@ def data(
         found = describe(pairs, lambda done, total: watcher.progress("reading chunks", done, total))
     for table in (*statistics_tables(found), *tables):
         console.print(table)
+    if output is not None:
+        write_data_page(found, output)
+        console.print(f"page  {output}")
 
 
 @app.command()

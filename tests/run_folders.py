@@ -9,11 +9,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from helpers import chunk_table, tokenized
 
 from dpo_ray.config import parse_config
 from dpo_ray.demo_data import byte_tokenizer, make_pairs
+from dpo_ray.evaluation.held_out import HeldOut
+from dpo_ray.evaluation.statistics import (
+    Comparison,
+    Estimate,
+    calibration,
+    mean_estimate,
+    rank,
+    share_estimate,
+    win_rate,
+)
+from dpo_ray.orchestration.evaluate_job import Answers, Evaluation, as_json
 from dpo_ray.pairs import store
 from dpo_ray.training import outcome
 from dpo_ray.types import Attempt, TokenizedPair
@@ -103,6 +115,46 @@ def make_run(
     if ended:
         outcome.write_outcome(str(run), began[-1].generation, error)
     return str(run)
+
+
+def add_evaluation(run: str, num_prompts: int = 14) -> None:
+    """What `dpo-ray evaluate` leaves, of 200 pairs and of answers of three models, the policy's always better."""
+    rng = np.random.default_rng(0)
+    margins = rng.normal(1.0, 1.0, 200)
+
+    def of(values: np.ndarray) -> dict[str, Estimate]:
+        return {"rewards/accuracies": share_estimate((values > 0) * 1.0), "rewards/margins": mean_estimate(values)}
+
+    groups = {"tokens of the chosen answer": {"1 to 9 tokens": of(margins[:100]), "10 to 20 tokens": of(margins[100:])}}
+    held_out = HeldOut(200, of(margins), groups, calibration(margins))
+    names, wins = ("policy", "reference", "models/other"), np.ones(num_prompts)
+    longer = np.arange(num_prompts) * 1.0
+    pairs = [(one, two, prompt) for one, two in ((0, 1), (0, 2), (1, 2)) for prompt in range(num_prompts)]
+    ranking = rank([Comparison(prompt, names[one], names[two], prompt % 2) for one, two, prompt in pairs])
+    answers = Answers(
+        prompts=num_prompts,
+        tokens={name: mean_estimate(longer) for name in names},
+        ended={name: share_estimate(wins) for name in names},
+        kl={"k1": mean_estimate(longer / 10), "k3": mean_estimate(longer / 9)},
+        win_rates={name: win_rate(wins, longer) for name in names[1:]},
+        ranking=ranking,
+        open=1,
+        disagreed=2,
+    )
+    found = Evaluation(run, 40, f"{run}/export", "reference", held_out, answers, ["chosen answers are <less> likely"])
+    folder = Path(run, "evaluation")
+    folder.mkdir()
+    (folder / "summary.json").write_text(json.dumps(as_json(found)))
+    lines = [
+        {
+            "pair_id": f"{prompt:032x}",
+            "prompt": [{"role": "user", "content": f"prompt {prompt}"}],
+            "answers": {"policy": "The cat sat <b>here</b>.", "reference": "The dog sat.", "models/other": "z" * 4000},
+            "outcomes": {"policy against reference": 1.0, "policy against models/other": None},
+        }
+        for prompt in range(num_prompts)
+    ]
+    _write_lines(folder / "side_by_side.jsonl", lines)
 
 
 def _metrics(step: int, change: float) -> dict[str, float]:

@@ -40,6 +40,7 @@ from dpo_ray.orchestration.watch import Watcher, warnings_to
 from dpo_ray.pairs.store import PairStore, open_store
 from dpo_ray.reference.store import ReferenceStore
 from dpo_ray.reference.usage import note_use
+from dpo_ray.report.page import write_report
 
 POLICY, REFERENCE = "policy", "reference"
 
@@ -170,7 +171,7 @@ def open_run(target: str, overrides: Sequence[str] | None = None) -> Run:
 
 
 def evaluate(target: str, overrides: Sequence[str] | None = None, watcher: Watcher | None = None) -> Evaluation:
-    """Evaluates a run's export, and writes `<run>/evaluation/summary.json`.
+    """Evaluates a run's export, and writes `<run>/evaluation/summary.json` and the run's report.
 
     Args:
         target: The run's URI, or its configuration.
@@ -196,6 +197,7 @@ def evaluate(target: str, overrides: Sequence[str] | None = None, watcher: Watch
         answers = _answers(run, judge, warnings, watcher) if config.evaluation.prompts else None
     found = Evaluation(config.run_uri, run.step, run.export_uri, config.reference_path, held_out, answers, warnings)
     storage.write_json(storage.join(config.run_uri, "evaluation", "summary.json"), as_json(found))
+    write_report(config.run_uri)
     return found
 
 

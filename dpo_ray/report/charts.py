@@ -97,7 +97,8 @@ class Chart:
         summary: What it shows, in words.
         notes: What must be known to read it.
         series: The curves.
-        x_ticks: Of the steps.
+        x_name: What runs from left to right.
+        x_ticks: Of it.
         y_ticks: Of the values.
         marks: Vertical lines: where attempts began.
         probes: What is told where one points at.
@@ -110,6 +111,7 @@ class Chart:
     summary: str
     notes: tuple[str, ...]
     series: tuple[Drawn, ...]
+    x_name: str
     x_ticks: tuple[Tick, ...]
     y_ticks: tuple[Tick, ...]
     marks: tuple[Mark, ...]
@@ -119,9 +121,15 @@ class Chart:
 
 
 def line_chart(
-    title: str, unit: str, series: Sequence[Series], marks: Sequence[tuple[int, str]] = (), cut: bool = False
+    title: str,
+    unit: str,
+    series: Sequence[Series],
+    marks: Sequence[tuple[int, str]] = (),
+    cut: bool = False,
+    x_name: str = "step",
+    first: float = 0.0,
 ) -> Chart | None:
-    """A chart over optimizer steps.
+    """A chart over optimizer steps, or another whole number.
 
     Args:
         title: Its heading.
@@ -129,6 +137,8 @@ def line_chart(
         series: Curves; those without a finite value are left out.
         marks: Steps with something to tell.
         cut: Whether a few values far above all others may lie beyond the scale; it is marked where they do.
+        x_name: What the curves run over.
+        first: Where it begins, or with the first value where that is less.
 
     Returns:
         The chart, or None where there is nothing to draw.
@@ -138,7 +148,7 @@ def line_chart(
     if not there:
         return None
     last = max(float(each.x[-1]) for each in there)
-    first = min(0.0, *(float(each.x[0]) for each in there))
+    first = min(first, *(float(each.x[0]) for each in there))
     values = np.concatenate([each.y for each in there])
     low, high = float(values.min()), float(values.max())
     top = float(np.quantile(values, CUT_QUANTILE)) * CUT_ROOM if cut else high
@@ -159,9 +169,10 @@ def line_chart(
     return Chart(
         title,
         unit,
-        summary="; ".join(_in_words(each) for each in there),
+        summary="; ".join(_in_words(each, x_name) for each in there),
         notes=tuple(notes),
         series=tuple(scale.drawn(each) for each in there),
+        x_name=x_name,
         x_ticks=tuple(Tick(scale.x(tick), _steps(tick, last)) for tick in x_at),
         y_ticks=tuple(Tick(scale.y(tick), number(tick)) for tick in y_at),
         marks=tuple(Mark(scale.x(step), 0.0, text) for step, text in marks if first <= step <= last),
@@ -170,7 +181,7 @@ def line_chart(
             for left, right, row in _rows(there, edges)
             if (texts := [f"{each.name} {cell}" for each, cell in zip(there, row[1:], strict=True) if cell])
         ),
-        header=("steps", *(each.name for each in there)),
+        header=(x_name, *(each.name for each in there)),
         rows=tuple(row for *_, row in _rows(there, table)),
     )
 
@@ -295,9 +306,9 @@ def _cell(values: np.ndarray) -> str:
     return f"{number(float(values.mean()))} ({number(float(values.min()))} to {number(float(values.max()))})"
 
 
-def _in_words(each: Series) -> str:
+def _in_words(each: Series, x_name: str) -> str:
     least, greatest = (number(float(value)) for value in (each.y.min(), each.y.max()))
     if len(each.y) == 1:
-        return f"{each.name}: {number(float(each.y[0]))} after step {number(float(each.x[0]))}"
+        return f"{each.name}: {number(float(each.y[0]))} at {x_name} {number(float(each.x[0]))}"
     first, last = number(float(each.y[0])), number(float(each.y[-1]))
     return f"{each.name}: from {first} to {last}, least {least}, greatest {greatest}"

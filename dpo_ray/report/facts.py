@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,8 @@ from dpo_ray.training.attempts import read_attempts
 
 # A chunk is a random sample of the pairs: so many say enough of their lengths.
 CHUNKS_READ = 8
+# Prompts whose answers are shown.
+SHOWN_PROMPTS = 12
 # A fall of the chosen answers' log-probability by less than this share of it is not worth a warning.
 FALL_TOLD = 0.01
 
@@ -160,6 +163,21 @@ class DataFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class SideBySide:
+    """Answers of several models to a prompt.
+
+    Attributes:
+        prompt: Its turns.
+        answers: Model -> its answer; the policy first, then the reference.
+        outcomes: What was compared -> 1 where the first one's won, 0.5 for a tie, 0; None without a verdict.
+    """
+
+    prompt: tuple[Mapping[str, str], ...]
+    answers: dict[str, str]
+    outcomes: dict[str, float | None]
+
+
+@dataclass(frozen=True, slots=True)
 class Facts:
     """What a run's folder tells.
 
@@ -179,6 +197,8 @@ class Facts:
         data: Its pairs; None where none were prepared.
         held_out: Before and after, of all held-out pairs first, then of each set that has a name.
         chosen: What became of the chosen answers; None where that is not measured.
+        evaluation: What `dpo-ray evaluate` found, as its `summary.json` has it; empty without it.
+        side_by_side: The first answers that it had models give.
     """
 
     run_uri: str
@@ -196,6 +216,8 @@ class Facts:
     data: DataFacts | None
     held_out: tuple[HeldOut, ...] = field(default=())
     chosen: ChosenLogps | None = None
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    side_by_side: tuple[SideBySide, ...] = field(default=())
 
     @property
     def num_steps(self) -> int:
@@ -257,6 +279,7 @@ def read_facts(run_uri: str) -> Facts:
         set_aside=tuple(manifest.set_aside_records(run_uri)),
         hangs=tuple(storage.list_names(storage.join(run_uri, "hangs"))),
         data=_data(about) if about.get("pairs") else None,
+        **_evaluation(run_uri),
     )
     held_out = _held_out(facts)
     return replace(facts, held_out=held_out, chosen=_chosen(held_out, steps))
@@ -382,6 +405,19 @@ def _data(about: Mapping[str, Any]) -> DataFacts:
         statistics, problem = None, shown(f"{error}")
     tokens = sum(chunk.num_tokens for chunk in chunks)
     return DataFacts(shown(uri), store.counts, tokens, len(chunks), len(some), statistics, problem)
+
+
+def _evaluation(run_uri: str) -> dict[str, Any]:
+    folder = storage.join(run_uri, "evaluation")
+    summary = _optional(storage.join(folder, "summary.json"))
+    if summary is None:
+        return {}
+    found = json.loads(summary)
+    lines = storage.read_json_lines(storage.join(folder, "side_by_side.jsonl")) if found["answers"] else []
+    shown_lines = [
+        SideBySide(tuple(line["prompt"]), line["answers"], line["outcomes"]) for line in lines[:SHOWN_PROMPTS]
+    ]
+    return {"evaluation": found, "side_by_side": tuple(shown_lines)}
 
 
 def _starts_as_reference(config: Mapping[str, Any]) -> bool:

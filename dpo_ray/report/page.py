@@ -18,13 +18,16 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from dpo_ray import storage
 from dpo_ray.errors import ConfigError
-from dpo_ray.pairs.statistics import PERCENTILES
+from dpo_ray.pairs.statistics import PERCENTILES, Statistics, bars
 from dpo_ray.pairs.store import COUNTS
+from dpo_ray.report.answers import marked
 from dpo_ray.report.charts import Chart, Series, Tick, line_chart, number, ticks
-from dpo_ray.report.facts import AttemptFacts, Facts, HeldOut, eval_prefixes, read_facts, step_parts
+from dpo_ray.report.facts import AttemptFacts, Facts, HeldOut, SideBySide, eval_prefixes, read_facts, step_parts
 from dpo_ray.storage_errors import shown
 
 FILE_NAME = "report.html"
+# Of a prompt's turn or an answer; of a histogram of lengths.
+SHOWN_CHARS, LENGTH_BINS = 3000, 40
 # Of the page's colours; more curves than that share them.
 SLOTS = 8
 NAMES = {
@@ -34,6 +37,7 @@ NAMES = {
     "logps/chosen": "chosen log-probability",
     "logps/rejected": "rejected log-probability",
 }
+VERDICTS = {1.0: "the first one's is better", 0.5: "a tie", 0.0: "the second one's is better", None: "no verdict"}
 # What several runs are compared by: metric of a step, title, unit, and whether held-out pairs have it too.
 COMPARED = (
     ("loss", "Loss", "", True),
@@ -96,10 +100,30 @@ def write_comparison(run_uris: Sequence[str], output: str) -> None:
     storage.write_bytes(output, page.encode())
 
 
+def write_data_page(statistics: Statistics, output: str) -> None:
+    """Writes a page of what a pair store holds.
+
+    Args:
+        statistics: See `statistics.describe`.
+        output: Where the page goes.
+
+    Raises:
+        StorageError: It cannot be written.
+    """
+    page = _template("data.html.jinja").render(
+        title="Preference pairs",
+        statistics=statistics,
+        counts=_counts(statistics.counts, None),
+        charts=_data_charts(statistics),
+        percentiles=PERCENTILES,
+    )
+    storage.write_bytes(output, page.encode())
+
+
 def run_page(facts: Facts) -> str:
     """The page of one run."""
     about, objective = facts.about, facts.config.get("objective", {})
-    parts, bars, time_ticks = _parts(facts), *_timeline(facts.attempts, facts.status.ended)
+    parts, timeline, time_ticks = _parts(facts), *_timeline(facts.attempts, facts.status.ended)
     return _template("run.html.jinja").render(
         facts=facts,
         title=facts.name,
@@ -107,9 +131,13 @@ def run_page(facts: Facts) -> str:
         loss=_loss_name(objective),
         parts=parts,
         charts=_charts(facts),
-        bars=bars,
+        calibration=_calibration(facts.evaluation),
+        side_by_side=[_answers(each) for each in facts.side_by_side],
+        verdicts=VERDICTS,
+        data_charts=_data_charts(facts.data.statistics) if facts.data else [],
+        bars=timeline,
         time_ticks=time_ticks,
-        counts=_counts(facts),
+        counts=_counts(facts.data.counts, facts.data.tokens) if facts.data else [],
         percentiles=PERCENTILES,
         configuration=shown(yaml.safe_dump(facts.config, sort_keys=False, allow_unicode=True)) if facts.config else "",
         versions=about.get("versions") or {},
@@ -162,6 +190,7 @@ def _template(name: str) -> Any:
         "metric": _metric,
         "duration": duration,
         "moment": _moment,
+        "clipped": _clipped,
         "shown": shown,
     }
     environment.globals |= {
@@ -207,6 +236,9 @@ def _figures(facts: Facts) -> list[tuple[str, str]]:
     if facts.chosen is not None:
         before, after = number(facts.chosen.before), number(facts.chosen.after)
         found.append(("chosen log-probability", f"{before} → {after}"))
+    for name, each in (facts.evaluation.get("answers") or {}).get("win_rates", {}).items():
+        rate, low, high = (100 * each["rate"][end] for end in ("value", "low", "high"))
+        found.append((f"win rate against {name}", f"{rate:.1f} % ({low:.1f} to {high:.1f})"))
     if facts.pairs_trained:
         found.append(("pairs trained on", f"{facts.pairs_trained:,}"))
     if facts.steps_s:
@@ -311,20 +343,58 @@ def _timeline(attempts: Sequence[AttemptFacts], ended: datetime.datetime | None)
     return bars, [Tick(round(100 * each * unit_s / total, 2), f"{number(each)} {unit}") for each in marks]
 
 
-def _counts(facts: Facts) -> list[tuple[str, str]]:
-    """What became of the rows, and where the store is."""
-    if facts.data is None:
-        return []
+def _counts(counts: Mapping[str, int], tokens: int | None) -> list[tuple[str, str]]:
+    """What became of the rows."""
     names = {"pairs": "pairs to train on", "eval_pairs": "held-out pairs"}
-    counts = facts.data.counts
     found = [
         (names.get(name, name.replace("_", " ")), f"{counts[name]:,}")
         for name in COUNTS
         if counts.get(name) or (name in counts and name in ("rows", "pairs", "rejects"))
     ]
-    if facts.data.tokens is not None:
-        found.append(("tokens (prompts once per pair)", f"{facts.data.tokens:,}"))
+    if tokens is not None:
+        found.append(("tokens (prompts once per pair)", f"{tokens:,}"))
     return found
+
+
+def _data_charts(statistics: Statistics | None) -> list[Chart]:
+    """Histograms of lengths, in shares of each."""
+    if statistics is None:
+        return []
+    longest = max(len(each.histogram) for each in statistics.lengths.values())
+    found = list[Series]()
+    for slot, (name, each) in enumerate(statistics.lengths.items()):
+        bins = bars([*each.histogram, *[0] * (longest - len(each.histogram))], LENGTH_BINS)
+        total = sum(num for *_, num in bins)
+        share = np.array([100 * num / total for *_, num in bins])
+        found.append(Series(name, slot, np.array([(first + last) // 2 for first, last, _ in bins]), share))
+    width = -(-longest // LENGTH_BINS)
+    unit = "% in each token" if width == 1 else f"% in each {width:,} tokens"
+    chart = line_chart("Lengths", unit, found, x_name="tokens")
+    return [chart] if chart else []
+
+
+def _calibration(evaluation: Mapping[str, Any]) -> Chart | None:
+    """How often the model is right where it is how sure."""
+    bins = evaluation["held_out"]["calibration"]["bins"] if evaluation else []
+    sure, right = (np.array([100 * each[name] for each in bins]) for name in ("confidence", "accuracy"))
+    even = np.array([50.0, 100.0])
+    series = [Series("held-out pairs", 0, sure, right, dots=True), Series("as often as it is sure", 7, even, even)]
+    return line_chart("Calibration", "% right", series, x_name="confidence, %", first=50) if bins else None
+
+
+def _answers(each: SideBySide) -> dict[str, Any]:
+    """Answers in stretches, those of the first two models compared."""
+    texts = {name: _clipped(text) for name, text in each.answers.items()}
+    one, two, *_ = texts
+    stretches = {name: [(text, False)] for name, text in texts.items()}
+    stretches |= {one: marked(texts[one], texts[two]), two: marked(texts[two], texts[one])}
+    turns = [{"role": turn["role"], "content": turn.get("content") or ""} for turn in each.prompt]
+    return {"prompt": turns, "answers": stretches, "outcomes": each.outcomes}
+
+
+def _clipped(text: str) -> str:
+    left = len(text) - SHOWN_CHARS
+    return text if left <= 0 else f"{text[:SHOWN_CHARS]} … ({left:,} characters more)"
 
 
 def _distinct_names(runs: Iterable[Facts]) -> list[str]:

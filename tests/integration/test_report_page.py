@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_folders import Began, make_run
+from run_folders import Began, add_evaluation, make_run
 
 from dpo_ray.errors import RecoveryError
-from dpo_ray.report.page import write_comparison, write_report
+from dpo_ray.pairs.statistics import describe
+from dpo_ray.pairs.store import open_store
+from dpo_ray.report.page import write_comparison, write_data_page, write_report
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
@@ -33,7 +35,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """A run with three faults that failed, with long words everywhere, and a comparison with another one."""
+    """A run with three faults that failed, with long words everywhere; an evaluated one; both compared; their pairs."""
     folder, word = tmp_path_factory.mktemp("runs"), "x" * 300
     reasons = ("start", f"rank 1: {word}", "1 node with workers died", "rank 0 stood still")
     began = [Began(position, reason) for position, reason in zip((0, 100, 200, 300), reasons, strict=True)]
@@ -43,8 +45,13 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         folder, "failed-with-a-long-name" * 4, steps=400, total=500, began=began, error=error, model=model
     )
     finished = make_run(folder, "finished", chosen_falls=False)
+    add_evaluation(finished)
+    (store,) = (folder / "store" / "pairs").iterdir()
+    pairs = open_store(str(store))
+    assert pairs is not None
+    write_data_page(describe(pairs), str(folder / "data.html"))
     write_comparison([failed, finished], str(folder / "both.html"))
-    return [write_report(failed), write_report(finished), str(folder / "both.html")]
+    return [write_report(failed), write_report(finished), str(folder / "both.html"), str(folder / "data.html")]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

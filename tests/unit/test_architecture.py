@@ -68,6 +68,7 @@ ORDER = [
     "training.own_reference",
     "training.loop",
     "report.charts",
+    "report.answers",
     "report.facts",
     "report.page",
     "evaluation.statistics",

@@ -57,7 +57,7 @@ def test_points_lie_where_they_should() -> None:
     assert chart is not None
     assert chart.series[0].thin == f"M48 {HEIGHT - BOTTOM:g}L352 {TOP:g}"
     assert [mark.at for mark in chart.marks] == [200.0]
-    assert chart.header == ("steps", "a")
+    assert chart.header == ("step", "a")
     assert chart.rows == (("0", "0"), ("10", "1"))
 
 

@@ -1,19 +1,32 @@
 """A run's page: what it says of runs whose numbers are known, and that what runs bring stays text."""
 
 import os
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
-from run_folders import Began, make_run
+from run_folders import Began, add_evaluation, make_run
 
 from dpo_ray import storage
 from dpo_ray.errors import ConfigError, RecoveryError, StoppedError
 from dpo_ray.lease import RunLease
+from dpo_ray.pairs.statistics import describe
+from dpo_ray.pairs.store import open_store
+from dpo_ray.report.answers import marked
+from dpo_ray.report.charts import number
 from dpo_ray.report.facts import read_facts, step_parts
-from dpo_ray.report.page import comparison_page, duration, run_page, write_comparison, write_report
+from dpo_ray.report.page import (
+    LENGTH_BINS,
+    comparison_page,
+    duration,
+    run_page,
+    write_comparison,
+    write_data_page,
+    write_report,
+)
 
 PLANTED = "<script>alert('x')</script><img src=x onerror=alert(1)>\"'"
 FAULTS = (
@@ -102,7 +115,8 @@ def test_three_faults_are_shown(tmp_path: Path) -> None:
     text = Page(page).text
     for each in FAULTS:
         assert each.reason in text
-    assert page.count('class="mark"') == 3 * page.count('class="chart"')
+    # Faults are on the charts of steps, not on that of the data.
+    assert page.count('class="mark"') == 3 * (page.count('class="chart"') - 1)
     assert "attempt 2 began after step 20: 1 node with workers died" in page
 
 
@@ -225,3 +239,53 @@ def test_durations() -> None:
         "59 min 59 s",
         "2 h 1 min",
     ]
+
+
+def test_an_evaluation_and_answers_side_by_side(tmp_path: Path) -> None:
+    """14 answers against the reference's, all better: Wilson's lower end is 14 / (14 + 1.96^2)."""
+    run = make_run(tmp_path)
+    before = Page(run_page(read_facts(run)))
+    assert not {"evaluation", "answers"} & set(before.ids)
+    add_evaluation(run)
+    html = run_page(read_facts(run))
+    page = Page(html)
+    assert {"evaluation", "answers"} <= set(page.ids)
+    assert (
+        f"win rate against reference (14 won, 0 tied, 0 lost) 100.0 % {100 * 14 / (14 + 1.959964**2):.1f} %"
+        in page.text
+    )
+    assert f"win rate against models/other 100.0 % ({100 * 14 / (14 + 1.959964**2):.1f} to 100.0)" in page.text
+    # Twelve prompts of fourteen are shown, of each answer what the other one does not have.
+    assert page.tags.count("mark") == 12 * 3
+    assert "<mark>cat</mark> sat<mark> &lt;b&gt;here&lt;/b&gt;</mark>." in html
+    assert "The <mark>dog</mark> sat." in html
+    assert "zzz … (1,000 characters more)" in page.text
+    assert "policy against reference: the first one's is better; policy against models/other: no verdict." in page.text
+    assert "chosen answers are &lt;less&gt; likely" in html
+    assert "KL to the reference, nats an answer (k1) 0.65" in page.text
+
+
+def test_marks_are_words_in_their_order() -> None:
+    assert marked("a b c", "a b c") == [("a b c", False)]
+    assert marked("a b c", "") == [("a b c", True)]
+    assert marked("one two three four", "one four") == [("one ", False), ("two three ", True), ("four", False)]
+    assert marked("", "x") == []
+
+
+def test_a_page_of_pairs(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    (uri,) = (tmp_path / "store" / "pairs").iterdir()
+    pairs = open_store(str(uri))
+    assert pairs is not None
+    found = describe(pairs)
+    write_data_page(found, str(tmp_path / "data.html"))
+    page = Page((tmp_path / "data.html").read_text())
+    assert "script" not in page.tags
+    assert page.tags.count("svg") == 4  # The chart and its legend.
+    assert "rows 33" in page.text
+    # The longest bar of prompts, as the chart says it in words: their share of the fullest bin.
+    histogram = found.lengths["prompt"].histogram
+    longest = max(len(each.histogram) for each in found.lengths.values())
+    width = -(-longest // LENGTH_BINS)
+    fullest = max(sum(histogram[start : start + width]) for start in range(0, longest, width))
+    assert re.search(f"prompt: from .*?, greatest {number(100 * fullest / 32)}", (tmp_path / "data.html").read_text())
