@@ -671,6 +671,29 @@ class EvaluationConfig(Section):
         "keeps it finite where a model always or never wins; null: plain maximum likelihood",
     )
 
+    lm_eval: list[str] = Field(
+        [],
+        description="arguments of lm-evaluation-harness' command, which is run on all models, e.g. [--tasks, ifeval, "
+        "--apply_chat_template]; needs the extra lm-eval",
+    )
+
+    @property
+    def samples_are_plain(self) -> bool:
+        """Whether answers are drawn from a model's own distribution, as an estimate of its KL divergence needs them."""
+        return self.temperature == 1.0 and self.top_p == 1.0
+
+    @model_validator(mode="after")
+    def _benchmarks_are_named(self) -> EvaluationConfig:
+        given = {each.partition("=")[0] for each in self.lm_eval}
+        if self.lm_eval and not given & {"--tasks", "-t"}:
+            raise ValueError(
+                f"evaluation.lm_eval is {self.lm_eval}, without --tasks: name some, as in [--tasks, ifeval]"
+            )
+        own = {"--model", "-M", "--model_args", "-a", "--device", "--output_path", "-o"}
+        if taken := sorted(given & own):
+            raise ValueError(f"evaluation.lm_eval has {taken[0]}, which dpo_ray gives itself: leave it out")
+        return self
+
     @model_validator(mode="after")
     def _judge_is_named(self) -> EvaluationConfig:
         needed = {"reward_model": ["reward_model"], "endpoint": ["endpoint", "endpoint_model"]}

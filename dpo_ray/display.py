@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -333,7 +334,23 @@ def evaluation_tables(found: Evaluation) -> list[Table]:
             groups.add_row(
                 by if number == 1 else "", Text(name), f"{num:,}", *cells, end_section=number == len(each_group)
             )
-    return [table, groups, *([_answers_table(found.answers)] if found.answers else [])]
+    tables = [table, groups]
+    if found.answers:
+        tables.append(_answers_table(found.answers))
+    if found.benchmarks:
+        tables.append(_benchmarks_table(found.benchmarks))
+    return tables
+
+
+def _benchmarks_table(benchmarks: Mapping[str, Mapping[str, Measured]]) -> Table:
+    models = list(dict.fromkeys(model for each in benchmarks.values() for model in each))
+    table = Table(title="benchmarks, by lm_eval", title_justify="left")
+    for column in ("", *(part for model in models for part in (model, "95 % interval"))):
+        table.add_column(Text(column), justify="right" if column else "left", overflow="fold")
+    for name, each in benchmarks.items():
+        cells = (_measured(each[model]) if model in each else ("", "") for model in models)
+        table.add_row(Text(name), *(cell for both in cells for cell in both))
+    return table
 
 
 def _answers_table(answers: Answers) -> Table:
@@ -361,7 +378,8 @@ def _answers_table(answers: Answers) -> Table:
 
 
 def _measured(value: Measured) -> tuple[str, str]:
-    return f"{value.value:.4f}", f"{value.low:.4f} to {value.high:.4f}"
+    interval = "" if math.isnan(value.low) else f"{value.low:.4f} to {value.high:.4f}"
+    return f"{value.value:.4f}", interval
 
 
 def reference_caption(filled: Mapping[str, float]) -> str:

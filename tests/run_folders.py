@@ -141,7 +141,9 @@ def add_evaluation(run: str, num_prompts: int = 14) -> None:
         open=1,
         disagreed=2,
     )
-    found = Evaluation(run, 40, f"{run}/export", "reference", held_out, answers, ["chosen answers are <less> likely"])
+    benchmarks = {"colour acc": {"policy": Estimate(0.5, 0.25, 0.75, 6), "reference": Estimate(0.25, 0.125, 0.375, 6)}}
+    told = ["chosen answers are <less> likely"]
+    found = Evaluation(run, 40, f"{run}/export", "reference", held_out, answers, benchmarks, told)
     folder = Path(run, "evaluation")
     folder.mkdir()
     (folder / "summary.json").write_text(json.dumps(as_json(found)))

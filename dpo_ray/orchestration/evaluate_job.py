@@ -33,6 +33,7 @@ from dpo_ray.evaluation.statistics import (
     win_rate,
 )
 from dpo_ray.orchestration.answers_job import Model, Prompt, answers_of, held_out_prompts, rewards_of
+from dpo_ray.orchestration.benchmarks_job import benchmarks_of, check_benchmarks
 from dpo_ray.orchestration.reference_filler import LOOK_S, ReferenceFiller, open_reference_store
 from dpo_ray.orchestration.resources import ensure_resources
 from dpo_ray.orchestration.trainer import final_errors, start_ray
@@ -82,6 +83,7 @@ class Evaluation:
         reference: The reference's.
         held_out: On held-out pairs.
         answers: On answers to held-out prompts; None without them.
+        benchmarks: Of `evaluation.lm_eval`, by benchmark and model.
         warnings: What its owner should know.
     """
 
@@ -91,6 +93,7 @@ class Evaluation:
     reference: str
     held_out: HeldOut
     answers: Answers | None
+    benchmarks: dict[str, dict[str, Estimate]]
     warnings: list[str]
 
 
@@ -187,6 +190,7 @@ def evaluate(target: str, overrides: Sequence[str] | None = None, watcher: Watch
     config, warnings = run.config, list[str]()
     # A key that is not there is better known before anything is computed.
     judge = _endpoint(config) if config.evaluation.judge == "endpoint" else None
+    check_benchmarks(config)
     with warnings_to(watcher.warning), final_errors():
         policy = _score(run, run.export_uri, "the policy", watcher)
         reference = _score(run, config.reference_path, "the reference", watcher)
@@ -195,7 +199,9 @@ def evaluate(target: str, overrides: Sequence[str] | None = None, watcher: Watch
         )
         warnings += warnings_of(held_out)
         answers = _answers(run, judge, warnings, watcher) if config.evaluation.prompts else None
-    found = Evaluation(config.run_uri, run.step, run.export_uri, config.reference_path, held_out, answers, warnings)
+        benchmarks = benchmarks_of(config, _models(run), watcher) if config.evaluation.lm_eval else {}
+    about = config.run_uri, run.step, run.export_uri, config.reference_path
+    found = Evaluation(*about, held_out, answers, benchmarks, warnings)
     storage.write_json(storage.join(config.run_uri, "evaluation", "summary.json"), as_json(found))
     write_report(config.run_uri)
     return found
@@ -205,16 +211,20 @@ def _endpoint(config: Config) -> EndpointJudge:
     return EndpointJudge(config.evaluation, storage.join(config.store_uri, "judgements"))
 
 
-def _answers(run: Run, judge: EndpointJudge | None, warnings: list[str], watcher: Watcher) -> Answers:
-    """Has all models answer, and their answers judged."""
+def _models(run: Run) -> list[Model]:
     config, options = run.config, run.config.evaluation
     tokenizer = config.model.tokenizer or config.model.path
-    drawn = options.temperature == 1.0 and options.top_p == 1.0
-    models = [
-        Model(POLICY, run.export_uri, tokenizer, config.reference_path if drawn else None),
+    return [
+        Model(POLICY, run.export_uri, tokenizer, config.reference_path if options.samples_are_plain else None),
         Model(REFERENCE, config.reference_path, tokenizer),
         *(Model(path, path, path) for path in options.models),
     ]
+
+
+def _answers(run: Run, judge: EndpointJudge | None, warnings: list[str], watcher: Watcher) -> Answers:
+    """Has all models answer, and their answers judged."""
+    config, options = run.config, run.config.evaluation
+    models, drawn = _models(run), options.samples_are_plain
     prompts = held_out_prompts(config, run.pairs)
     lines = answers_of(config, prompts, models, watcher)
     texts = np.array([[line["answer"] for line in each] for each in lines], dtype=object)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from helpers import JudgeServer, plain_logps, read_lines, tiny_config, write_pairs
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, LlamaForSequenceClassification
 from typer.testing import CliRunner
@@ -220,3 +221,52 @@ def test_an_endpoint_judges(trained: Config, tmp_path: Path) -> None:
     rate = found.win_rates["reference"]
     assert rate.wins + rate.ties + rate.losses == 6
     assert len(list(Path(trained.store_uri, "judgements").iterdir())) == seen
+
+
+def test_benchmarks_before_and_after(trained: Config, tmp_path: Path) -> None:
+    """Accuracy of a task of one's own: how often transformers find the right continuation the likelier one."""
+    pytest.importorskip("lm_eval", reason="needs the extra `lm-eval`")
+    rows = [
+        {"question": f"{at} and {at}", "choices": [f" is {2 * at}", f" or {at + 3}"], "answer": at % 2}
+        for at in range(8)
+    ]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": "sums",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "sums.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "answer",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (tmp_path / "sums.yaml").write_text(yaml.safe_dump(task))
+    arguments = ["--tasks", "sums", "--include_path", str(tmp_path)]
+    options = [*ALONE, f"evaluation.lm_eval={json.dumps(arguments)}"]
+    found = evaluate(trained.run_uri, options)
+    tokenizer = AutoTokenizer.from_pretrained(trained.model.path)
+    for name, path in (("policy", open_run(trained.run_uri).export_uri), ("reference", trained.model.path)):
+        model, right = AutoModelForCausalLM.from_pretrained(path).eval(), []
+        for row in rows:
+            prompt = tokenizer(row["question"], add_special_tokens=False)["input_ids"]
+            logps = []
+            for choice in row["choices"]:
+                answer = tokenizer(choice, add_special_tokens=False)["input_ids"]
+                ids = torch.tensor([prompt + answer])
+                with torch.no_grad():
+                    of_all = model(ids).logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])
+                logps.append(float(of_all[-len(answer) :].sum()))
+            right.append(int(np.argmax(logps)) == row["answer"])
+        each = found.benchmarks["sums acc"][name]
+        assert each.value == pytest.approx(np.mean(right))
+        # The harness' standard error is that of a mean of 8.
+        assert each.high - each.value == pytest.approx(
+            1.959964 * np.std(right, ddof=1) / np.sqrt(8), rel=1e-5, abs=1e-9
+        )
+        assert each.num == 8
+    with pytest.raises(
+        ConfigError, match=r"evaluation.lm_eval: the command failed for policy, .*/export:\n(.|\n)*nowhere"
+    ):
+        evaluate(trained.run_uri, [*ALONE, 'evaluation.lm_eval=["--tasks", "nowhere"]'])

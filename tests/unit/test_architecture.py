@@ -99,6 +99,7 @@ ORDER = [
     "orchestration.reference_job",
     "orchestration.pairs_job",
     "orchestration.answers_job",
+    "orchestration.benchmarks_job",
     "orchestration.evaluate_job",
     "orchestration.verify",
     "orchestration.submit",

@@ -156,6 +156,11 @@ def with_values(**sections: dict[str, Any]) -> dict[str, Any]:
         (with_values(reference={"label_selector": {"a b": "x"}}), "'a b' cannot be the name of a label"),
         (with_values(reference={"label_selector": {"a b/pool": "x"}}), "'a b/pool' cannot be the name of a label"),
         (with_values(reference={"label_selector": {"pool": 1}}), "label_selector.pool is 1: .*valid string"),
+        (with_values(evaluation={"lm_eval": ["--limit", "5"]}), "evaluation.lm_eval is .*, without --tasks: name some"),
+        (
+            with_values(evaluation={"lm_eval": ["--tasks", "a", "--model=hf"]}),
+            "evaluation.lm_eval has --model, which dpo_ray gives itself",
+        ),
         (
             with_values(model={"cpu_offload": True}, optimizer={"name": "muon"}, scaling={"gpus_per_worker": 1}),
             "optimizer.name is muon, but with model.cpu_offload: true its products of whole matrices would run",
