@@ -81,6 +81,18 @@ def share_estimate(values: np.ndarray) -> Estimate:
     return Estimate(share, float(min(share, max(0.0, middle - half))), float(max(share, min(1.0, middle + half))), num)
 
 
+def known_estimate(value: float, standard_error: float, num: int) -> Estimate:
+    """A value with the interval of a normal distribution.
+
+    Args:
+        value: The estimate.
+        standard_error: Its own; NaN where that is not known: there is no interval then.
+        num: How many values it is of.
+    """
+    half = float(norm.ppf(0.5 + LEVEL / 2)) * standard_error
+    return Estimate(value, value - half, value + half, num)
+
+
 def quartiles(lengths: np.ndarray, unit: str = "tokens") -> dict[str, np.ndarray]:
     """Pairs by length, in up to four groups of nearly the same size.
 

@@ -13,12 +13,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
-from scipy.stats import norm
 
 from dpo_ray import storage
 from dpo_ray.config import Config
 from dpo_ray.errors import ConfigError
-from dpo_ray.evaluation.statistics import LEVEL, Estimate
+from dpo_ray.evaluation.statistics import Estimate, known_estimate
 from dpo_ray.extensions import check_installed
 from dpo_ray.model.files import load_tokenizer, localize
 from dpo_ray.model.weights import weights_digest
@@ -88,7 +87,7 @@ def scores_of(results: Mapping[str, Any]) -> dict[str, Estimate]:
     Returns:
         By task, metric and filter. The interval is empty where there is no standard error.
     """
-    found, far = dict[str, Estimate](), float(norm.ppf(0.5 + LEVEL / 2))
+    found = dict[str, Estimate]()
     for task, numbers in results["results"].items():
         num = int(results.get("n-samples", {}).get(task, {}).get("effective", 0))
         for key, value in numbers.items():
@@ -96,9 +95,9 @@ def scores_of(results: Mapping[str, Any]) -> dict[str, Estimate]:
             if not separator or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
             error = numbers.get(f"{metric}_stderr,{kind}")
-            half = far * error if isinstance(error, int | float) else float("nan")
             name = f"{task} {metric}" + ("" if kind == "none" else f" ({kind})")
-            found[name] = Estimate(float(value), float(value) - half, float(value) + half, num)
+            known = float(error) if isinstance(error, int | float) else float("nan")
+            found[name] = known_estimate(float(value), known, num)
     return found
 
 

@@ -125,7 +125,7 @@ class AutoscaledCluster:
 
     def there(self) -> list[str]:
         """Types of the workers' nodes that are there."""
-        come = [said["node"] for said in self.said if said["event"] == "comes"]
+        come = [said["node"] for said in self.said if said["event"] == "comes" and said["node"] != "head"]
         for said in self.said:
             if said["event"] == "goes":
                 come.remove(said["node"])

@@ -266,6 +266,11 @@ def test_benchmarks_before_and_after(trained: Config, tmp_path: Path) -> None:
             1.959964 * np.std(right, ddof=1) / np.sqrt(8), rel=1e-5, abs=1e-9
         )
         assert each.num == 8
+
+
+@pytest.mark.faults
+def test_what_the_harness_said_when_it_failed(trained: Config) -> None:
+    pytest.importorskip("lm_eval", reason="needs the extra `lm-eval`")
     with pytest.raises(
         ConfigError, match=r"evaluation.lm_eval: the command failed for policy, .*/export:\n(.|\n)*nowhere"
     ):
