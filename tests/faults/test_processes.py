@@ -64,7 +64,8 @@ def test_out_of_memory(place: Place, twin: str, drivers: Any) -> None:
     assert storage.read_json(storage.join(place.uri("memory"), "budget.json"))["tokens"] == 294
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_asked_to_stop(place: Place, twin: str, drivers: Any, number: signal.Signals) -> None:
     """The step under way is finished and kept, nothing is done twice, and the same command goes on after it."""
     name = f"asked-{number.name}"
