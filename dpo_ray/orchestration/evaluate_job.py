@@ -6,6 +6,7 @@ scored already is found there, and the same command goes on where it stood.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import time
@@ -137,7 +138,7 @@ def open_run(target: str, overrides: Sequence[str] | None = None) -> Run:
     # Runs and stores may have been moved together.
     place, _, name = run_uri.rpartition("/")
     stored |= {"storage_path": place, "name": name}
-    raw = dict(stored)
+    raw = copy.deepcopy(stored)
     if given is None:
         apply_overrides(raw, overrides or [])
     config = parse_config(raw, source=storage.join(run_uri, "config.yaml"))
