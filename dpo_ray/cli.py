@@ -82,10 +82,25 @@ def sweep(
     grid: Annotated[
         list[str], typer.Option(metavar="SECTION.KEY=[A, B]", help="Values to try; repeated: all combinations.")
     ],
+    evaluated: Annotated[
+        bool,
+        typer.Option(
+            "--evaluate",
+            help="Also evaluates each model: KL to the reference, and what no other run gains at as little.",
+        ),
+    ] = False,
+    stop_early: Annotated[
+        str | None,
+        typer.Option(
+            metavar="METRIC",
+            help="Stops runs that are behind the median of those before them: by eval_rewards/accuracies, "
+            "eval_rewards/margins or eval_loss.",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Prints the outcomes as JSON.")] = False,
     overrides: Overrides = None,
 ) -> None:
-    """Trains a run for each combination of some settings, all on the same pairs and scores; then a table.
+    """Trains a run for each combination of some settings, all on the same pairs and scores; then a table and a page.
 
     Each run is called after its settings. Given again, it goes on; exit code 1: some of them failed.
 
@@ -96,12 +111,14 @@ def sweep(
 
     found = sweeping.points(config, grid, overrides or [])
     if as_json:
-        outcomes = list(sweeping.sweep(found))
-        typer.echo(json.dumps([outcome.as_dict() for outcome in outcomes], indent=1))
+        outcomes = list(sweeping.sweep(found, None, evaluated, stop_early))
+        typer.echo(json.dumps(sweeping.as_json(outcomes), indent=1))
     else:
         with ProgressBar(console) as watcher:
-            outcomes = list(sweeping.sweep(found, watcher))
+            outcomes = list(sweeping.sweep(found, watcher, evaluated, stop_early))
         console.print(sweep_table(outcomes))
+    if (page := sweeping.write_page(found)) and not as_json:
+        console.print(f"report  {page}")
     if any(outcome.error for outcome in outcomes):
         raise typer.Exit(1)
 

@@ -78,10 +78,10 @@ class StoppedError(FinalError):
     """The run was asked to stop, and has.
 
     Attributes:
-        signal: The number of the signal that asked.
+        signal: The number of the signal that asked; 0 where none did.
     """
 
-    def __init__(self, message: str, signal: int) -> None:
+    def __init__(self, message: str, signal: int = 0) -> None:
         """Takes the message and the signal's number."""
         super().__init__(message, signal)
         self.signal = int(signal)

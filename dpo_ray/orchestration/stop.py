@@ -1,9 +1,10 @@
-"""A run that is asked to stop, by Ctrl-C, `ray job stop`, Slurm or Kubernetes: it writes a checkpoint first."""
+"""A run that is asked to stop, by Ctrl-C, `ray job stop`, Slurm, Kubernetes, a sweep: it writes a checkpoint first."""
 
 from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -15,16 +16,33 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class Stop:
     """Takes signals during a `with` block: the first one asks, a second one does what it would have done before.
 
-    Only in the main thread, where Python lets signals be handled; elsewhere nobody asks.
-
-    Attributes:
-        asked: The signal that asked, or None.
+    Only in the main thread, where Python lets signals be handled; elsewhere no signal asks.
     """
 
-    def __init__(self) -> None:
-        """Takes nothing yet."""
-        self.asked: signal.Signals | None = None
+    def __init__(self, why: Callable[[dict[str, Any]], str | None] = lambda line: None) -> None:
+        """Takes nothing yet.
+
+        Args:
+            why: Called with each line of metrics that arrives; returns why the run shall stop there, or None.
+        """
+        self._why = why
+        self._signal: signal.Signals | None = None
+        self._reason: str | None = None
         self._before: dict[signal.Signals, Any] = {}
+
+    @property
+    def asked(self) -> str | None:
+        """What asked the run to stop, or None."""
+        return self._reason if self._signal is None else self._signal.name
+
+    def ask(self, reason: str) -> None:
+        """Asks without a signal."""
+        self._reason = self._reason or reason
+
+    def hear(self, line: dict[str, Any]) -> None:
+        """A line of metrics has arrived."""
+        if reason := self._why(line):
+            self.ask(reason)
 
     def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():
@@ -37,8 +55,8 @@ class Stop:
         self._before = {}
 
     def _take(self, number: int, frame: FrameType | None) -> None:
-        if self.asked is None:
-            self.asked = signal.Signals(number)
+        if self._signal is None:
+            self._signal = signal.Signals(number)
             return
         self.__exit__()
         signal.raise_signal(number)
@@ -53,9 +71,11 @@ class Stop:
         Raises:
             StoppedError: It was.
         """
-        if self.asked is not None:
+        if self._signal is not None:
             raise StoppedError(
-                f"{run_uri} was stopped by {self.asked.name}; its newest checkpoint is of step {step}, and the same "
+                f"{run_uri} was stopped by {self._signal.name}; its newest checkpoint is of step {step}, and the same "
                 "command goes on from there",
-                self.asked,
+                self._signal,
             )
+        if self._reason is not None:
+            raise StoppedError(f"{run_uri} was stopped: {self._reason}; its newest checkpoint is of step {step}")

@@ -78,6 +78,7 @@ def supervise(
     watcher: Watcher,
     references: References | None,
     finished: Callable[[], bool],
+    stop: Stop,
 ) -> None:
     """Trains until the run is finished.
 
@@ -88,12 +89,13 @@ def supervise(
         watcher: Told what happens.
         references: Who scores beside training; None where nobody does.
         finished: Whether the run has nothing left to do.
+        stop: Who may ask it to stop.
 
     Raises:
         RecoveryError: More failures in a row than `recovery` allows.
         FinalError: What failed would fail again.
         LeaseLostError: Another driver has taken the run over.
-        StoppedError: A signal asked for it; workers that were training have written a checkpoint.
+        StoppedError: It was asked to stop; workers that were training have written a checkpoint.
     """
     # An autoscaler adds what somebody asks for; a group that waits for room has not asked Ray yet.
     scaling = config.scaling
@@ -101,7 +103,7 @@ def supervise(
     failures = Failures(config.recovery)
     reason = "start" if manifest.newest(config.run_uri) is None else "continue"
     try:
-        with Stop() as stop:
+        with stop:
             while True:
                 num_workers, node_ids = _wait_for_room(config, references, lease, watcher, stop, wish)
                 attempt = attempts.begin(config.run_uri, lease.generation, num_workers, reason)
@@ -111,7 +113,7 @@ def supervise(
                 watcher.began(attempt)
                 whose = {"run": config.name, "attempt": attempt.attempt}
                 log.info("begins after step %d with %d workers: %s", attempt.position, num_workers, reason, extra=whose)
-                group = WorkerGroup(config, places, attempt, node_ids, watcher, _tell(references))
+                group = WorkerGroup(config, places, attempt, node_ids, watcher, _tell(references, stop))
                 end = group.run(_Look(config, attempt, lease, references, watcher, stop, wish))
                 watcher.ended(end.kind)
                 log.info("ended (%s): %s", end.kind, end.reason, extra=whose)
@@ -132,8 +134,9 @@ def _check(stop: Stop, config: Config) -> None:
     stop.check(config.run_uri, newest[1].state.step if newest else 0)
 
 
-def _tell(references: References | None) -> Callable[[dict[str, Any]], None]:
+def _tell(references: References | None, stop: Stop) -> Callable[[dict[str, Any]], None]:
     def tell(line: dict[str, Any]) -> None:
+        stop.hear(line)
         if references is not None:
             references.trained(line)
 
@@ -234,7 +237,7 @@ class _Look:
             if len(places) == self._attempt.world_size:
                 self._references.workers_wait(None)
         if self._stop.asked is not None:
-            return f"asked to stop ({self._stop.asked.name})"
+            return f"asked to stop ({self._stop.asked})"
         now = time.monotonic()
         own = [place.node_id for place in places.values()]
         if now - self._drain_looked > DRAIN_LOOK_S:

@@ -1,6 +1,8 @@
 """`dpo-ray sweep`: a run for each combination of some settings, all on the same pairs and the same reference scores.
 
-Each is a run like any other, with a name of its own: given again, finished ones are looked at, the others go on.
+Each is a run like any other, with a name of its own: given again, finished ones are looked at, the others go on. Two
+more things may be asked for: to evaluate what was trained, which says what a run's distance from the reference has
+bought, and to stop runs that are behind those before them.
 """
 
 from __future__ import annotations
@@ -9,15 +11,29 @@ import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import yaml
 
+from dpo_ray import storage
 from dpo_ray.config import Config, load_config
-from dpo_ray.errors import ConfigError, FirstStepError, NonFiniteLossError, RecoveryError, first_line
+from dpo_ray.errors import (
+    ConfigError,
+    FirstStepError,
+    NonFiniteLossError,
+    RecoveryError,
+    StoppedError,
+    first_line,
+)
+from dpo_ray.orchestration import evaluate_job
+from dpo_ray.orchestration.early_stop import Behind, Race, check_metric, read_stopped, write_stopped
+from dpo_ray.orchestration.stop import Stop
 from dpo_ray.orchestration.trainer import Result, cpus_wanted, finished_run, start_ray, train
 from dpo_ray.orchestration.watch import Watcher
+from dpo_ray.report.charts import on_frontier
+from dpo_ray.report.facts import Evaluated, evaluated_of
+from dpo_ray.report.page import write_comparison
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +43,12 @@ class Point:
     Attributes:
         values: By key.
         config: The run.
+        sweep: The name that the sweep was given.
     """
 
     values: dict[str, Any]
     config: Config
+    sweep: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,26 +57,24 @@ class Outcome:
 
     Attributes:
         point: Which.
-        result: None where it failed.
+        result: None where it failed or was stopped.
         error: Why it failed, in a line.
+        stopped: Why it was stopped.
+        evaluated: What `dpo-ray evaluate` found; None where it was not asked for, or there is no model.
     """
 
     point: Point
     result: Result | None
     error: str | None = None
+    stopped: Behind | None = None
+    evaluated: Evaluated | None = None
 
     @property
     def metrics(self) -> dict[str, float]:
         """Of the last evaluation, without prefix; of the last step in a run without evaluations."""
-        if self.result is None:
-            return {}
-        evaluation = {key.removeprefix("eval_"): value for key, value in self.result.eval_metrics.items()}
-        return evaluation or self.result.metrics
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        run, values = self.point.config.run_uri, self.point.values
-        return {"run": run, "settings": values, "metrics": self.metrics, "error": self.error}
+        last = self.stopped.metrics if self.stopped else self.result.eval_metrics if self.result else {}
+        evaluation = {key.removeprefix("eval_"): value for key, value in last.items()}
+        return evaluation or (self.result.metrics if self.result else {})
 
     def log_ratios(self, of: str) -> float | None:
         """Mean of log pi / pi_ref, summed over tokens, of "chosen" or "rejected" answers, or of their "margins"."""
@@ -92,34 +108,135 @@ def points(path: str, grid: Sequence[str], overrides: Sequence[str] = ()) -> lis
         chosen = dict(zip(keys, values, strict=True))
         name = "-".join([base.name, *(f"{_short(key, keys)}-{_slug(value)}" for key, value in chosen.items())])
         settings = [f"{key}={json.dumps(value)}" for key, value in chosen.items()]
-        found.append(Point(chosen, load_config(path, [*overrides, *settings, f"name={json.dumps(name)}"])))
+        config = load_config(path, [*overrides, *settings, f"name={json.dumps(name)}"])
+        found.append(Point(chosen, config, base.name))
     names = [point.config.name for point in found]
     if len(set(names)) < len(names):
         raise ConfigError(f"--grid: two combinations would both be called {max(names, key=names.count)}: leave one out")
     return found
 
 
-def sweep(found: Sequence[Point], watcher: Watcher | None = None) -> Iterator[Outcome]:
+def sweep(
+    found: Sequence[Point],
+    watcher: Watcher | None = None,
+    evaluated: bool = False,
+    stop_early: str | None = None,
+) -> Iterator[Outcome]:
     """Trains one after the other; what fails by its own settings does not keep the others from it.
 
     Args:
         found: See `points`.
         watcher: Told what happens; None for silence.
+        evaluated: Whether each model is evaluated too (see `evaluate_job`).
+        stop_early: The metric by which runs are stopped that are behind those before them (see `early_stop`); None:
+            none is, and those go on that were.
 
     Raises:
         UserError: What would fail for all of them.
     """
     watcher = watcher or Watcher()
+    if stop_early is not None:
+        check_metric(stop_early, found[0].values, [point.config for point in found])
+    if evaluated:
+        _check_evaluation([point.config for point in found])
     if any(finished_run(point.config) is None for point in found):
         # Ray on this machine shall have room for the largest.
         start_ray(max((point.config for point in found), key=cpus_wanted))
-    for number, point in enumerate(found, start=1):
-        watcher.phase(f"run {number} of {len(found)}: {point.config.name}")
-        try:
-            yield Outcome(point, train(point.config, watcher))
-        except (NonFiniteLossError, FirstStepError, RecoveryError) as error:
-            watcher.warning(f"{point.config.name}: {error}")
-            yield Outcome(point, None, first_line(error))
+    for number, point in enumerate(found):
+        watcher.phase(f"run {number + 1} of {len(found)}: {point.config.name}")
+        before = [each.config.run_uri for each in found[:number]]
+        outcome = _outcome(point, before, stop_early, watcher)
+        if evaluated and outcome.result is not None:
+            outcome = replace(outcome, evaluated=_evaluate(point.config, outcome.result.steps, watcher))
+        yield outcome
+
+
+def frontiers(outcomes: Sequence[Outcome]) -> list[list[str]]:
+    """For each run by what no other one beats it: "accuracy" or "margin", more of it at as little KL or less."""
+    marks: list[list[str]] = [[] for _ in outcomes]
+    known = [(place, each.evaluated) for place, each in enumerate(outcomes) if each.evaluated is not None]
+    for gain in ("accuracy", "margin"):
+        flags = on_frontier([each.kl.value for _, each in known], [getattr(each, gain).value for _, each in known])
+        for (place, _), flag in zip(known, flags, strict=True):
+            marks[place] += [gain] if flag else []
+    return marks
+
+
+def as_json(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+    """The outcomes as plain data."""
+    return [
+        {
+            "run": each.point.config.run_uri,
+            "settings": each.point.values,
+            "metrics": each.metrics,
+            "error": each.error,
+            "stopped": asdict(each.stopped) if each.stopped else None,
+            "evaluated": asdict(each.evaluated) if each.evaluated else None,
+            "frontier": marks,
+        }
+        for each, marks in zip(outcomes, frontiers(outcomes), strict=True)
+    ]
+
+
+def write_page(found: Sequence[Point]) -> str | None:
+    """Writes a page that compares the runs beside their folders; returns where, or None for a single run."""
+    if len(found) < 2:
+        return None
+    place = storage.join(found[0].config.storage_path, f"{found[0].sweep}-sweep.html")
+    write_comparison([point.config.run_uri for point in found], place)
+    return place
+
+
+def _outcome(point: Point, before: Sequence[str], stop_early: str | None, watcher: Watcher) -> Outcome:
+    """Trains a run, as far as it goes."""
+    config, race, stop = point.config, None, None
+    if stop_early is not None and finished_run(config) is None:
+        if lost := read_stopped(config.run_uri):
+            watcher.phase(f"{config.run_uri} was stopped {lost.reason}")
+            return Outcome(point, None, stopped=lost)
+        race = Race(stop_early, config, before)
+        stop = Stop(race.hear)
+        if reason := race.hear_recorded():
+            stop.ask(reason)
+    try:
+        return Outcome(point, train(config, watcher, stop))
+    except (NonFiniteLossError, FirstStepError, RecoveryError) as error:
+        watcher.warning(f"{config.name}: {error}")
+        return Outcome(point, None, first_line(error))
+    except StoppedError as error:
+        if error.signal or race is None or race.lost is None:
+            raise
+        write_stopped(config.run_uri, race.lost)
+        return Outcome(point, None, stopped=race.lost)
+
+
+def _check_evaluation(configs: Sequence[Config]) -> None:
+    """Refuses what would be known only when the first run has been trained.
+
+    Raises:
+        ConfigError: Nothing is held out, there will be no whole model, or no KL.
+    """
+    for config in configs:
+        options = config.evaluation
+        if not config.data.eval and not config.data.eval_fraction:
+            raise ConfigError("--evaluate: nothing is held out: set data.eval or data.eval_fraction")
+        if not config.adapter.merge:
+            raise ConfigError(
+                "--evaluate: with adapter.merge: false the export is an adapter alone, and a whole model is evaluated: "
+                "set adapter.merge: true"
+            )
+        if not options.prompts or (options.temperature, options.top_p) != (1.0, 1.0):
+            raise ConfigError(
+                "--evaluate: the KL is estimated on answers drawn from the policy as it is: set evaluation.prompts "
+                "above 0, and evaluation.temperature and evaluation.top_p to 1"
+            )
+
+
+def _evaluate(config: Config, step: int, watcher: Watcher) -> Evaluated | None:
+    watcher.phase(f"evaluating {config.name}")
+    # A run that was finished before has the options on record that it was trained with.
+    found = evaluate_job.evaluate(config.run_uri, [f"evaluation={config.evaluation.model_dump_json()}"], watcher)
+    return evaluated_of(evaluate_job.as_json(found), config.objective.beta, step)
 
 
 def _axis(text: str) -> tuple[str, list[Any]]:

@@ -29,6 +29,7 @@ from dpo_ray.orchestration.reference_filler import (
     open_reference_store,
 )
 from dpo_ray.orchestration.resources import ensure_resources, join_cluster
+from dpo_ray.orchestration.stop import Stop
 from dpo_ray.orchestration.stream import Places, make_plan
 from dpo_ray.orchestration.supervisor import supervise
 from dpo_ray.orchestration.watch import Watcher, warnings_to
@@ -106,20 +107,22 @@ def cpus_wanted(config: Config) -> float:
     return scaling.max_workers * scaling.cpus_per_worker + references + 1
 
 
-def train(config: Config, watcher: Watcher | None = None) -> Result:
+def train(config: Config, watcher: Watcher | None = None, stop: Stop | None = None) -> Result:
     """Trains from preference pairs to an exported model; given again, it goes on where the run stands.
 
     Args:
         config: The run.
         watcher: Told what happens; None for silence.
+        stop: Who may ask the run to stop; None: signals alone.
 
     Raises:
         UserError: A mistake in configuration, data or storage, with one clear message.
         FinalError: Anything else that would fail again.
+        StoppedError: It was asked to stop.
     """
-    watcher = watcher or Watcher()
+    watcher, stop = watcher or Watcher(), stop or Stop()
     if config.sft.epochs is None:
-        return _train_run(config, watcher)
+        return _train_run(config, watcher, stop)
     follows = config.after_start()
     check_reachable(follows)
     if finished := _as_it_stands(follows, watcher):
@@ -127,7 +130,7 @@ def train(config: Config, watcher: Watcher | None = None) -> Result:
     # Ray on this machine shall have room for both.
     start_ray(follows)
     make_start(config, watcher)
-    return _train_run(follows, watcher)
+    return _train_run(follows, watcher, stop)
 
 
 def make_start(config: Config, watcher: Watcher | None = None) -> Result:
@@ -146,10 +149,10 @@ def make_start(config: Config, watcher: Watcher | None = None) -> Result:
             "restore it, or choose another name for a new run"
         )
     watcher.phase("the start: likelihood of the chosen answers")
-    return _train_run(start, watcher)
+    return _train_run(start, watcher, Stop())
 
 
-def _train_run(config: Config, watcher: Watcher) -> Result:
+def _train_run(config: Config, watcher: Watcher, stop: Stop) -> Result:
     with Gauges(config, watcher) as watcher, warnings_to(watcher.warning):
         check_trackers(config)
         check_optimizer(config.optimizer)
@@ -165,7 +168,7 @@ def _train_run(config: Config, watcher: Watcher) -> Result:
             if finished := _as_it_stands(config, watcher):
                 return finished
             with _on_record(config.run_uri, lease.generation, watcher):
-                return _train(config, watcher, found, lease)
+                return _train(config, watcher, found, lease, stop)
 
 
 @contextlib.contextmanager
@@ -204,7 +207,7 @@ def _as_it_stands(config: Config, watcher: Watcher) -> Result | None:
     return finished
 
 
-def _train(config: Config, watcher: Watcher, found: Survey, lease: RunLease) -> Result:
+def _train(config: Config, watcher: Watcher, found: Survey, lease: RunLease, stop: Stop) -> Result:
     start_ray(config)
     ensure_resources(config, references=False)
     if found.made is None:
@@ -246,6 +249,7 @@ def _train(config: Config, watcher: Watcher, found: Survey, lease: RunLease) -> 
             watcher,
             references=filler,
             finished=lambda: finished_run(config) is not None,
+            stop=stop,
         )
     except Exception as error:
         if filler is not None:
@@ -314,13 +318,10 @@ def final_errors() -> Iterator[None]:
 
 def finished_run(config: Config) -> Result | None:
     """The result of a run that has nothing left to do, or None."""
-    found = manifest.newest(config.run_uri)
-    described = storage.join(config.run_uri, "config.yaml")
+    found, total = manifest.newest(config.run_uri), planned_steps(config)
     export_uri = storage.join(config.run_uri, "export")
-    if found is None or not storage.exists(described):
+    if found is None or total is None:
         return None
-    stored = yaml.safe_load(storage.read_bytes(described))
-    total = min(stored["about"]["steps_per_epoch"] * config.train.epochs, config.train.max_steps or 2**62)
     exported = storage.join(export_uri, "exported.json")
     step = found[1].state.step
     there = storage.read_json(exported) if storage.exists(exported) else {}
@@ -335,6 +336,15 @@ def finished_run(config: Config) -> Result | None:
         total_s, waited_s = (sum(line.get(f"perf/{name}", 0.0) for line in steps) for name in _STEP_SECONDS)
         reference = {**storage.read_json(filled), "waited_share": waited_s / max(1e-9, total_s)}
     return Result(config.run_uri, export_uri, step, steps[-1], evaluations[-1], reference)
+
+
+def planned_steps(config: Config) -> int | None:
+    """Optimizer steps at which a run ends; None before its pairs have been prepared."""
+    described = storage.join(config.run_uri, "config.yaml")
+    if not storage.exists(described):
+        return None
+    per_epoch: int = yaml.safe_load(storage.read_bytes(described))["about"]["steps_per_epoch"]
+    return min(per_epoch * config.train.epochs, config.train.max_steps or 2**62)
 
 
 def _write_config(config: Config, plan: Plan, pairs: PairStore) -> None:

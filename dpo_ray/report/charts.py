@@ -1,4 +1,4 @@
-"""The geometry of line charts: numbers in, paths and ticks out; templates draw them as SVG.
+"""The geometry of charts: numbers in, paths and ticks out; templates draw them as SVG.
 
 Of the libraries that draw SVG none leaves the colours to the page's style sheet, its text selectable and its scripts
 out, and a chart here is two scales and a path.
@@ -20,6 +20,8 @@ WIDTH, HEIGHT = 360.0, 210.0
 LEFT, RIGHT, TOP, BOTTOM = 48.0, 8.0, 10.0, 30.0
 COLUMNS, MEANS = 160, 60
 PROBES, TABLE_ROWS = 40, 20
+# Of the page's colours, the grey one.
+FRONTIER_SLOT = 7
 # A scale that ends at this quantile is used where the largest value is so many times that.
 CUT_QUANTILE, CUT_FACTOR, CUT_ROOM = 0.98, 4.0, 1.25
 
@@ -50,6 +52,28 @@ class Series:
 
 
 @dataclass(frozen=True, slots=True)
+class Interval:
+    """A number with the ends of its interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{number(self.value)} ({number(self.low)} to {number(self.high)})"
+
+
+@dataclass(frozen=True, slots=True)
+class Spot:
+    """A point to draw: its name, which of the page's colours, and where, with intervals in both directions."""
+
+    name: str
+    slot: int
+    x: Interval
+    y: Interval
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """A mark of an axis: where it stands in the drawing, and its text."""
 
@@ -73,7 +97,7 @@ class Drawn:
     Attributes:
         name: For the legend.
         slot: Which of the page's colours.
-        thin: Path through all values, or through the extremes of columns.
+        thin: Path through all values, or through the extremes of columns; of a point its intervals.
         thick: Path through the columns' means; empty where all values are drawn.
         dots: Points, as x and y.
         cut: Where values lie beyond the upper end of the scale: x of each.
@@ -94,6 +118,7 @@ class Chart:
     Attributes:
         title: Its heading.
         unit: Of the values; may be empty.
+        caption: What the table of its numbers has.
         summary: What it shows, in words.
         notes: What must be known to read it.
         series: The curves.
@@ -108,6 +133,7 @@ class Chart:
 
     title: str
     unit: str
+    caption: str
     summary: str
     notes: tuple[str, ...]
     series: tuple[Drawn, ...]
@@ -169,6 +195,7 @@ def line_chart(
     return Chart(
         title,
         unit,
+        caption="Means, with the least and greatest of several values",
         summary="; ".join(_in_words(each, x_name) for each in there),
         notes=tuple(notes),
         series=tuple(scale.drawn(each) for each in there),
@@ -183,6 +210,62 @@ def line_chart(
         ),
         header=(x_name, *(each.name for each in there)),
         rows=tuple(row for *_, row in _rows(there, table)),
+    )
+
+
+def on_frontier(cost: Sequence[float], gain: Sequence[float]) -> list[bool]:
+    """Which points no other one beats: none gains as much or more at as little cost or less, one of both better.
+
+    Args:
+        cost: Of each point.
+        gain: Of each point.
+    """
+    points = list(zip(cost, gain, strict=True))
+    return [not any(c <= cost and g >= gain and (c, g) != (cost, gain) for c, g in points) for cost, gain in points]
+
+
+def frontier_chart(title: str, unit: str, x_name: str, spots: Sequence[Spot]) -> Chart:
+    """Points with their intervals, and a line through those that no other one beats (see `on_frontier`).
+
+    Args:
+        title: Its heading.
+        unit: Of what is gained.
+        x_name: What it costs, with its unit.
+        spots: At least one.
+    """
+    x_at, y_at = (
+        ticks(min(each.low for each in along), max(each.high for each in along), 5)
+        for along in ([each.x for each in spots], [each.y for each in spots])
+    )
+    scale = _Scale(x_at[0], x_at[-1], y_at[0], y_at[-1])
+    flags = on_frontier([each.x.value for each in spots], [each.y.value for each in spots])
+    best = sorted((each.x.value, each.y.value) for each, flag in zip(spots, flags, strict=True) if flag)
+    line = Drawn("frontier", FRONTIER_SLOT, "", scale.path(*zip(*best, strict=True)), (), ())
+    edges = [LEFT + at * (WIDTH - LEFT - RIGHT) / PROBES for at in range(PROBES)]
+    told: dict[float, list[str]] = {edge: [] for edge in edges}
+    for each in spots:
+        at = scale.x(each.x.value)
+        told[max(edge for edge in edges if edge <= at)].append(f"{each.name}: {x_name} {each.x}, {title} {each.y}")
+    names = ", ".join(each.name for each, flag in zip(spots, flags, strict=True) if flag)
+    return Chart(
+        title,
+        unit,
+        caption="With 95 % intervals",
+        summary=f"On the frontier: {names}",
+        notes=(),
+        series=(line, *map(scale.spot, spots)),
+        x_name=x_name,
+        x_ticks=tuple(Tick(scale.x(tick), number(tick)) for tick in x_at),
+        y_ticks=tuple(Tick(scale.y(tick), number(tick)) for tick in y_at),
+        marks=(),
+        probes=tuple(
+            Mark(edge, (WIDTH - LEFT - RIGHT) / PROBES, "; ".join(texts)) for edge, texts in told.items() if texts
+        ),
+        header=("run", x_name, title, "frontier"),
+        rows=tuple(
+            (each.name, str(each.x), str(each.y), "yes" if flag else "")
+            for each, flag in zip(spots, flags, strict=True)
+        ),
     )
 
 
@@ -273,13 +356,19 @@ class _Scale:
         thick = ""
         if len(each.x) > COLUMNS:
             parts = _columns(len(each.x), MEANS)
-            thick = self._path(*zip(*((each.x[a:b].mean(), each.y[a:b].mean()) for a, b in parts), strict=True))
-        return Drawn(each.name, each.slot, self._path(x.tolist(), y.tolist()), thick, (), cut)
+            thick = self.path(*zip(*((each.x[a:b].mean(), each.y[a:b].mean()) for a, b in parts), strict=True))
+        return Drawn(each.name, each.slot, self.path(x.tolist(), y.tolist()), thick, (), cut)
+
+    def spot(self, each: Spot) -> Drawn:
+        """A point, with a cross of its intervals."""
+        x, y = each.x, each.y
+        cross = self.path((x.low, x.high), (y.value, y.value)) + self.path((x.value, x.value), (y.low, y.high))
+        return Drawn(each.name, each.slot, cross, "", (self._point(x.value, y.value),), ())
 
     def _point(self, step: float, value: float) -> tuple[float, float]:
         return self.x(step), self.y(value)
 
-    def _path(self, steps: Sequence[float], values: Sequence[float]) -> str:
+    def path(self, steps: Sequence[float], values: Sequence[float]) -> str:
         return "M" + "L".join(f"{x:g} {y:g}" for x, y in map(self._point, steps, values))
 
 

@@ -17,6 +17,7 @@ from dpo_ray.errors import ConfigError, DataError
 from dpo_ray.lease import last_holder
 from dpo_ray.pairs.statistics import Statistics, describe
 from dpo_ray.pairs.store import PairStore, open_store
+from dpo_ray.report.charts import Interval
 from dpo_ray.storage_errors import shown
 from dpo_ray.training import manifest, outcome
 from dpo_ray.training.attempts import read_attempts
@@ -178,6 +179,22 @@ class SideBySide:
 
 
 @dataclass(frozen=True, slots=True)
+class Evaluated:
+    """What `dpo-ray evaluate` found of a run's model, as runs are compared by it.
+
+    Attributes:
+        kl: Its KL divergence to the reference (k3), nats an answer, on answers that it gave.
+        accuracy: Share of held-out pairs.
+        margin: Of log-ratios to the reference, chosen less rejected, nats: a reward margin over beta, which runs of
+            different beta can be compared by.
+    """
+
+    kl: Interval
+    accuracy: Interval
+    margin: Interval
+
+
+@dataclass(frozen=True, slots=True)
 class Facts:
     """What a run's folder tells.
 
@@ -223,6 +240,11 @@ class Facts:
     def num_steps(self) -> int:
         """Steps done."""
         return int(self.steps.step[-1]) if len(self.steps) else 0
+
+    @property
+    def evaluated(self) -> Evaluated | None:
+        """What it can be compared with others by; None where the model as it is has not been evaluated."""
+        return evaluated_of(self.evaluation, self.config["objective"]["beta"], self.num_steps) if self.config else None
 
     @property
     def steps_s(self) -> float:
@@ -285,6 +307,21 @@ def read_facts(run_uri: str) -> Facts:
     return replace(facts, held_out=held_out, chosen=_chosen(held_out, steps))
 
 
+def evaluated_of(summary: Mapping[str, Any], beta: float, step: int) -> Evaluated | None:
+    """What runs are compared by; None where answers of the model after so many steps have not been sampled.
+
+    Args:
+        summary: As `summary.json` has it; empty without one.
+        beta: The run's.
+        step: Optimizer steps done.
+    """
+    if summary.get("step") != step or "k3" not in ((summary.get("answers") or {}).get("kl") or {}):
+        return None
+    metrics, kl = summary["held_out"]["metrics"], summary["answers"]["kl"]["k3"]
+    accuracy, margin = metrics["rewards/accuracies"], metrics["rewards/margins"]
+    return Evaluated(*(_interval(each, unit) for each, unit in ((kl, 1.0), (accuracy, 1.0), (margin, beta))))
+
+
 def columns(lines: Sequence[Mapping[str, Any]]) -> Columns:
     """Lines of metrics as columns; what is no number is left out."""
     names = dict.fromkeys(name for line in lines for name in line if name != "step")
@@ -324,6 +361,12 @@ def step_parts(facts: Facts) -> dict[str, np.ndarray]:
         "checkpoint": between - evaluating,
     }
     return {name: each for name, each in parts.items() if each.any()}
+
+
+def _interval(estimate: Mapping[str, Any], unit: float) -> Interval:
+    value, low, high = (estimate[name] for name in ("value", "low", "high"))
+    # Without ends where there are none.
+    return Interval(*((value if end is None else end) / unit for end in (value, low, high)))
 
 
 def _optional(uri: str) -> bytes | None:

@@ -21,7 +21,7 @@ from dpo_ray.errors import ConfigError
 from dpo_ray.pairs.statistics import PERCENTILES, Statistics, bars
 from dpo_ray.pairs.store import COUNTS
 from dpo_ray.report.answers import marked
-from dpo_ray.report.charts import Chart, Series, Tick, line_chart, number, ticks
+from dpo_ray.report.charts import Chart, Series, Spot, Tick, frontier_chart, line_chart, number, ticks
 from dpo_ray.report.facts import AttemptFacts, Facts, HeldOut, SideBySide, eval_prefixes, read_facts, step_parts
 from dpo_ray.storage_errors import shown
 
@@ -163,10 +163,29 @@ def comparison_page(runs: Sequence[Facts]) -> str:
         title=f"{len(runs)} runs compared",
         rows=[(name, each, dict(_figures(each))) for name, each in zip(names, runs, strict=True)],
         columns=list(dict.fromkeys(name for each in runs for name, _ in _figures(each))),
+        frontiers=_frontiers(names, runs),
         charts=[chart for chart in charts if chart is not None],
         run_names=names,
         differing=_differing([each.config for each in runs]),
     )
+
+
+def _frontiers(names: Sequence[str], runs: Sequence[Facts]) -> list[Chart]:
+    """What the runs have gained, by their distance from the reference; none of fewer than two."""
+    known = [
+        (name, slot % SLOTS, each.evaluated)
+        for slot, (name, each) in enumerate(zip(names, runs, strict=True))
+        if each.evaluated is not None
+    ]
+    if len(known) < 2:
+        return []
+    along = "KL to the reference, nats"
+    accuracy = [Spot(name, slot, each.kl, each.accuracy) for name, slot, each in known]
+    margin = [Spot(name, slot, each.kl, each.margin) for name, slot, each in known]
+    return [
+        frontier_chart("Accuracy", "share of pairs", along, accuracy),
+        frontier_chart("Margin of log-ratios", "nats", along, margin),
+    ]
 
 
 def duration(seconds: float) -> str:
@@ -239,6 +258,8 @@ def _figures(facts: Facts) -> list[tuple[str, str]]:
     for name, each in (facts.evaluation.get("answers") or {}).get("win_rates", {}).items():
         rate, low, high = (100 * each["rate"][end] for end in ("value", "low", "high"))
         found.append((f"win rate against {name}", f"{rate:.1f} % ({low:.1f} to {high:.1f})"))
+    if facts.evaluated is not None:
+        found.append(("KL to the reference", str(facts.evaluated.kl)))
     if facts.pairs_trained:
         found.append(("pairs trained on", f"{facts.pairs_trained:,}"))
     if facts.steps_s:

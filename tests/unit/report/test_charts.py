@@ -5,7 +5,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_ray.report.charts import BOTTOM, COLUMNS, HEIGHT, TOP, Series, extremes, line_chart, number, ticks
+from dpo_ray.report.charts import (
+    BOTTOM,
+    COLUMNS,
+    HEIGHT,
+    TOP,
+    Interval,
+    Series,
+    Spot,
+    extremes,
+    frontier_chart,
+    line_chart,
+    number,
+    on_frontier,
+    ticks,
+)
 
 
 def test_a_curve_of_a_hundred_thousand_steps_keeps_its_spikes() -> None:
@@ -78,3 +92,29 @@ def test_a_slow_first_step_does_not_flatten_the_rest() -> None:
 
 def test_nothing_to_draw() -> None:
     assert line_chart("t", "", [Series("a", 0, np.array([1]), np.array([np.nan]))]) is None
+
+
+def test_points_that_no_other_one_beats() -> None:
+    """Of equals both stay; one that gains less at the same cost, or the same at more, goes."""
+    cost = [1.0, 2.0, 2.0, 3.0, 4.0, 0.5]
+    gain = [0.6, 0.7, 0.7, 0.7, 0.65, 0.1]
+    assert on_frontier(cost, gain) == [True, True, True, False, False, True]
+
+
+def test_a_frontier_is_drawn_through_the_best_with_intervals() -> None:
+    """KL from 0 to 4, accuracy from 0 to 1: the plot's corners are (48, 180) and (352, 10)."""
+    spots = [
+        Spot("a", 0, Interval(1.0, 0.0, 2.0), Interval(0.5, 0.0, 1.0)),
+        Spot("b", 1, Interval(2.0, 2.0, 2.0), Interval(1.0, 1.0, 1.0)),
+        Spot("c", 2, Interval(3.0, 2.0, 4.0), Interval(0.5, 0.5, 0.5)),
+    ]
+    chart = frontier_chart("Accuracy", "share", "KL", spots)
+    line, first, *_ = chart.series
+    assert line.thick == "M124 95L200 10"
+    assert first.dots == ((124.0, 95.0),)
+    assert first.thin == "M48 95L200 95M124 180L124 10"
+    assert chart.summary == "On the frontier: a, b"
+    assert chart.header == ("run", "KL", "Accuracy", "frontier")
+    assert chart.rows[0] == ("a", "1 (0 to 2)", "0.5 (0 to 1)", "yes")
+    assert chart.rows[2][3] == ""
+    assert [probe.text for probe in chart.probes][2] == "c: KL 3 (2 to 4), Accuracy 0.5 (0.5 to 0.5)"

@@ -231,6 +231,32 @@ def test_comparison(tmp_path: Path) -> None:
         write_comparison(runs[:1], str(tmp_path / "one.html"))
 
 
+def evaluated(run: str, step: int, kl: float, margin: float) -> None:
+    """A summary as `dpo-ray evaluate` leaves it, as far as a page reads it."""
+
+    def estimate(value: float) -> dict[str, float | int | None]:
+        return {"value": value, "low": value / 2, "high": None, "num": 9}
+
+    metrics = {"rewards/accuracies": estimate(0.5), "rewards/margins": estimate(margin)}
+    found = {"step": step, "held_out": {"metrics": metrics}, "answers": {"kl": {"k3": estimate(kl)}}}
+    storage.write_json(storage.join(run, "evaluation", "summary.json"), found)
+
+
+def test_what_kl_buys(tmp_path: Path) -> None:
+    """Margins over beta of 0.1 and 0.2: 20 and 15 nats. What was found of another step's model says nothing."""
+    runs = [make_run(tmp_path, "a"), make_run(tmp_path, "b", objective={"beta": 0.2}), make_run(tmp_path, "c")]
+    for run, step, kl, margin in zip(runs, (40, 40, 30), (4.0, 5.0, 6.0), (2.0, 3.0, 4.0), strict=True):
+        evaluated(run, step, kl, margin)
+    facts = [read_facts(run) for run in runs]
+    assert [each.evaluated and each.evaluated.margin.value for each in facts] == [20.0, pytest.approx(15.0), None]
+    page = Page(comparison_page(facts))
+    assert "What KL buys" in page.text
+    assert "KL to the reference" in page.text
+    assert "4 (2 to 4) 20 (10 to 20) yes" in page.text
+    assert "5 (2.5 to 5) 15 (7.5 to 15) " in page.text
+    assert "What KL buys" not in comparison_page(facts[1:])
+
+
 def test_durations() -> None:
     assert [duration(each) for each in (0.04, 59.4, 61.0, 3599.0, 7300.0)] == [
         "0.0 s",
