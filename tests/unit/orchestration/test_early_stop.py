@@ -90,7 +90,7 @@ def test_a_run_that_has_done_its_last_step_is_behind_nobody(tmp_path: Path) -> N
         ("eval_loss", ["seed", "objective.beta"], {}, "a grid over objective.beta it is not the same measure"),
         ("eval_rewards/margins", ["objective.beta"], {}, "use eval_rewards/accuracies"),
         ("eval_loss", ["seed"], {"train": {"max_steps": 4}}, r"set train\.eval_every_steps"),
-        ("eval_rewards/margins", ["seed"], {"objective": {"loss": "cpo"}}, "no reference and so no rewards"),
+        ("eval_rewards/margins", ["seed"], {"objective": {"loss": "orpo"}}, "no reference and so no rewards"),
     ],
 )
 def test_what_runs_cannot_be_compared_by(metric: str, keys: list[str], sections: dict[str, Any], said: str) -> None:
