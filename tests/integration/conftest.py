@@ -1,20 +1,10 @@
-"""A Ray instance that the tests of one session share."""
+"""A cluster that the tests of a module share."""
 
 from collections.abc import Iterator
 
 import pytest
 import ray
 from ray.cluster_utils import Cluster
-
-
-@pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
-    """Ray on this machine, with more logical CPUs than cores so that all actors of a test fit."""
-    if ray.is_initialized():
-        ray.shutdown()
-    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture(scope="module")
