@@ -6,7 +6,6 @@ model is the one at `model.path` also where the adapter was trained beside its q
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Callable
@@ -19,10 +18,10 @@ from transformers import GenerationConfig
 from dpo_ray import storage
 from dpo_ray.config import Config
 from dpo_ray.model.adapter import merged, save_adapter
+from dpo_ray.model.card import model_card
 from dpo_ray.model.files import load_tokenizer, localize
 from dpo_ray.model.load import DTYPES, empty_model, load_pretrained
 from dpo_ray.model.shard import gathered_state_dict
-from dpo_ray.objective.losses import loss_named
 
 # Files that an export of the other kind may have left.
 _KINDS = ("config.json", ".safetensors", ".safetensors.index.json")
@@ -78,45 +77,3 @@ def _write_model(folder: str, model: nn.Module, config: Config, state: dict[str,
     source = localize(path, weights=False)
     if os.path.exists(os.path.join(source, "generation_config.json")):
         GenerationConfig.from_pretrained(source).save_pretrained(folder)
-
-
-def model_card(config: Config, step: int) -> str:
-    """A short model card."""
-    objective, adapter = config.objective, config.adapter
-    alone = adapter.rank is not None and not adapter.merge
-    about = (
-        f"library_name: peft\nbase_model: {json.dumps(config.model.path)}" if alone else "library_name: transformers"
-    )
-    # The export of a start by likelihood is a folder of that run's.
-    start = f"{config.name}-sft" if config.sft.epochs else os.path.basename(config.model.path.rstrip("/"))
-    losses = [name if share == 1 else f"{share:g} {name}" for name, share in objective.shares.items()]
-    used = sorted(frozenset.union(*(loss_named(name).parameters for name in objective.shares)))
-    hyperparameters = [f"{name.replace('_', ' ')} {getattr(objective, name):g}" for name in used]
-    if objective.f_divergence != "reverse_kl":
-        hyperparameters.append(f"divergence {objective.f_divergence} {objective.f_alpha or ''}".rstrip())
-    if objective.ld_alpha != 1.0:
-        hyperparameters.append(f"LD-DPO alpha {objective.ld_alpha:g}")
-    if objective.weighting:
-        hyperparameters.append("WPO's weights")
-    lora = ""
-    if adapter.rank is not None:
-        where = adapter.target_modules if isinstance(adapter.target_modules, str) else ", ".join(adapter.target_modules)
-        here = "merged into the weights" if adapter.merge else "here, without the model"
-        beside = f", trained beside weights in {adapter.quantize}" if adapter.quantize else ""
-        kind = "DoRA" if adapter.dora else "LoRA"
-        scale = f"alpha {adapter.alpha:g}{' over the root of the rank' if adapter.rslora else ''}"
-        lora = f"| {kind} adapter | rank {adapter.rank}, {scale}, on {where}{beside}; {here} |\n"
-    return (
-        f"---\n{about}\ntags: [dpo, dpo_ray]\n---\n\n"
-        f"# {config.name}\n\n"
-        f"Trained with dpo_ray from `{start}` by preference optimization.\n\n"
-        "| | |\n| --- | --- |\n"
-        f"{lora}"
-        f"| objective | {', '.join([' + '.join(losses), *hyperparameters])} |\n"
-        f"| optimizer | {config.optimizer.name}, learning rate {config.optimizer.learning_rate:g}, "
-        f"{config.optimizer.schedule}, warm-up {config.optimizer.warmup_steps} steps |\n"
-        f"| pairs per step | {config.train.global_batch_pairs} |\n"
-        f"| steps | {step} |\n"
-        f"| max_length | {config.data.max_length} |\n"
-        f"| weights, compute | {config.model.weights_dtype}, {config.model.compute_dtype} |\n"
-    )

@@ -33,6 +33,7 @@ from dpo_ray.evaluation.statistics import (
     share_estimate,
     win_rate,
 )
+from dpo_ray.model.card import write_card
 from dpo_ray.orchestration.answers_job import Model, Prompt, answers_of, held_out_prompts, rewards_of
 from dpo_ray.orchestration.benchmarks_job import benchmarks_of, check_benchmarks
 from dpo_ray.orchestration.reference_filler import LOOK_S, ReferenceFiller, open_reference_store
@@ -175,7 +176,7 @@ def open_run(target: str, overrides: Sequence[str] | None = None) -> Run:
 
 
 def evaluate(target: str, overrides: Sequence[str] | None = None, watcher: Watcher | None = None) -> Evaluation:
-    """Evaluates a run's export, and writes `<run>/evaluation/summary.json` and the run's report.
+    """Evaluates a run's export; writes `<run>/evaluation/summary.json`, the run's report and the export's model card.
 
     Args:
         target: The run's URI, or its configuration.
@@ -205,6 +206,7 @@ def evaluate(target: str, overrides: Sequence[str] | None = None, watcher: Watch
     found = Evaluation(*about, held_out, answers, benchmarks, warnings)
     storage.write_json(storage.join(config.run_uri, "evaluation", "summary.json"), as_json(found))
     write_report(config.run_uri)
+    write_card(config, run.step)
     return found
 
 

@@ -77,6 +77,7 @@ def test_held_out_pairs(trained: Config) -> None:
         assert found["num"] == held_out["pairs"] == len(values)
     for name in ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "logps/rejected"):
         assert held_out["metrics"][name]["value"] == pytest.approx(last[f"eval_{name}"], rel=1e-5, abs=1e-5)
+    assert f"On {held_out['pairs']} held-out pairs" in Path(f"{trained.run_uri}/export/README.md").read_text()
     for group in held_out["groups"].values():
         assert sum(each["loss"]["num"] for each in group.values()) == held_out["pairs"]
         weighted = sum(each["loss"]["num"] * each["loss"]["value"] for each in group.values())
