@@ -137,8 +137,8 @@ def submit(
 ) -> None:
     """Trains as a job of a Ray cluster, and shows what it writes; the exit code is the job's.
 
-    The resolved configuration, and losses and formats of your own, travel with it; of the environment of this machine
-    nothing does. Ctrl-C leaves the job alone. Given again, it goes on where the run stands.
+    The resolved configuration, and losses, formats and trackers of your own, travel with it; of the environment of this
+    machine nothing does. Ctrl-C leaves the job alone. Given again, it goes on where the run stands.
 
     Example: dpo-ray submit my-run.yaml --address http://127.0.0.1:8265
     """
@@ -518,14 +518,14 @@ def demo(
 
 def main() -> None:
     """Entry point of `dpo-ray`."""
-    # For losses and formats of one's own: what is installed as a command does not look in the working directory.
+    # For code of one's own: what is installed as a command does not look in the working directory.
     with contextlib.suppress(FileNotFoundError):
         sys.path.append(os.getcwd())
     try:
         app()
     except StoppedError as error:
         Console(stderr=True, highlight=False).print(str(error), style="yellow", markup=False, soft_wrap=True)
-        sys.exit(128 + error.signal)
+        sys.exit(128 + error.signal if error.signal else 1)
     except FinalError as error:
         Console(stderr=True, highlight=False).print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         sys.exit(2 if isinstance(error, UserError) else 1)

@@ -897,13 +897,34 @@ class ChecksConfig(Section):
     )
 
 
+TRACKER_NAMES = ("tensorboard", "wandb", "mlflow")
+
+
 class TrackingConfig(Section):
     """Where metrics go besides metrics.jsonl."""
 
-    trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(
-        ["tensorboard"], description="tensorboard, wandb, mlflow; credentials come from their own environment variables"
+    trackers: list[str] = Field(
+        ["tensorboard"],
+        description="tensorboard, wandb, mlflow; credentials come from their own environment variables; or module:name "
+        "of a Tracker of your own",
     )
     project: str = Field("dpo_ray", description="W&B project, MLflow experiment")
+
+    @field_validator("trackers")
+    @classmethod
+    def _trackers_are_known(cls, names: list[str]) -> list[str]:
+        for name in names:
+            if name not in TRACKER_NAMES and ":" not in name:
+                raise ValueError(
+                    f"tracking.trackers names {name!r}: write {', '.join(TRACKER_NAMES)}, or module:name of a Tracker "
+                    "of your own"
+                )
+        return names
+
+    @property
+    def own(self) -> list[str]:
+        """Trackers of the user's own, as `module:name`."""
+        return [name for name in self.trackers if ":" in name]
 
 
 class Config(Section):
@@ -1127,7 +1148,7 @@ class Config(Section):
 
     @property
     def own_code(self) -> list[str]:
-        """Losses and formats of the user's own, as `module:name`."""
+        """Losses and formats of the user's own, as `module:name`: what decides the numbers."""
         return [name for name in (*self.objective.shares, self.data.format) if ":" in name]
 
     @property

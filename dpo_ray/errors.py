@@ -90,6 +90,14 @@ class StoppedError(FinalError):
         return str(self.args[0])
 
 
+class StopTraining(DpoRayError):  # noqa: N818 -- It is no error.
+    """A tracker raises it to have the run write a checkpoint and stop; the message says why."""
+
+
+class TrackerError(UserError):
+    """A tracker of the user's own has failed. The message names it."""
+
+
 class VersionError(UserError):
     """Files that another version of this package has written."""
 

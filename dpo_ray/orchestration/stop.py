@@ -40,8 +40,8 @@ class Stop:
         self._reason = self._reason or reason
 
     def hear(self, line: dict[str, Any]) -> None:
-        """A line of metrics has arrived."""
-        if reason := self._why(line):
+        """A line of metrics has arrived, or a tracker's wish (see `record.Recorder`)."""
+        if reason := self._why(line) or line.get("stop"):
             self.ask(reason)
 
     def __enter__(self) -> Stop:

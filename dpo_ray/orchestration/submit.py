@@ -29,13 +29,13 @@ CONFIG_NAME = "run.yaml"
 
 
 def pack(config: Config, folder: str) -> None:
-    """Puts into a folder what the job needs: the resolved configuration, and the user's own losses and formats.
+    """Puts into a folder what the job needs: the resolved configuration, and the user's own losses, formats, trackers.
 
     Modules that are installed, and not in the working directory, are taken to be on every node.
     """
     here, to = Path.cwd(), Path(folder)
     (to / CONFIG_NAME).write_text(to_yaml(config), encoding="utf-8")
-    for path in config.own_code:
+    for path in (*config.own_code, *config.tracking.own):
         root = path.partition(":")[0].partition(".")[0]
         module = importlib.import_module(root)
         found = Path(module.__file__ or module.__path__[0]).resolve()

@@ -204,8 +204,10 @@ def _outcome(point: Point, before: Sequence[str], stop_early: str | None, watche
         watcher.warning(f"{config.name}: {error}")
         return Outcome(point, None, first_line(error))
     except StoppedError as error:
-        if error.signal or race is None or race.lost is None:
+        if error.signal:
             raise
+        if race is None or race.lost is None:
+            return Outcome(point, None, first_line(error))  # By a tracker of its own.
         write_stopped(config.run_uri, race.lost)
         return Outcome(point, None, stopped=race.lost)
 

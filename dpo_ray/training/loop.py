@@ -47,10 +47,10 @@ def _train(config: Config, context: WorkerContext, recorder: Recorder | None) ->
     learning_rate = learning_rate_at(config.optimizer, context.total_steps)
     objective = objective_of(config.objective)
     # A checkpoint promises the lines up to its step.
-    promise = (lambda _: recorder.flush()) if recorder is not None else None
+    promise, committed = (recorder.promise, recorder.committed) if recorder is not None else (None, None)
     about = attempt.attempt, config.train.keep_checkpoints, config.train.keep_best, promise
     reference = MovingReference(model, config.reference, attempt.attempt)
-    with Checkpointer(config.run_uri, model, optimizer, *about, reference.tensors, context.publish) as checkpoints:
+    with Checkpointer(config.run_uri, model, optimizer, *about, reference.tensors, committed) as checkpoints:
         doing("loading the checkpoint")
         state = checkpoints.load(attempt.checkpoint) if attempt.checkpoint else TrainState()
         context = with_own_reference(config, context, model, tokens_per_microbatch, budget)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 from dpo_ray import storage
 from dpo_ray.config import Config
 from dpo_ray.pairs.plan import batch_digest
+from dpo_ray.training import manifest
 from dpo_ray.training.trackers import Point, open_trackers
-from dpo_ray.types import WorkerContext
+from dpo_ray.types import TrainState, WorkerContext
 
 FLUSH_INTERVAL_S = 10.0
 
@@ -49,11 +51,12 @@ class Recorder:
 
         Args:
             config: The run.
-            context: Its attempt, `publish` (called with each line, and with `{"warning": text}` when a tracker is in
-                trouble) and `fence`.
+            context: Its attempt, `fence` and `publish`: called with each line, with `{"warning": text}` when a tracker
+                is in trouble, and with `{"stop": text}` when one wants the run to write a checkpoint and stop.
 
         Raises:
             ConfigError: The package of a tracker is not installed.
+            TrackerError: One of the user's own cannot be made.
             FencedError: Another attempt has begun.
         """
         run_uri, attempt, position = config.run_uri, context.attempt, context.attempt.position
@@ -64,6 +67,7 @@ class Recorder:
         self._about = {"attempt": attempt.attempt, "world_size": attempt.world_size, "shard_over": context.group}
         self._full = config.train.ledger == "full"
         self._trackers = open_trackers(config, position, self._publish)
+        self._committed = deque[int]()
         self._writing = threading.Lock()
         self._done = threading.Event()
         self._error: Exception | None = None
@@ -79,6 +83,7 @@ class Recorder:
         self._done.set()
         if error is None:
             self.flush()
+            self._tell_committed()
         links = {"run": self._run_uri} if error is not None else self._links()
         for tracker in self._trackers:
             tracker.finish(links, failed=error is not None)
@@ -89,6 +94,7 @@ class Recorder:
         Raises:
             StorageError: What was recorded before could not be written.
             FencedError: Another attempt has begun.
+            TrackerError: A tracker of the user's own has failed.
         """
         if self._error is not None:
             raise self._error
@@ -101,9 +107,30 @@ class Recorder:
     def line(self, line: dict[str, Any]) -> None:
         """Records a line of metrics."""
         self._metrics.append(line)
+        self._tell_committed()
         for tracker in self._trackers:
             tracker.log([Point.of(line)])
         self._publish(line)
+
+    def promise(self, state: TrainState) -> None:
+        """A checkpoint is about to be committed: the lines up to its step become durable; see `flush`."""
+        self.flush()
+
+    def committed(self, line: dict[str, Any]) -> None:
+        """A checkpoint is there; trackers hear of it with the next line. May be called from any thread.
+
+        Args:
+            line: Its step, as `checkpoint`.
+        """
+        self._committed.append(line["checkpoint"])
+        self._publish(line)
+
+    def _tell_committed(self) -> None:
+        while self._committed:
+            step = self._committed.popleft()
+            uri = manifest.checkpoint_uri(self._run_uri, manifest.checkpoint_name(step))
+            for tracker in self._trackers:
+                tracker.checkpoint(step, uri)
 
     def flush(self) -> None:
         """Makes everything recorded so far durable; may be called from any thread.

@@ -1,11 +1,25 @@
-"""Where metrics go besides metrics.jsonl: TensorBoard, W&B, MLflow.
+"""Where metrics go besides metrics.jsonl: TensorBoard, W&B, MLflow, and trackers and checks of the user's own.
 
-A tracker is a class and its entry in `TRACKERS`. One that talks to a server is fed by a thread of its own: whether the
-server is fast, slow or gone is nothing that training waits for.
+A tracker is a class and its entry in `TRACKERS`, or, of the user's own, its import path in `tracking.trackers`:
+
+    class Patience(Tracker):
+        best, step = -math.inf, 0
+
+        def log(self, points):
+            for point in points:
+                margin = point.values.get("eval_rewards/margins", -math.inf)
+                if margin > self.best:
+                    self.best, self.step = margin, point.step
+                elif margin > -math.inf and point.step - self.step > 500:
+                    raise StopTraining(f"no better margin since step {self.step}")
+
+One that talks to a server is fed by a thread of its own: whether the server is fast, slow or gone is nothing that
+training waits for.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -13,17 +27,20 @@ import os
 import tempfile
 import threading
 import time
+import traceback
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, TypeVar
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 from torch.utils.tensorboard import SummaryWriter
 
 from dpo_ray import storage
 from dpo_ray.config import Config
-from dpo_ray.extensions import check_installed
+from dpo_ray.errors import ConfigError, StopTraining, TrackerError
+from dpo_ray.extensions import check_installed, imported
 
 QUEUE_POINTS = 10_000
 BATCH_POINTS = 100
@@ -73,27 +90,39 @@ class TrackedRun:
     run_id: str
 
 
-class Tracker(Protocol):
-    """What shows the metrics of a run; `TRACKERS` has its class under the name that the configuration uses.
+class Tracker:
+    """What shows the metrics of a run, or looks at them; on rank 0 alone.
 
     Attributes:
-        package: What the extra of the tracker's name brings. The tracker then talks to a server: its methods may wait
-            and raise, and are called from a thread of their own. None: it is always there, and called directly.
+        background: Whether it talks to a server: its methods may wait and raise, and are called from a thread of their
+            own; after an error the same is tried again. Else it is called between two steps, which wait for it; what
+            one of the user's own raises ends the run, and `StopTraining` has it write a checkpoint and stop.
+        package: What the extra of the tracker's name brings, or None.
     """
 
-    package: str | None
+    background: bool = False
+    package: str | None = None
 
     def __init__(self, run: TrackedRun) -> None:
         """Makes the tracker; one that talks to a server says nothing to it yet."""
+        self.run = run
 
     def log(self, points: Sequence[Point]) -> None:
-        """Takes points; steps that are done again come again. After an error the same points come again."""
+        """Takes points, of evaluations too, whose names begin with `eval_`; steps that are done again come again."""
+
+    def checkpoint(self, step: int, uri: str) -> None:
+        """A checkpoint has been committed.
+
+        Args:
+            step: Optimizer steps done.
+            uri: Its folder, which is there until newer ones have taken its place.
+        """
 
     def flush(self) -> None:
-        """Makes what was logged durable."""
+        """Makes what was logged durable; from threads of its own."""
 
     def finish(self, links: Mapping[str, str], failed: bool) -> None:
-        """Ends the run. After an error it may be called again.
+        """Ends the run, or this start of its worker group. After an error it may be called again.
 
         Args:
             links: URIs of what the run left, by name.
@@ -101,10 +130,8 @@ class Tracker(Protocol):
         """
 
 
-class TensorBoard:
+class TensorBoard(Tracker):
     """Event files, in `<run>/tensorboard`."""
-
-    package: str | None = None
 
     def __init__(self, run: TrackedRun) -> None:
         """Args: run: Its events after the position are dropped: those steps are done again."""
@@ -130,13 +157,13 @@ class TensorBoard:
         self._folder.cleanup()
 
 
-class Wandb:
+class Wandb(Tracker):
     """Weights & Biases. Key, entity, server, offline mode and folder come from its environment variables.
 
     Its client keeps points on disk while the server does not answer, and sends them later.
     """
 
-    package: str | None = "wandb"
+    background, package = True, "wandb"
 
     def __init__(self, run: TrackedRun) -> None:
         """Args: run: To be tracked."""
@@ -182,13 +209,13 @@ class Wandb:
         return self._run
 
 
-class Mlflow:
+class Mlflow(Tracker):
     """MLflow. Server and credentials come from its environment variables.
 
     A parameter keeps its first value, as MLflow wants it; `config.yaml` in the run directory has the newest.
     """
 
-    package: str | None = "mlflow"
+    background, package = True, "mlflow"
 
     def __init__(self, run: TrackedRun) -> None:
         """Args: run: To be tracked."""
@@ -245,13 +272,18 @@ class Mlflow:
 TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": Wandb, "mlflow": Mlflow}
 
 
-class Background:
+class _Checkpoint(NamedTuple):
+    """That one has been committed."""
+
+    step: int
+    uri: str
+
+
+class Background(Tracker):
     """Feeds a tracker from a thread: what it is told returns at once, and an error is a warning and another try.
 
     When the tracker does not keep up, the oldest points are dropped.
     """
-
-    package: str | None = None
 
     def __init__(self, name: str, tracker: Tracker, warn: Callable[[str], None]) -> None:
         """Starts the thread.
@@ -265,7 +297,7 @@ class Background:
         self._tracker = tracker
         self._warn = warn
         self._changed = threading.Condition()
-        self._waiting: deque[Point] = deque(maxlen=QUEUE_POINTS)
+        self._waiting: deque[Point | _Checkpoint] = deque(maxlen=QUEUE_POINTS)
         self._dropped = 0
         self._ending: tuple[Mapping[str, str], bool] | None = None
         # A daemon: a call that hangs must not keep the worker alive.
@@ -274,9 +306,16 @@ class Background:
 
     def log(self, points: Sequence[Point]) -> None:
         """Queues points."""
+        self._queue(points)
+
+    def checkpoint(self, step: int, uri: str) -> None:
+        """Queues what is to be told."""
+        self._queue([_Checkpoint(step, uri)])
+
+    def _queue(self, told: Sequence[Point | _Checkpoint]) -> None:
         with self._changed:
-            self._dropped += max(0, len(self._waiting) + len(points) - QUEUE_POINTS)
-            self._waiting.extend(points)
+            self._dropped += max(0, len(self._waiting) + len(told) - QUEUE_POINTS)
+            self._waiting.extend(told)
             self._changed.notify()
 
     def flush(self) -> None:
@@ -292,14 +331,16 @@ class Background:
             self._warn(f"{self._name} did not take the last points within {FINISH_WAIT_S:.0f} s; metrics.jsonl has all")
 
     def _work(self) -> None:
-        points: list[Point] = []
+        told: list[Point] | _Checkpoint = []
         down, pause_s = False, RETRY_FIRST_S
         while True:
-            points = points or self._take()
+            told = told or self._take()
             ending = self._ending
             try:
-                if points:
-                    self._tracker.log(points)
+                if isinstance(told, _Checkpoint):
+                    self._tracker.checkpoint(*told)
+                elif told:
+                    self._tracker.log(told)
                 elif ending is not None:
                     self._tracker.finish(*ending)
                     return
@@ -313,14 +354,23 @@ class Background:
                     self._changed.wait_for(lambda: self._ending is not None, pause_s)
                 down, pause_s = True, min(2 * pause_s, RETRY_MOST_S)
             else:
-                points, down, pause_s = [], False, RETRY_FIRST_S
+                told, down, pause_s = [], False, RETRY_FIRST_S
                 self._tell_dropped()
 
-    def _take(self) -> list[Point]:
-        """The next points; none when the run ends and all were taken."""
+    def _take(self) -> list[Point] | _Checkpoint:
+        """The next points, or the next checkpoint; none when the run ends and all were taken."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._ending is not None)
-            return [self._waiting.popleft() for _ in range(min(BATCH_POINTS, len(self._waiting)))]
+            found = list[Point]()
+            while self._waiting and len(found) < BATCH_POINTS:
+                if isinstance(each := self._waiting[0], _Checkpoint):
+                    if not found:
+                        self._waiting.popleft()
+                        return each
+                    break
+                self._waiting.popleft()
+                found.append(each)
+            return found
 
     def _tell_dropped(self) -> None:
         with self._changed:
@@ -329,16 +379,91 @@ class Background:
             self._warn(f"{self._name} did not keep up: it lacks {dropped} lines; metrics.jsonl has all")
 
 
-def check_trackers(config: Config) -> None:
-    """Refuses a tracker whose package is not installed.
+class Own(Tracker):
+    """A tracker of the user's own: what it raises gets its name, or stops the run."""
+
+    def __init__(self, name: str, make: Callable[[], Tracker], publish: Callable[[dict[str, Any]], None]) -> None:
+        """Makes it.
+
+        Args:
+            name: Its import path.
+            make: Gives the tracker.
+            publish: Called with `{"stop": text}` when it wants the run to stop.
+
+        Raises:
+            TrackerError: It cannot be made.
+        """
+        self._name, self._publish = name, publish
+        with self._named():
+            self._tracker = make()
+
+    def log(self, points: Sequence[Point]) -> None:
+        """Hands points on."""
+        with self._named():
+            self._tracker.log(points)
+
+    def checkpoint(self, step: int, uri: str) -> None:
+        """Hands it on."""
+        with self._named():
+            self._tracker.checkpoint(step, uri)
+
+    def flush(self) -> None:
+        """Hands it on."""
+        with self._named():
+            self._tracker.flush()
+
+    def finish(self, links: Mapping[str, str], failed: bool) -> None:
+        """Hands it on; of a run that has failed nothing shall hide why."""
+        try:
+            with self._named():
+                self._tracker.finish(links, failed)
+        except TrackerError as error:
+            if not failed:
+                raise
+            _log.warning("%s", error)
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except StopTraining as wish:
+            self._publish({"stop": f"{self._name}: {wish}"})
+        except Exception as error:
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            raise TrackerError(
+                f"tracking.trackers: {self._name} has failed ({frame.filename}, line {frame.lineno}): "
+                f"{type(error).__name__}: {_brief(error)}; mend it or leave it out, and the same command goes on"
+            ) from error
+
+
+def tracker_class(name: str) -> type[Tracker]:
+    """The class that `tracking.trackers` names.
 
     Raises:
-        ConfigError: One is missing; the message says how to install it.
+        ConfigError: It cannot be imported, is no tracker, or its package is not installed.
+    """
+    if name not in TRACKERS:
+        try:
+            found = imported(name, type)
+        except ValueError as error:
+            raise ConfigError(f"tracking.trackers: {error}") from None
+        if not issubclass(found, Tracker):
+            raise ConfigError(f"tracking.trackers: {name} is no tracker: derive it from {__name__}.Tracker")
+        return found
+    package = TRACKERS[name].package
+    if package is not None:
+        check_installed(package, name, f"tracking.trackers names {name}")
+    return TRACKERS[name]
+
+
+def check_trackers(config: Config) -> None:
+    """Refuses trackers that would not start.
+
+    Raises:
+        ConfigError: See `tracker_class`.
     """
     for name in config.tracking.trackers:
-        package = TRACKERS[name].package
-        if package is not None:
-            check_installed(package, name, f"tracking.trackers names {name}")
+        tracker_class(name)
 
 
 def open_trackers(config: Config, position: int, publish: Callable[[dict[str, Any]], None]) -> list[Tracker]:
@@ -347,10 +472,12 @@ def open_trackers(config: Config, position: int, publish: Callable[[dict[str, An
     Args:
         config: The run.
         position: Steps done before this start of the worker group.
-        publish: Called with `{"warning": text}` when a tracker is in trouble.
+        publish: Called with `{"warning": text}` when a tracker is in trouble, with `{"stop": text}` when one wants the
+            run to stop.
 
     Raises:
-        ConfigError: The package of one is not installed.
+        ConfigError: See `tracker_class`.
+        TrackerError: One of the user's own cannot be made.
         StorageError: The run directory cannot be read or written.
     """
 
@@ -362,8 +489,9 @@ def open_trackers(config: Config, position: int, publish: Callable[[dict[str, An
     run = TrackedRun(config, position, _run_id(config))
     trackers: list[Tracker] = []
     for name in dict.fromkeys(config.tracking.trackers):
-        tracker = TRACKERS[name](run)
-        trackers.append(tracker if tracker.package is None else Background(name, tracker, warn))
+        kind = tracker_class(name)
+        tracker = kind(run) if name in TRACKERS else Own(name, partial(kind, run), publish)
+        trackers.append(Background(name, tracker, warn) if kind.background else tracker)
     return trackers
 
 

@@ -48,6 +48,12 @@ def test_a_line_asks_and_a_signal_is_heard_besides() -> None:
         assert found.value.signal == 15
 
 
+def test_a_tracker_asks() -> None:
+    stop = Stop()
+    stop.hear({"stop": "my_module:Check: low enough"})
+    assert stop.asked == "my_module:Check: low enough"
+
+
 def test_handlers_are_put_back_and_other_threads_ask_nobody() -> None:
     before = signal.getsignal(signal.SIGINT)
     with Stop():

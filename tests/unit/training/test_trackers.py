@@ -21,11 +21,11 @@ from typing import Any
 import pytest
 from helpers import tiny_config
 
-from dpo_ray.config import Config
-from dpo_ray.errors import ConfigError
+from dpo_ray.config import TRACKER_NAMES, Config
+from dpo_ray.errors import ConfigError, TrackerError
 from dpo_ray.training import trackers
 from dpo_ray.training.record import Recorder
-from dpo_ray.training.trackers import TRACKERS, Background, Point, TrackedRun, check_trackers
+from dpo_ray.training.trackers import TRACKERS, Background, Point, TrackedRun, Tracker, check_trackers
 from dpo_ray.types import Attempt
 
 BRISK_S = 1.0
@@ -75,10 +75,9 @@ def free_port() -> int:
         return int(bound.getsockname()[1])
 
 
-class Scripted:
+class Scripted(Tracker):
     """A tracker that does what a test says: waits for `gate`, and raises while `up` is false."""
 
-    package: str | None = None
     run_id = ""
 
     def __init__(self) -> None:
@@ -86,13 +85,17 @@ class Scripted:
         self.gate.set()
         self.calls = 0
         self.steps: list[int] = []
+        self.checkpoints: list[tuple[int, int]] = []
         self.finished: list[tuple[dict[str, str], bool]] = []
 
     def log(self, points: Sequence[Point]) -> None:
         self._answer()
         self.steps += [point.step for point in points]
 
-    def flush(self) -> None: ...
+    def checkpoint(self, step: int, uri: str) -> None:
+        self._answer()
+        assert uri.endswith(f"/checkpoints/step-{step:08d}")
+        self.checkpoints.append((step, len(self.steps)))
 
     def finish(self, links: Mapping[str, str], failed: bool) -> None:
         self._answer()
@@ -125,7 +128,8 @@ def points(first: int, last: int) -> list[Point]:
 
 def test_the_configuration_knows_every_tracker(tmp_path: Path) -> None:
     assert configured(tmp_path, *TRACKERS).tracking.trackers == list(TRACKERS)
-    with pytest.raises(ConfigError, match="tracking.trackers"):
+    assert tuple(TRACKERS) == TRACKER_NAMES
+    with pytest.raises(ConfigError, match="tracking.trackers names 'comet': write tensorboard, .*, or module:name of"):
         configured(tmp_path, "comet")
 
 
@@ -183,6 +187,23 @@ def test_everything_arrives_in_order_then_the_end(patient: None) -> None:
     assert tracker.finished == [({"run": "there"}, False)]
     assert tracker.calls == 4
     assert heard == []
+
+
+def test_checkpoints_arrive_between_the_points(patient: None) -> None:
+    """After the first and the third of four points, though the tracker was down at first."""
+    tracker, heard = Scripted(), list[str]()
+    tracker.gate.clear()
+    tracker.up = False
+    background = Background("it", tracker, heard.append)
+    for step in range(1, 5):
+        background.log(points(step, step))
+        if step in (1, 3):
+            background.checkpoint(step, f"run/checkpoints/step-{step:08d}")
+    tracker.gate.set()
+    wait_until(lambda: bool(heard))
+    tracker.up = True
+    background.finish({}, False)
+    assert (tracker.steps, tracker.checkpoints) == ([1, 2, 3, 4], [(1, 1), (3, 3)])
 
 
 def test_a_tracker_that_is_down_is_tried_again_and_warned_of_once(quick: None) -> None:
@@ -267,6 +288,108 @@ def test_the_id_lies_in_the_run_directory(scripted: list[Scripted], tmp_path: Pa
         with recorder(configured(tmp_path / folder, "tensorboard")):
             pass
     assert scripted[0].run_id == scripted[1].run_id != scripted[2].run_id
+
+
+# --- The user's own --------------------------------------------------------------------------------------------------
+
+OWN = """
+from dpo_ray.errors import StopTraining
+from dpo_ray.training.trackers import Tracker
+
+class Mine(Tracker):
+    heard = []
+
+    def log(self, points):
+        for point in points:
+            self.heard.append((point.step, sorted(point.values)))
+            if point.values.get("loss") == 0.5:
+                raise StopTraining("low enough")
+            if point.values.get("loss") == 0.25:
+                raise ValueError("much\\ntoo low")
+
+    def checkpoint(self, step, uri):
+        self.heard.append((step, uri.rpartition("/")[2]))
+
+    def finish(self, links, failed):
+        self.heard.append((sorted(links), failed))
+        if failed:
+            raise KeyError("again")
+
+class Unmade(Tracker):
+    def __init__(self, run):
+        raise OSError(run.config.name)
+
+class Served(Mine):
+    background = True
+
+NEITHER = 3
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The name of a module of one's own."""
+    name = f"own_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield name
+    sys.modules.pop(name, None)
+
+
+def test_a_tracker_of_ones_own_sees_all_and_may_stop_the_run(own: str, tmp_path: Path) -> None:
+    """A checkpoint of step 1 comes before the next line; of two commits at the end the last comes before the end."""
+    heard: list[dict[str, Any]] = []
+    with recorder(configured(tmp_path, f"{own}:Mine"), heard=heard) as recording:
+        recording.line(line(1))
+        recording.committed({"checkpoint": 1})
+        recording.line({"step": 1, "eval_loss": 0.7})
+        recording.line(line(2))
+        recording.committed({"checkpoint": 2})
+    values = ["loss", "rewards/margins"]
+    assert sys.modules[own].Mine.heard == [
+        (1, values),
+        (1, "step-00000001"),
+        (1, ["eval_loss"]),
+        (2, values),
+        (2, "step-00000002"),
+        (["export", "report", "run"], False),
+    ]
+    assert [each for each in heard if "stop" in each] == [{"stop": f"{own}:Mine: low enough"}]
+    assert [each["checkpoint"] for each in heard if "checkpoint" in each] == [1, 2]
+
+
+def test_what_it_raises_ends_the_run_with_its_name(own: str, tmp_path: Path) -> None:
+    """Line 14 of the module raises; its second error, at the end, hides nothing. Nor is there a second try."""
+    with pytest.raises(TrackerError) as caught:
+        break_after(recorder(configured(tmp_path, f"{own}:Mine")), [line(4)])
+    message = f"tracking.trackers: {own}:Mine has failed ({tmp_path}/{own}.py, line 14): ValueError: much too low; mend"
+    assert str(caught.value).startswith(message)
+    assert sys.modules[own].Mine.heard == [(4, ["loss", "rewards/margins"]), (["run"], True)]
+    with pytest.raises(TrackerError, match=f"{own}:Unmade has failed .*: OSError: my-run"):
+        recorder(configured(tmp_path, f"{own}:Unmade"))
+
+
+def test_what_it_raises_from_a_thread_is_a_warning(own: str, quick: None, tmp_path: Path) -> None:
+    heard: list[dict[str, Any]] = []
+    with recorder(configured(tmp_path, f"{own}:Served"), heard=heard) as recording:
+        recording.line(line(4))
+        wait_until(lambda: bool(warnings_of(heard)))
+    assert warnings_of(heard)[0].startswith(f"{own}:Served is down, training goes on: tracking.trackers: {own}:Served")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("no_such_module:Mine", "cannot be imported: ModuleNotFoundError"),
+        ("{own}:Missing", "cannot be imported: AttributeError"),
+        ("{own}:NEITHER", "is of type int: it must be a builtins.type"),
+        ("{own}:StopTraining", r"is no tracker: derive it from dpo_ray\.training\.trackers\.Tracker"),
+    ],
+)
+def test_what_is_no_tracker_is_refused_before_the_run(own: str, name: str, said: str, tmp_path: Path) -> None:
+    config = configured(tmp_path, name.format(own=own))
+    with pytest.raises(ConfigError, match=rf"tracking\.trackers: .*{said}"):
+        check_trackers(config)
 
 
 # --- W&B -------------------------------------------------------------------------------------------------------------
