@@ -66,6 +66,15 @@ def test_a_race(tmp_path: Path) -> None:
     assert read_stopped(others[0]) is None
 
 
+def test_steps_that_are_done_again_are_judged_by_what_was_before_them(tmp_path: Path) -> None:
+    """After step 20 the others' median is 2; what the run was like after step 30 is of an attempt that is over."""
+    others = [make_run(tmp_path, name) for name in "abc"]
+    race = Race("eval_rewards/margins", config(tmp_path, "late"), others)
+    for step, margin in ((10, 0.0), (20, 2.4), (30, 2.6), (10, 0.0)):
+        assert race.hear({"step": step, "eval_rewards/margins": margin}) is None
+    assert (race.hear({"step": 20, "eval_rewards/margins": 0.0}) or "").startswith("after step 20")
+
+
 def test_what_is_on_record_is_judged_again(tmp_path: Path) -> None:
     """A driver died between evaluation and stop. Losses fall with the margin: log(1 + exp(-s / 10))."""
     others = [make_run(tmp_path, name) for name in "abc"]

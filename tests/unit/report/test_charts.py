@@ -96,9 +96,9 @@ def test_nothing_to_draw() -> None:
 
 def test_points_that_no_other_one_beats() -> None:
     """Of equals both stay; one that gains less at the same cost, or the same at more, goes."""
-    cost = [1.0, 2.0, 2.0, 3.0, 4.0, 0.5]
-    gain = [0.6, 0.7, 0.7, 0.7, 0.65, 0.1]
-    assert on_frontier(cost, gain) == [True, True, True, False, False, True]
+    cost = [1.0, 2.0, 2.0, 2.0, 3.0, 4.0, 0.5]
+    gain = [0.6, 0.7, 0.7, 0.69, 0.7, 0.65, 0.1]
+    assert on_frontier(cost, gain) == [True, True, True, False, False, False, True]
 
 
 def test_a_frontier_is_drawn_through_the_best_with_intervals() -> None:
