@@ -186,6 +186,13 @@ def _results(summary: Mapping[str, Any], evaluation: Mapping[str, Any]) -> Itera
                 (f"tokens of an answer of {_named(name)}", _interval(each)) for name, each in answers["tokens"].items()
             ]
             text += f"\n\nOn answers to {answers['prompts']:,} held-out prompts:\n\n{_table(rows)}"
+        if summary.get("benchmarks"):
+            rows = [
+                (f"{benchmark}, {_named(model)}", _interval(each))
+                for benchmark, of_models in summary["benchmarks"].items()
+                for model, each in of_models.items()
+            ]
+            text += f"\n\nOn standard benchmarks:\n\n{_table(rows)}"
         yield text + "".join(f"\n\n**Note:** {warning}" for warning in summary["warnings"])
     elif evaluation:
         rows = [

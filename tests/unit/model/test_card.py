@@ -42,7 +42,9 @@ def summary(step: int) -> dict[str, Any]:
         "tokens": {"policy": estimate(30.0)},
     }
     held_out = {"pairs": 50, "metrics": metrics}
-    return {"step": step, "held_out": held_out, "answers": answers, "warnings": ["look at the answers"]}
+    benchmarks = {"arc_easy: acc": {"policy": estimate(0.5, 0.25, 0.75), "reference": estimate(0.25)}}
+    about = {"step": step, "benchmarks": benchmarks, "warnings": ["look at the answers"]}
+    return {**about, "held_out": held_out, "answers": answers}
 
 
 def test_a_card_before_and_after_an_evaluation(tmp_path: Path) -> None:
@@ -77,6 +79,8 @@ def test_a_card_before_and_after_an_evaluation(tmp_path: Path) -> None:
     assert found["KL to the reference, nats an answer (k3)"] == "2.5 (2 to 3)"
     assert found["win rate against other"] == "0.625 (0.5 to 0.75)"
     assert found["tokens of an answer of policy"] == "30"
+    assert found["arc_easy: acc, policy"] == "0.5 (0.25 to 0.75)"
+    assert found["arc_easy: acc, reference"] == "0.25"
     assert "**Note:** look at the answers" in loaded.text
     metadata = loaded.data
     assert (metadata.library_name, metadata.datasets, metadata.model_name) == ("transformers", ["owner/pairs"], "card")
