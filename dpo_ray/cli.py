@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import sys
+import traceback
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -20,6 +21,7 @@ from rich.text import Text
 from dpo_ray import config as configuration
 from dpo_ray import storage
 from dpo_ray.errors import ConfigError, FinalError, StoppedError, UserError
+from dpo_ray.redaction import without_secrets
 
 if TYPE_CHECKING:
     from dpo_ray.orchestration.verify import Verdict
@@ -529,3 +531,6 @@ def main() -> None:
     except FinalError as error:
         Console(stderr=True, highlight=False).print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         sys.exit(2 if isinstance(error, UserError) else 1)
+    except Exception:
+        sys.stderr.write(without_secrets(traceback.format_exc()))
+        sys.exit(1)

@@ -32,6 +32,7 @@ from pydantic.fields import FieldInfo
 from dpo_ray.errors import ConfigError
 from dpo_ray.objective.losses import LOSSES, PARAMETERS, check_parameters, loss_named
 from dpo_ray.pairs.formats import FORMATS, Role
+from dpo_ray.redaction import secret_in
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -50,11 +51,6 @@ def _absolute(uri: str) -> str:
 
 
 Uri = Annotated[str, AfterValidator(_absolute)]
-# A name with a password before a host, or a signed URL.
-_SECRET = re.compile(
-    r"://[^/@\s]*:[^/@\s]+@|://\S*[?&](sig|[^=&\s]*(signature|token|secret|password|access_?key)[^=&\s]*)=",
-    re.IGNORECASE,
-)
 _SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 # A label's value, its name, and the name's prefix, as Ray and Kubernetes have them.
 _LABEL = re.compile(r"[a-zA-Z0-9]([a-zA-Z0-9_.-]{0,61}[a-zA-Z0-9])?")
@@ -694,6 +690,17 @@ class EvaluationConfig(Section):
             raise ValueError(f"evaluation.lm_eval has {taken[0]}, which dpo_ray gives itself: leave it out")
         return self
 
+    @field_validator("key_variable")
+    @classmethod
+    def _variable_is_no_key(cls, name: str | None) -> str | None:
+        # Who takes it for the key's own place is not shown what stands there, nor is it written down.
+        if name is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name):
+            raise ValueError(
+                "evaluation.key_variable is not the name of an environment variable, which has capitals, digits and _ "
+                "alone: write the name, e.g. JUDGE_API_KEY, and the key into that variable"
+            )
+        return name
+
     @model_validator(mode="after")
     def _judge_is_named(self) -> EvaluationConfig:
         needed = {"reward_model": ["reward_model"], "endpoint": ["endpoint", "endpoint_model"]}
@@ -1251,16 +1258,16 @@ def _refuse_secrets(raw: Mapping[str, Any]) -> None:
     """Refuses what would stand in the run's folder, in logs and at trackers; what it was is not said here either.
 
     Raises:
-        ConfigError: A URI has a secret in it.
+        ConfigError: A URI has a secret in it, or something a secret of the environment.
     """
     for key, value in _leaves(raw):
         for text in (key, *(value if isinstance(value, list) else [value])):
-            if isinstance(text, str) and _SECRET.search(text):
+            if isinstance(text, str) and (secret := secret_in(text)):
                 # A mixture has its URIs as keys.
                 place = re.sub(r"[.][^.]*://.*", "", key)
                 raise ConfigError(
-                    f"{place}: a URI has a password, a token or a signature in it, which would be written down with "
-                    "the configuration; leave it out, and give credentials by the environment of all nodes "
+                    f"{place}: {secret}, which would be written down with the configuration; leave it out, and give "
+                    "credentials by the environment of all nodes "
                     "(AWS_ACCESS_KEY_ID, ...), by roles, or by fsspec's configuration files"
                 )
 

@@ -1,13 +1,19 @@
 """Typed errors: one message each, for the person who must act on it; they survive pickling between actors."""
 
+from dpo_ray.redaction import without_secrets
+
 
 def first_line(error: BaseException) -> str:
-    """What an error says, without the pages that follow."""
-    return (str(error) or type(error).__name__).splitlines()[0]
+    """What an error says, without the pages that follow, and without secrets."""
+    return without_secrets((str(error) or type(error).__name__).splitlines()[0])
 
 
 class DpoRayError(Exception):
-    """Base of all errors raised on purpose."""
+    """Base of all errors raised on purpose. No message of theirs has a secret in it."""
+
+    def __init__(self, *about: object) -> None:
+        """Takes the message, and what else a kind of error carries."""
+        super().__init__(*(without_secrets(each) if isinstance(each, str) else each for each in about))
 
 
 class FinalError(DpoRayError):

@@ -30,7 +30,8 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 
 from dpo_ray.errors import StorageError
-from dpo_ray.storage_errors import explained, raise_without_bucket, s3_code, shown
+from dpo_ray.redaction import shown
+from dpo_ray.storage_errors import explained, raise_without_bucket, s3_code
 from dpo_ray.storage_requests import asked_again, call, time_limit_s
 from dpo_ray.storage_requests import check_reachable as check_reachable
 from dpo_ray.storage_requests import failing as failing

@@ -6,13 +6,13 @@ import contextlib
 import errno
 import functools
 import os
-import re
 import socket
 import ssl
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from dpo_ray.errors import DpoRayError, StorageError
+from dpo_ray.redaction import errors_without_secrets, shown, without_secrets
 
 FileSystemOf = Callable[[str], tuple[Any, str]]
 
@@ -54,9 +54,6 @@ _S3_MEANINGS = {
     "500": _FAILED,
     "503": _FAILED,
 }
-# Variables of the environment that hold one; a shorter value is none, and may be a part of any word.
-_SECRET_NAMES = r"(SECRET_ACCESS_KEY|API_KEY|SECRET|TOKEN|PASSWORD)$"
-SECRET_CHARS = 8
 # What the next request may find mended, besides whatever the server marks as its own failure (5xx).
 _PASSING_CODES = {
     "408",
@@ -107,7 +104,8 @@ def explained(uri: str, filesystem: FileSystemOf, tried_s: float = 0.0) -> Itera
         if isinstance(error, FileNotFoundError) and not lacks_bucket(error) and not is_passing(error, local=False):
             raise
         tried = f"; tried for {tried_s:.0f} s" if tried_s else ""
-        raise StorageError(said(uri, error, filesystem) + tried) from error
+        with errors_without_secrets():
+            raise StorageError(said(uri, error, filesystem) + tried) from error
 
 
 def said(uri: str, error: BaseException, filesystem: FileSystemOf) -> str:
@@ -252,19 +250,6 @@ def _endpoint(uri: str, filesystem: FileSystemOf) -> str:
         return shown(filesystem(uri)[0].s3.meta.endpoint_url)
     except Exception:  # Another kind of storage, or what is to be explained is that there is no connection.
         return "the server"
-
-
-def shown(uri: str) -> str:
-    """A URI without the name and password that some schemes allow in it."""
-    return re.sub(r"://[^/@\s]*@", "://", uri)
-
-
-def without_secrets(text: str) -> str:
-    """A text without the keys, tokens and passwords of this process's environment, and without those in URIs."""
-    for name, value in os.environ.items():
-        if len(value) >= SECRET_CHARS and re.search(_SECRET_NAMES, name):
-            text = text.replace(value, "***")
-    return shown(text)
 
 
 def _file_in_the_way(path: Any) -> str | None:

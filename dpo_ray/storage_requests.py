@@ -26,7 +26,8 @@ from fsspec.exceptions import FSTimeoutError
 from fsspec.implementations.local import LocalFileSystem
 
 from dpo_ray.errors import StorageError
-from dpo_ray.storage_errors import explained, forget, is_passing, s3_code, said, shown
+from dpo_ray.redaction import shown
+from dpo_ray.storage_errors import explained, forget, is_passing, s3_code, said
 
 # For how long what fails is tried again; the environment's DPO_RAY_STORAGE_PATIENCE_S, in seconds, goes before it.
 PATIENCE_S = 1800.0

@@ -48,6 +48,7 @@ from dpo_ray.orchestration.resources import resources_per_worker
 from dpo_ray.orchestration.stream import Places, close_streams, open_streams
 from dpo_ray.orchestration.watch import Watcher
 from dpo_ray.orchestration.worker import Assignment, final_error, work
+from dpo_ray.redaction import without_secrets
 from dpo_ray.storage_requests import full_patience_s
 from dpo_ray.types import Attempt
 
@@ -267,14 +268,15 @@ class WorkerGroup:
             raise self._error
         if not failures and (final := final_error(self._error)):
             raise final
+        said = without_secrets(str(self._error))
         lost = {beat.place.node_id for beat in self._report.beats.values()} - set(usable_nodes())
         if lost:
-            return End("node", f"{len(lost)} node{'s' * (len(lost) > 1)} with workers died", str(self._error))
+            return End("node", f"{len(lost)} node{'s' * (len(lost) > 1)} with workers died", said)
         if failures:
             return _of_failures(failures)
         if isinstance(self._error, WorkerGroupError):
-            return End("worker", "a worker's process died", str(self._error))
-        return End("ray", f"Ray Train: {_last_line(self._error)}", str(self._error))
+            return End("worker", "a worker's process died", said)
+        return End("ray", f"Ray Train: {_last_line(said) or type(self._error).__name__}", said)
 
 
 class _Whereabouts(ControllerCallback):
@@ -318,6 +320,6 @@ def _of_failures(failures: dict[int, Failure]) -> End:
     return End(failure.kind, f"rank {rank}: {last}", failure.text)
 
 
-def _last_line(error: BaseException) -> str:
+def _last_line(said: str) -> str:
     """Ray puts the cause at the end."""
-    return next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+    return next((line for line in reversed(said.splitlines()) if line.strip()), "")

@@ -6,7 +6,7 @@ import contextlib
 import logging
 from typing import Any
 
-from dpo_ray.storage_errors import without_secrets
+from dpo_ray.redaction import without_secrets
 
 FORMAT = "%(asctime)s %(levelname)s {whose} %(name)s: %(message)s"
 
@@ -32,6 +32,9 @@ def log_as(**whose: object) -> None:
         made.__dict__.update(whose)
         with contextlib.suppress(TypeError, ValueError):  # A message that does not fit is for the handlers to report.
             made.msg, made.args = without_secrets(made.getMessage()), None
+        if made.exc_info and made.exc_info[0] is not None:
+            # Formatters take this in place of making it.
+            made.exc_text = without_secrets(logging.Formatter().formatException(made.exc_info))
         return made
 
     logging.setLogRecordFactory(record)

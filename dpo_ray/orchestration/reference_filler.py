@@ -23,6 +23,7 @@ from dpo_ray.orchestration.replicas import Lost, Replicas, Scored
 from dpo_ray.orchestration.resources import ensure_resources, needs, needs_of_device
 from dpo_ray.pairs.plan import Plan
 from dpo_ray.pairs.store import Chunk, PairStore
+from dpo_ray.redaction import without_secrets
 from dpo_ray.reference.claims import Claims
 from dpo_ray.reference.demand import Demand
 from dpo_ray.reference.store import ReferenceStore, brought_fingerprint, error_place, store_fingerprint
@@ -239,7 +240,8 @@ class ReferenceFiller:
                 if self.error is not None and self._generation:
                     # The waiting stream sees only storage.
                     place = error_place(self._config.run_uri, self._generation)
-                    storage.write_json(place, {"error": str(self.error) or type(self.error).__name__})
+                    said = without_secrets(str(self.error)) or type(self.error).__name__
+                    storage.write_json(place, {"error": said})
                 if self._claims is not None:
                     self._claims.close()
                 self._report(last=True)

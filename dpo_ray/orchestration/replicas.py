@@ -29,6 +29,7 @@ from dpo_ray.orchestration.nodes import kill, lead_gloo, on_nodes
 from dpo_ray.orchestration.resources import resources_per_device
 from dpo_ray.orchestration.worker import final_error
 from dpo_ray.pairs.store import Chunk, brought_scores, read_chunk
+from dpo_ray.redaction import errors_without_secrets
 from dpo_ray.reference.brought import check_brought
 from dpo_ray.reference.store import ReferenceStore
 from dpo_ray.reference.versions import Version, version_after
@@ -64,6 +65,7 @@ class ReferenceReplica:
             port = free.getsockname()[1]
         return Place.here(), f"tcp://{ray.util.get_node_ip_address()}:{port}"
 
+    @errors_without_secrets()
     def load(self, rendezvous: str) -> None:
         """Loads the model, or this device's part of it."""
         import torch  # Only the actor needs the model's libraries.
@@ -112,6 +114,7 @@ class ReferenceReplica:
                 failed = f": {error}"
         raise CheckpointError(f"{run_uri}: no checkpoint has version {self._version.number} of the reference{failed}")
 
+    @errors_without_secrets()
     def score(self, chunk: Chunk) -> int:
         """Scores a chunk and commits it; the first device of a replica writes.
 

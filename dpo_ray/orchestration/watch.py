@@ -11,6 +11,7 @@ from typing import Any
 from dpo_ray.pairs.formats import Reading
 from dpo_ray.pairs.plan import Plan
 from dpo_ray.pairs.store import PairStore
+from dpo_ray.redaction import without_secrets
 from dpo_ray.types import Attempt
 
 
@@ -20,7 +21,7 @@ class _Handler(logging.Handler):
         self._tell = tell
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._tell(record.getMessage())
+        self._tell(without_secrets(record.getMessage()))
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from dpo_ray.orchestration.monitor import Failure, FailureKind, Place, Reporter
 from dpo_ray.orchestration.stream import Places, eval_feeds, make_feed
 from dpo_ray.orchestration.watch import warnings_to
 from dpo_ray.pairs import pack
+from dpo_ray.redaction import errors_without_secrets, without_secrets
 from dpo_ray.training.attempts import Fence
 from dpo_ray.types import Attempt, GlobalBatch, WorkerContext
 
@@ -67,7 +68,7 @@ def work(arguments: dict[str, Assignment]) -> None:
 
         gc.freeze()
         gc.enable()
-        with warnings_to(reporter.warn):
+        with warnings_to(reporter.warn), errors_without_secrets():
             train(assignment.config, _context(assignment, reporter))
     except BaseException as error:
         failure = _failure(error)
@@ -87,7 +88,7 @@ def _failure(error: BaseException) -> Failure:
         final, kind = None, "storage"
     elif isinstance(error, errors.OutOfMemoryError):
         kind = "memory"
-    text = "".join(traceback.format_exception(error))
+    text = without_secrets("".join(traceback.format_exception(error)))
     if lost := _behind(error, errors.ScoresLostError):
         # The last line is the reason that people see; Ray's advice stands there.
         text += str(lost).splitlines()[0]

@@ -17,8 +17,8 @@ from dpo_ray.errors import ConfigError, DataError
 from dpo_ray.lease import last_holder
 from dpo_ray.pairs.statistics import Statistics, describe
 from dpo_ray.pairs.store import PairStore, open_store
+from dpo_ray.redaction import shown
 from dpo_ray.report.charts import Interval
-from dpo_ray.storage_errors import shown
 from dpo_ray.training import manifest, outcome
 from dpo_ray.training.attempts import read_attempts
 

@@ -20,10 +20,10 @@ from dpo_ray import storage
 from dpo_ray.errors import ConfigError
 from dpo_ray.pairs.statistics import PERCENTILES, Statistics, bars
 from dpo_ray.pairs.store import COUNTS
+from dpo_ray.redaction import shown
 from dpo_ray.report.answers import marked
 from dpo_ray.report.charts import Chart, Series, Spot, Tick, frontier_chart, line_chart, number, ticks
 from dpo_ray.report.facts import AttemptFacts, Facts, HeldOut, SideBySide, eval_prefixes, read_facts, step_parts
-from dpo_ray.storage_errors import shown
 
 FILE_NAME = "report.html"
 # Of a prompt's turn or an answer; of a histogram of lengths.

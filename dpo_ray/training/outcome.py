@@ -11,6 +11,7 @@ from typing import Any
 
 from dpo_ray import storage
 from dpo_ray.errors import StoppedError
+from dpo_ray.redaction import without_secrets
 
 FINISHED, FAILED, STOPPED = "finished", "failed", "stopped"
 
@@ -47,7 +48,7 @@ def write_outcome(run_uri: str, generation: int, error: BaseException | None) ->
     """
     kind = FINISHED if error is None else STOPPED if isinstance(error, StoppedError) else FAILED
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-    about = ("", "") if error is None else (type(error).__name__, str(error))
+    about = ("", "") if error is None else (type(error).__name__, without_secrets(str(error)))
     storage.write_json(_place(run_uri), asdict(Outcome(kind, generation, now, *about)))
 
 

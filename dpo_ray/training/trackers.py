@@ -41,6 +41,7 @@ from dpo_ray import storage
 from dpo_ray.config import Config
 from dpo_ray.errors import ConfigError, StopTraining, TrackerError
 from dpo_ray.extensions import check_installed, imported
+from dpo_ray.redaction import without_secrets
 
 QUEUE_POINTS = 10_000
 BATCH_POINTS = 100
@@ -518,5 +519,5 @@ def _chunks(values: list[_T], size: int) -> Iterator[list[_T]]:
 
 
 def _brief(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = without_secrets(" ".join(str(error).split())) or type(error).__name__
     return text if len(text) <= 300 else text[:300] + " ..."

@@ -7,6 +7,7 @@ PACKAGE = Path(__file__).parents[2] / "dpo_ray"
 
 # The way of a pair. A module may import those above it.
 ORDER = [
+    "redaction",
     "errors",
     "types",
     "extensions",

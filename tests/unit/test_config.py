@@ -230,6 +230,8 @@ def test_all_mistakes_at_once() -> None:
         "https://host/pairs.jsonl?X-Amz-Credential=a&X-Amz-Signature=canary",
         "abfs://data/pairs.jsonl?sv=2024&sig=canary",
         "s3://bucket/pairs.jsonl?secret_key=canary",
+        "https://host/pairs.jsonl?api-key=canary",
+        "https://host/pairs.jsonl?v=1&key=canary",
     ],
 )
 def test_a_secret_in_a_uri_is_refused_and_not_repeated(uri: str) -> None:
@@ -247,6 +249,24 @@ def test_a_secret_in_a_uri_is_refused_and_not_repeated(uri: str) -> None:
         assert "canary" not in str(raised.value)
     with pytest.raises(ConfigError):
         Config(**{**MINIMAL, "storage_path": uri})
+
+
+def test_a_secret_of_the_environment_is_refused_and_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_canary-0123456789")
+    monkeypatch.setenv("SHORT_TOKEN", "dpo_ray-1")
+    assert parse_config({**MINIMAL, "tracking": {"project": "dpo_ray-1"}}).tracking.project == "dpo_ray-1"
+    for section, key in (("tracking", "project"), ("tracking", "token"), ("data", "train")):
+        with pytest.raises(ConfigError, match=f"^{section}.{key}: it has the environment's HF_TOKEN in it") as raised:
+            parse_config({**MINIMAL, section: {key: "of hf_canary-0123456789"}})
+        assert "canary" not in str(raised.value)
+
+
+def test_a_key_in_place_of_its_variable_is_not_repeated() -> None:
+    for key in ("sk-canary", "hf_canary", "CANARY KEY"):
+        with pytest.raises(ConfigError, match="evaluation.key_variable is not the name of an env") as raised:
+            parse_config({**MINIMAL, "evaluation": {"key_variable": key}})
+        assert key not in str(raised.value)
+    assert parse_config({**MINIMAL, "evaluation": {"key_variable": "MY_KEY_2"}}).evaluation.key_variable == "MY_KEY_2"
 
 
 def test_what_is_no_secret_in_a_uri() -> None:

@@ -9,6 +9,7 @@ import ssl
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -185,6 +186,11 @@ def test_problems_are_explained(monkeypatch: pytest.MonkeyPatch, s3_server: S3Se
     with pytest.raises(StorageError, match="^nosuch://x/y: ") as caught:
         storage.read_bytes("nosuch://name:password@x/y")
     assert "password" not in str(caught.value)
+    # Nor in what led to it, which Ray writes into its logs.
+    endpoint = "http://me:password@127.0.0.1:9"
+    with credentials(monkeypatch, AWS_ENDPOINT_URL=endpoint), pytest.raises(StorageError) as caught:
+        storage.check_reachable(uri)
+    assert "password" not in "".join(traceback.format_exception(caught.value))
 
 
 def test_what_may_not_be_deleted_is_told(monkeypatch: pytest.MonkeyPatch, s3_server: S3Server) -> None:

@@ -69,7 +69,12 @@ def test_no_secret_is_logged(capsys: pytest.CaptureFixture[str], monkeypatch: py
     for name in ("AWS_SECRET_ACCESS_KEY", "WANDB_API_KEY", "HF_TOKEN", "PGPASSWORD", "MY_SECRET"):
         logging.getLogger("dpo_ray").warning("no step with %s", f"{SECRET}-{name.lower()}")
     logging.getLogger("dpo_ray").warning("no step to https://me:%s@host/step", SECRET)
+    try:
+        raise ValueError(f"no model for {SECRET}-hf_token")
+    except ValueError:
+        logging.getLogger("somebody.else").exception("failed")
     told = capsys.readouterr().err
     assert SECRET not in told
+    assert "ValueError: no model for ***" in told
     assert told.count("no step with ***") == 5
     assert "no step to https://host/step" in told
