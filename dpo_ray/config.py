@@ -771,12 +771,26 @@ class TrainConfig(Section):
     eval_every_steps: PositiveInt | None = Field(
         None, description="evaluate on the held-out pairs this often, and at the end"
     )
+    eval_place: Literal["workers", "actors"] = Field(
+        "workers",
+        description="workers: training stops for it; actors: training goes on, and what is like a replica of the "
+        "reference (reference.devices_per_replica, ...) evaluates a checkpoint of that step",
+    )
     checkpoint_every_steps: PositiveInt = Field(50, description="checkpoint this often, and at the end")
     keep_checkpoints: PositiveInt = Field(2, description="newest checkpoints kept")
     keep_best: Literal["eval_loss", "eval_rewards/accuracies", "eval_rewards/margins"] | None = Field(
         None, description="also keep a checkpoint of the evaluation with the best value of this metric"
     )
     ledger: Literal["digest", "full"] = Field("digest", description="per step a digest of the pair ids, or all of them")
+
+    @model_validator(mode="after")
+    def _place_needs_evaluations(self) -> TrainConfig:
+        if self.eval_place == "actors" and not self.eval_every_steps:
+            raise ValueError(
+                "train.eval_place is actors, but nothing is ever evaluated: set train.eval_every_steps, or leave "
+                "train.eval_place out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _best_needs_evaluations(self) -> TrainConfig:
@@ -1044,6 +1058,12 @@ class Config(Section):
                 "rewards against the mean of all rewards before, which those against another reference have no part "
                 "in: leave one of them out"
             )
+        if self.reference.sync_steps and self.train.eval_place == "actors":
+            raise ValueError(
+                f"train.eval_place is actors, but with reference.sync_steps: {self.reference.sync_steps} the reference "
+                "moves on while they evaluate, and nobody scores held-out pairs with the one before: use "
+                "train.eval_place: workers"
+            )
         if self.reference.sync_steps and self.adapter.rank is not None:
             raise ValueError(
                 f"reference.sync_steps is {self.reference.sync_steps}, but adapter.rank {self.adapter.rank}: a mixture "
@@ -1195,6 +1215,7 @@ MAY_CHANGE = (
     "model.compile",
     "train.tokens_per_microbatch",
     "train.eval_every_steps",
+    "train.eval_place",
     "train.checkpoint_every_steps",
     "train.keep_checkpoints",
     "train.keep_best",

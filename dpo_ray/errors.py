@@ -72,6 +72,10 @@ class ReferenceFillError(FinalError):
     """The reference filler stopped before all chunks were scored."""
 
 
+class EvaluationError(FinalError):
+    """Checkpoints that are evaluated beside training cannot be."""
+
+
 class FencedError(DpoRayError):
     """Another attempt of the run has begun: this one may not write any more."""
 

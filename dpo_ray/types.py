@@ -214,6 +214,38 @@ class Control(Protocol):
         """Whether this rank has been asked to write a checkpoint and end; ranks may hear it at different steps."""
 
 
+class HeldOutPairs(Protocol):
+    """What an evaluation needs of its surroundings: see `WorkerContext`."""
+
+    @property
+    def control(self) -> Control: ...
+
+    @property
+    def eval_sets(self) -> tuple[str, ...]: ...
+
+    @property
+    def eval_batches(self) -> Callable[[str, int, int], Iterator[GlobalBatch]]: ...
+
+
+class Recording(Protocol):
+    """What who records a run's metrics needs of the surroundings: see `WorkerContext`."""
+
+    @property
+    def attempt(self) -> Attempt: ...
+
+    @property
+    def publish(self) -> Callable[[dict[str, Any]], None]: ...
+
+    @property
+    def fence(self) -> Callable[[], None]: ...
+
+    @property
+    def group(self) -> int: ...
+
+    @property
+    def total_steps(self) -> int: ...
+
+
 @dataclass(frozen=True, slots=True)
 class WorkerContext:
     """What the train loop knows of its surroundings: no Ray in here.

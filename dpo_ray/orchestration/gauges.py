@@ -209,7 +209,8 @@ class Gauges(Watcher):
         """A line of metrics: of a step, of an evaluation, or of a checkpoint."""
         now = time.time()
         for key, name in LINE.items():
-            if key in line:
+            # An evaluation beside training is of a step that is past.
+            if key in line and (key != "step" or "loss" in line):
                 self._set(name, line[key])
         if "loss" in line:
             self._set("dpo_last_step_timestamp_seconds", now)

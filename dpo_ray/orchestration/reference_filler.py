@@ -10,7 +10,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -19,7 +19,7 @@ from dpo_ray import storage
 from dpo_ray.config import Config
 from dpo_ray.errors import ReferenceFillError, StorageError
 from dpo_ray.model.weights import weights_digest
-from dpo_ray.orchestration.replicas import Lost, Replicas, Scored
+from dpo_ray.orchestration.replicas import LOST_PAUSE_S, Losses, Lost, Scored, reference_replicas
 from dpo_ray.orchestration.resources import ensure_resources, needs, needs_of_device
 from dpo_ray.pairs.plan import Plan
 from dpo_ray.pairs.store import Chunk, PairStore
@@ -37,8 +37,6 @@ LOOK_S = 0.5
 ELSEWHERE_LOOK_S, REFUSED_LOOK_S = 1.0, 5.0
 REPORT_S = 10.0
 TELL_S, STOP_S = 30.0, 60.0
-# A replica that is lost at once, again and again, shall not use up the limit within a second.
-LOST_PAUSE_S = 2.0
 # Of a rate that is measured step by step, or chunk by chunk, the newest counts this much.
 NEWEST = 0.2
 
@@ -160,11 +158,10 @@ class ReferenceFiller:
         self.filled.hit_pairs += total - left
         self._todo, self._elsewhere = deque(self.missing), list[Chunk]()
         self._claims: Claims | None = None
-        self._pool = Replicas(config, pairs.uri, reference, version)
+        self._pool = reference_replicas(config, pairs.uri, reference, version)
         self._started_before = self.filled.started_replicas
         self._demand = Demand(config.reference.least_replicas, config.reference.most_replicas)
-        self._tries: Counter[str] = Counter()
-        self._losses, self._raised = 0, ""
+        self._losses = Losses(config.recovery.max_reference_failures, ReferenceFillError, "reference")
         # Refused by a reader, and not scored again yet.
         self._again: set[str] = set()
         # The order of need, up to the first chunk without scores.
@@ -172,7 +169,7 @@ class ReferenceFiller:
         self._ready_pairs = self._trained_pairs = 0
         self._trained_per_s: float | None = None
         self._workers_short = self._workers_wait = False
-        self._looked = {"elsewhere": 0.0, "refused": 0.0, "report": 0.0, "lost": 0.0}
+        self._looked = {"elsewhere": 0.0, "refused": 0.0, "report": 0.0}
         self._told = False
         self._reported: dict[str, Any] = {}
         self._stopped, self._complete = threading.Event(), threading.Event()
@@ -260,7 +257,7 @@ class ReferenceFiller:
         if self._claims is None:
             self._claims = Claims(self._reference.uri, *self._name)
         self._look_elsewhere()
-        if time.monotonic() - self._looked["lost"] > LOST_PAUSE_S:
+        if not self._losses.pausing():
             self._pool.resize(min(self._wanted(), len(self._without) - len(self._elsewhere)))
         self._hand_out()
         for event in self._pool.look(LOOK_S):
@@ -356,12 +353,12 @@ class ReferenceFiller:
             self.filled.left_chunks += 1
             self._complete.clear()
 
-    def _scored(self, event: Scored) -> None:
-        self._losses, self._raised = 0, ""
-        self.filled.scored_pairs += event.chunk.num_pairs
-        rate = event.chunk.num_pairs / max(1e-3, event.seconds)
+    def _scored(self, event: Scored[Chunk]) -> None:
+        self._losses.done()
+        self.filled.scored_pairs += event.work.num_pairs
+        rate = event.work.num_pairs / max(1e-3, event.seconds)
         self.filled.pairs_per_s = _smoothed(self.filled.pairs_per_s, rate)
-        self._has_scores(event.chunk)
+        self._has_scores(event.work)
 
     def _elsewhere_scored(self, chunk: Chunk) -> None:
         self.filled.elsewhere_pairs += chunk.num_pairs
@@ -377,29 +374,12 @@ class ReferenceFiller:
             ready = self._order.popleft()
             self._ready_pairs += ready.num_pairs * (ready.key in self._train_keys)
 
-    def _lost(self, event: Lost) -> None:
-        if event.final is not None:
-            raise event.final
-        if event.raised and event.reason == self._raised:
-            raise ReferenceFillError(f"two replicas one after the other raised: {event.reason}{_advice(event.reason)}")
-        self._raised = event.reason if event.raised else ""
-        # With a node, all that were on it are lost.
-        self._losses += self._due("lost", LOST_PAUSE_S)
-        self.filled.lost_replicas += 1
-        what = ""
-        if event.chunk is not None:
-            self._give_back(event.chunk)
-            self._todo.appendleft(event.chunk)
-            self._tries[event.chunk.key] += 1
-            what = f" over {event.chunk.name}"
-        limit = self._config.recovery.max_reference_failures
-        times = max(self._losses, self._tries[event.chunk.key] if event.chunk is not None else 0)
-        if -1 < limit < times:
-            raise ReferenceFillError(
-                f"a replica was lost{what}: {event.reason}; {times} times now, recovery.max_reference_failures is "
-                f"{limit}; see to the cause and give the same command again: what is scored is kept"
-            )
-        log.warning("a replica of the reference was lost%s: %s; another takes its place", what, event.reason)
+    def _lost(self, event: Lost[Chunk]) -> None:
+        self.filled.lost_replicas += event.final is None
+        if event.work is not None:
+            self._give_back(event.work)
+            self._todo.appendleft(event.work)
+        self._losses.count(event)
 
     def _give_back(self, chunk: Chunk) -> None:
         assert self._claims is not None
@@ -418,10 +398,6 @@ class ReferenceFiller:
         if self._due("report", 0.0 if last else REPORT_S) and (last or asdict(self.filled) != self._reported):
             self._reported = asdict(self.filled)
             storage.write_json(self._report_uri, self._reported)
-
-
-def _advice(reason: str) -> str:
-    return "; lower reference.tokens_per_microbatch" if "out of memory" in reason else ""
 
 
 def _smoothed(before: float | None, value: float) -> float:

@@ -1,7 +1,7 @@
-"""Replicas of the reference: actors that score chunks, come and go, and may die at any time.
+"""Replicas: actors that do one piece of work after the other, come and go, and may die at any time.
 
-A replica is one actor, or several that hold one sharded model together. It knows nothing of training: a chunk goes in,
-a file of scores appears in the store.
+A replica is one actor, or several that hold one sharded model together. It knows nothing of training: one of the
+reference is given a chunk, and a file of scores appears in the store.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import contextlib
 import logging
 import socket
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import ray
 from ray.exceptions import RayActorError, RayError
@@ -38,25 +39,36 @@ log = logging.getLogger(__name__)
 
 # How often a replica that computes is asked whether it moves.
 ASK_S = 5.0
+# A replica that is lost at once, again and again, shall not use up the limit within a second.
+LOST_PAUSE_S = 2.0
 
 Stage = Literal["waiting for room", "loading", "idle", "scoring"]
 
 
-class ReferenceReplica:
-    """One device of a replica."""
+class Work(Protocol):
+    """What a replica is given."""
 
-    def __init__(
-        self, config: Config, pairs_uri: str, reference: ReferenceStore, rank: int, version: Version | None = None
-    ) -> None:
+    @property
+    def name(self) -> str:
+        """For people to read, and different for each."""
+
+
+W = TypeVar("W", bound=Work)
+
+
+class Replica:
+    """One device of a replica; those that do something also have `load(rendezvous)` and `score(work)`."""
+
+    role = "replica"
+
+    def __init__(self, config: Config, rank: int) -> None:
         """Loads nothing yet: of an actor that fails at its start Ray says more than what went wrong."""
-        self._config, self._pairs_uri, self._reference, self._rank = config, pairs_uri, reference, rank
-        self._version = version
+        self._config, self._rank = config, rank
         self._moved_at = time.monotonic()
-        self._scorer: Any = None
-        log_as(run=config.name, role="reference", rank=rank)
+        log_as(run=config.name, role=self.role, rank=rank)
 
     def __repr__(self) -> str:
-        return f"{self._config.name}, reference, device {self._rank}"
+        return f"{self._config.name}, {self.role}, device {self._rank}"
 
     def here(self) -> tuple[Place, str]:
         """Where this process runs, and an address on which others can meet it."""
@@ -65,29 +77,66 @@ class ReferenceReplica:
             port = free.getsockname()[1]
         return Place.here(), f"tcp://{ray.util.get_node_ip_address()}:{port}"
 
-    @errors_without_secrets()
-    def load(self, rendezvous: str) -> None:
-        """Loads the model, or this device's part of it."""
+    def _join(self, rendezvous: str, alone: bool) -> Any:
+        """Settles where this process computes, and joins those of the other devices.
+
+        Args:
+            rendezvous: Where they meet.
+            alone: Whether one device is to be a process group too.
+
+        Returns:
+            The device.
+        """
         import torch  # Only the actor needs the model's libraries.
         import torch.distributed as dist
-
-        from dpo_ray.reference.scorer import Scorer
 
         options, devices = self._config.reference, self._config.reference.devices_per_replica
         device = torch.device("cuda" if options.gpus_per_replica else "cpu")
         if device.type == "cpu":
             torch.set_num_threads(max(1, int(options.cpus_per_replica / devices)))
-        if devices > 1:
+        if devices > 1 or alone:
             lead_gloo()
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, init_method=rendezvous, rank=self._rank, world_size=devices)
+        return device
+
+    @ray.method(concurrency_group="asked")
+    def still_s(self) -> float:
+        """For how long the model has not moved, though the storage answers and nothing comes from it."""
+        if storage.failing() or storage.fetching():
+            self._moved()
+        return time.monotonic() - self._moved_at
+
+    def _moved(self) -> None:
+        self._moved_at = time.monotonic()
+
+
+class ReferenceReplica(Replica):
+    """One of the reference."""
+
+    role = "reference"
+
+    def __init__(
+        self, config: Config, pairs_uri: str, reference: ReferenceStore, version: Version | None, rank: int
+    ) -> None:
+        """Loads nothing yet."""
+        super().__init__(config, rank)
+        self._pairs_uri, self._reference, self._version = pairs_uri, reference, version
+        self._scorer: Any = None
+
+    @errors_without_secrets()
+    def load(self, rendezvous: str) -> None:
+        """Loads the model, or this device's part of it."""
+        from dpo_ray.reference.scorer import Scorer
+
+        device, options = self._join(rendezvous, alone=False), self._config.reference
         self._scorer = Scorer(
             self._config.reference_path,
             self._config.reference_dtype,
             self._config.model.attention,
             options.tokens_per_microbatch,
             device,
-            sharded=devices > 1,
+            sharded=options.devices_per_replica > 1,
             per_token=self._config.needs_token_scores,
             weights=self._read_version if self._version else None,
         )
@@ -133,81 +182,132 @@ class ReferenceReplica:
             log.info("has scored %s, %d pairs", chunk.name, len(pairs))
         return len(pairs)
 
-    @ray.method(concurrency_group="asked")
-    def still_s(self) -> float:
-        """For how long the model has not moved, though the storage answers and nothing comes from it."""
-        if storage.failing() or storage.fetching():
-            self._moved()
-        return time.monotonic() - self._moved_at
-
-    def _moved(self) -> None:
-        self._moved_at = time.monotonic()
-
 
 @dataclass(frozen=True, slots=True)
-class Scored:
-    """A replica has committed a chunk.
+class Scored(Generic[W]):
+    """A replica has committed what came of a piece of work.
 
     Attributes:
-        chunk: Which.
+        work: Which.
         seconds: How long it took.
     """
 
-    chunk: Chunk
+    work: W
     seconds: float
 
 
 @dataclass(frozen=True, slots=True)
-class Lost:
+class Lost(Generic[W]):
     """A replica is gone.
 
     Attributes:
-        chunk: What it was scoring, if anything.
+        work: What it was doing, if anything.
         reason: In a line.
         final: The error that would come again, or None.
         raised: Whether its own code raised, as it may at the next replica too.
     """
 
-    chunk: Chunk | None
+    work: W | None
     reason: str
     final: FinalError | None = None
     raised: bool = False
 
 
+class Losses:
+    """Losses of replicas since the last piece of work that was done, and over the same one."""
+
+    def __init__(self, limit: int, error: type[FinalError], what: str) -> None:
+        """Begins to count.
+
+        Args:
+            limit: How many are survived; -1: any number.
+            error: Raised for one more.
+            what: The replica's kind, for people.
+        """
+        self._limit, self._error, self._what = limit, error, what
+        self._tries: Counter[str] = Counter()
+        self._losses, self._raised, self._lost_at = 0, "", -LOST_PAUSE_S
+
+    def pausing(self) -> bool:
+        """Whether one has just been lost."""
+        return time.monotonic() - self._lost_at <= LOST_PAUSE_S
+
+    def done(self) -> None:
+        """Work was done."""
+        self._losses, self._raised = 0, ""
+
+    def count(self, event: Lost[W]) -> None:
+        """Counts a loss.
+
+        Raises:
+            FinalError: It is one too many, or would come again.
+        """
+        if event.final is not None:
+            raise event.final
+        if event.raised and event.reason == self._raised:
+            advice = "; lower reference.tokens_per_microbatch" if "out of memory" in event.reason else ""
+            raise self._error(f"two replicas one after the other raised: {event.reason}{advice}")
+        self._raised = event.reason if event.raised else ""
+        # With a node, all that were on it are lost.
+        if not self.pausing():
+            self._losses, self._lost_at = self._losses + 1, time.monotonic()
+        what, times = "", self._losses
+        if event.work is not None:
+            self._tries[event.work.name] += 1
+            what, times = f" over {event.work.name}", max(times, self._tries[event.work.name])
+        if -1 < self._limit < times:
+            raise self._error(
+                f"a replica was lost{what}: {event.reason}; {times} times now, recovery.max_reference_failures is "
+                f"{self._limit}; see to the cause and give the same command again: what is scored is kept"
+            )
+        log.warning("a replica of the %s was lost%s: %s; another takes its place", self._what, what, event.reason)
+
+
 @dataclass(slots=True, eq=False)
-class _Replica:
+class _Replica(Generic[W]):
     actors: list[Any]
     group: PlacementGroup | None
     pending: list[Any]
     answers: dict[Any, Any] = field(default_factory=dict)
     stage: Stage = "waiting for room"
     places: dict[int, Place] = field(default_factory=dict)
-    chunk: Chunk | None = None
+    work: W | None = None
     since: float = field(default_factory=time.monotonic)
     asked: dict[Any, float] = field(default_factory=dict)
     asked_at: float = 0.0
 
 
-class Replicas:
+def reference_replicas(
+    config: Config, pairs_uri: str, reference: ReferenceStore, version: Version | None
+) -> Replicas[Chunk]:
+    """Those that score chunks.
+
+    Args:
+        config: The run.
+        pairs_uri: The pair store.
+        reference: Where scores go.
+        version: Of a reference that has moved.
+    """
+    return Replicas(config, ReferenceReplica, pairs_uri, reference, version)
+
+
+class Replicas(Generic[W]):
     """The pool; used from one thread.
 
     Attributes:
         started: How many replicas were started so far.
     """
 
-    def __init__(
-        self, config: Config, pairs_uri: str, reference: ReferenceStore, version: Version | None = None
-    ) -> None:
+    def __init__(self, config: Config, kind: type[Replica], *arguments: Any) -> None:
         """Starts nothing yet.
 
         Args:
             config: The run.
-            pairs_uri: The pair store.
-            reference: Where scores go.
-            version: Of a reference that has moved.
+            kind: The actors' class.
+            arguments: What it is made with, between the configuration and the rank.
         """
-        self._config, self._pairs_uri, self._reference, self._version = config, pairs_uri, reference, version
-        self._replicas: list[_Replica] = []
+        self._config, self._kind, self._arguments = config, kind, arguments
+        self._replicas: list[_Replica[W]] = []
         self.started = 0
 
     def __len__(self) -> int:
@@ -234,13 +334,13 @@ class Replicas:
         """Replicas that have nothing to do."""
         return sum(replica.stage == "idle" for replica in self._replicas)
 
-    def score(self, chunk: Chunk) -> None:
-        """Gives a chunk to an idle replica."""
+    def score(self, work: W) -> None:
+        """Gives a piece of work to an idle replica."""
         replica = next(each for each in self._replicas if each.stage == "idle")
-        replica.chunk = chunk
-        self._go_on(replica, "scoring", [actor.score.remote(chunk) for actor in replica.actors])
+        replica.work = work
+        self._go_on(replica, "scoring", [actor.score.remote(work) for actor in replica.actors])
 
-    def look(self, timeout_s: float) -> list[Scored | Lost]:
+    def look(self, timeout_s: float) -> list[Scored[W] | Lost[W]]:
         """What has happened; waits for something to happen."""
         of_ref = {
             ref: each for each in self._replicas for ref in [*each.pending, *each.asked] if ref not in each.answers
@@ -250,7 +350,7 @@ class Replicas:
             return []
         ready, _ = ray.wait(list(of_ref), num_returns=1, timeout=timeout_s)
         ready, _ = ray.wait(list(of_ref), num_returns=len(of_ref), timeout=0) if ready else ([], [])
-        events: list[Scored | Lost] = []
+        events: list[Scored[W] | Lost[W]] = []
         for replica in {id(of_ref[ref]): of_ref[ref] for ref in ready}.values():
             events += self._advance(replica, set(ready))
         for replica in list(self._replicas):
@@ -262,7 +362,7 @@ class Replicas:
         """Lets all replicas go, whatever they do."""
         self._end(list(self._replicas))
 
-    def _start(self) -> _Replica:
+    def _start(self) -> _Replica[W]:
         devices, each = self._config.reference.devices_per_replica, resources_per_device(self._config)
         labels = self._config.reference.label_selector
         custom = {name: amount for name, amount in each.items() if name not in ("CPU", "GPU")}
@@ -274,7 +374,7 @@ class Replicas:
                 [each] * devices, strategy="PACK", bundle_label_selector=[labels] * devices if labels else None
             )
             strategy = PlacementGroupSchedulingStrategy(group)
-        actor = ray.remote(concurrency_groups={"asked": 1}, max_restarts=0, max_task_retries=0)(ReferenceReplica)
+        actor = ray.remote(concurrency_groups={"asked": 1}, max_restarts=0, max_task_retries=0)(self._kind)
         place = actor.options(
             num_cpus=each.get("CPU", 0.0),
             num_gpus=each.get("GPU", 0.0),
@@ -282,12 +382,10 @@ class Replicas:
             label_selector=labels or None,
             scheduling_strategy=strategy,
         )
-        actors = [
-            place.remote(self._config, self._pairs_uri, self._reference, rank, self._version) for rank in range(devices)
-        ]
+        actors = [place.remote(self._config, *self._arguments, rank) for rank in range(devices)]
         return _Replica(actors, group, [one.here.remote() for one in actors])
 
-    def _advance(self, replica: _Replica, ready: set[Any]) -> list[Scored | Lost]:
+    def _advance(self, replica: _Replica[W], ready: set[Any]) -> list[Scored[W] | Lost[W]]:
         """Takes what a replica has answered."""
         try:
             for ref in [ref for ref in replica.asked if ref in ready]:
@@ -313,19 +411,19 @@ class Replicas:
             case "loading":
                 self._go_on(replica, "idle", [])
             case "scoring":
-                assert replica.chunk is not None
-                scored = Scored(replica.chunk, time.monotonic() - replica.since)
-                replica.chunk = None
+                assert replica.work is not None
+                scored = Scored(replica.work, time.monotonic() - replica.since)
+                replica.work = None
                 self._go_on(replica, "idle", [])
                 return [scored]
         return []
 
-    def _go_on(self, replica: _Replica, stage: Stage, pending: Sequence[Any]) -> None:
+    def _go_on(self, replica: _Replica[W], stage: Stage, pending: Sequence[Any]) -> None:
         replica.stage, replica.pending, replica.answers = stage, list(pending), {}
         replica.since = replica.asked_at = time.monotonic()
         replica.asked.clear()
 
-    def _standstill(self, replica: _Replica) -> str | None:
+    def _standstill(self, replica: _Replica[W]) -> str | None:
         """Asks a replica that computes whether it moves, and says so when it does not answer."""
         if replica.stage not in ("loading", "scoring"):
             return None
@@ -338,15 +436,17 @@ class Replicas:
             replica.asked = {actor.still_s.remote(): now for actor in replica.actors}
         return None
 
-    def _limit_s(self, replica: _Replica) -> float:
+    def _limit_s(self, replica: _Replica[W]) -> float:
         return self._config.recovery.hang_timeout_s + START_S * (replica.stage == "loading")
 
-    def _lost(self, replica: _Replica, reason: str, final: FinalError | None = None, raised: bool = False) -> Lost:
-        lost = Lost(replica.chunk, reason, final, raised)
+    def _lost(
+        self, replica: _Replica[W], reason: str, final: FinalError | None = None, raised: bool = False
+    ) -> Lost[W]:
+        lost = Lost(replica.work, reason, final, raised)
         self._end([replica])
         return lost
 
-    def _end(self, going: Sequence[_Replica]) -> None:
+    def _end(self, going: Sequence[_Replica[W]]) -> None:
         self._replicas = [replica for replica in self._replicas if replica not in going]
         places = list[Place]()
         for replica in going:

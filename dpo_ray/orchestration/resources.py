@@ -99,6 +99,7 @@ def ensure_resources(config: Config, workers: bool = True, references: bool = Tr
             raise ConfigError(
                 f"scaling.workers and reference.replicas: together they need {as_number(amount)} {name}, the cluster "
                 f"can have at most {as_number(most)}; ask for less, add nodes, or score ahead with `dpo-ray reference`"
+                + (", or set train.eval_place: workers" if config.train.eval_place == "actors" else "")
             )
 
 
@@ -113,6 +114,8 @@ def demands(
     if references and config.needs_reference and reference.place != "adapter_off":
         devices = reference.least_replicas * reference.devices_per_replica
         asked.append(("reference.replicas", devices, needs_of_device(config)))
+    if workers and config.train.eval_place == "actors":
+        asked.append(("reference.devices_per_replica", reference.devices_per_replica, needs_of_device(config)))
     if tokenizing:
         asked.append(("data.label_selector", 1, {"CPU": 1.0, **labels_as_resources(config.data.label_selector, 1.0)}))
     return asked

@@ -17,6 +17,7 @@ from dpo_ray.config import Config, RecoveryConfig
 from dpo_ray.errors import RecoveryError
 from dpo_ray.lease import RunLease
 from dpo_ray.orchestration.autoscaler import Wish
+from dpo_ray.orchestration.evaluator import Evaluator
 from dpo_ray.orchestration.group import End, WorkerGroup
 from dpo_ray.orchestration.monitor import Place
 from dpo_ray.orchestration.nodes import draining_nodes
@@ -77,6 +78,7 @@ def supervise(
     lease: RunLease,
     watcher: Watcher,
     references: References | None,
+    evaluator: Evaluator | None,
     finished: Callable[[], bool],
     stop: Stop,
 ) -> None:
@@ -88,7 +90,8 @@ def supervise(
         lease: What makes this the run's only driver.
         watcher: Told what happens.
         references: Who scores beside training; None where nobody does.
-        finished: Whether the run has nothing left to do.
+        evaluator: Who evaluates beside training; None where nobody does.
+        finished: Whether the run has nothing left to train or to export.
         stop: Who may ask it to stop.
 
     Raises:
@@ -104,7 +107,7 @@ def supervise(
     reason = "start" if manifest.newest(config.run_uri) is None else "continue"
     try:
         with stop:
-            while True:
+            while not _finished(config, evaluator, lease, watcher, stop, finished):
                 num_workers, node_ids = _wait_for_room(config, references, lease, watcher, stop, wish)
                 attempt = attempts.begin(config.run_uri, lease.generation, num_workers, reason)
                 manifest.collect_orphans(config.run_uri, attempt.attempt)
@@ -113,20 +116,42 @@ def supervise(
                 watcher.began(attempt)
                 whose = {"run": config.name, "attempt": attempt.attempt}
                 log.info("begins after step %d with %d workers: %s", attempt.position, num_workers, reason, extra=whose)
-                group = WorkerGroup(config, places, attempt, node_ids, watcher, _tell(references, stop))
-                end = group.run(_Look(config, attempt, lease, references, watcher, stop, wish))
+                group = WorkerGroup(config, places, attempt, node_ids, watcher, _tell(references, evaluator, stop))
+                end = group.run(_Look(config, attempt, lease, references, evaluator, watcher, stop, wish))
                 watcher.ended(end.kind)
                 log.info("ended (%s): %s", end.kind, end.reason, extra=whose)
-                if end.kind == "done" and finished():
-                    return
-                _check(stop, config)
                 reason = end.reason
                 if end.kind == "done":
                     continue
+                _check(stop, config)
                 failures.count(end, attempt)
                 watcher.warning(f"{end.reason}; starting again from the newest checkpoint")
     finally:
         wish.withdraw()
+
+
+def _finished(
+    config: Config,
+    evaluator: Evaluator | None,
+    lease: RunLease,
+    watcher: Watcher,
+    stop: Stop,
+    finished: Callable[[], bool],
+) -> bool:
+    """Whether there is nothing left to do; waits for evaluations, for which no worker is needed."""
+    if not finished():
+        _check(stop, config)
+        return False
+    if evaluator is None or evaluator.done():
+        return True
+    watcher.phase("waiting for the last evaluations")
+    while not evaluator.done():
+        lease.check()
+        _check(stop, config)
+        evaluator.check()
+        time.sleep(POLL_S)
+    # A checkpoint that turned out to be damaged while it was evaluated is none any more.
+    return finished()
 
 
 def _check(stop: Stop, config: Config) -> None:
@@ -134,11 +159,13 @@ def _check(stop: Stop, config: Config) -> None:
     stop.check(config.run_uri, newest[1].state.step if newest else 0)
 
 
-def _tell(references: References | None, stop: Stop) -> Callable[[dict[str, Any]], None]:
+def _tell(references: References | None, evaluator: Evaluator | None, stop: Stop) -> Callable[[dict[str, Any]], None]:
     def tell(line: dict[str, Any]) -> None:
         stop.hear(line)
         if references is not None:
             references.trained(line)
+        if evaluator is not None:
+            evaluator.trained(line)
 
     return tell
 
@@ -204,7 +231,7 @@ def _wait_for_room(
             return num_workers, node_ids
         if time.monotonic() - asked > TELL_S:
             asked = time.monotonic()
-            (need,) = needs(demands(config, references=False))
+            need, *_ = needs(demands(config, references=False))
             if str(need) != told:
                 told = str(need)
                 watcher.warning(f"waiting for room for workers: {told}{f': {need.remedy}' if need.impossible else ''}")
@@ -220,11 +247,13 @@ class _Look:
         attempt: Attempt,
         lease: RunLease,
         references: References | None,
+        evaluator: Evaluator | None,
         watcher: Watcher,
         stop: Stop,
         wish: Wish,
     ) -> None:
         self._config, self._attempt, self._lease, self._references = config, attempt, lease, references
+        self._evaluator = evaluator
         self._watcher, self._stop, self._wish = watcher, stop, wish
         self._drain_looked = self._grow_looked = time.monotonic()
         self._roomy_since: float | None = None
@@ -236,6 +265,8 @@ class _Look:
             _hear(self._references, self._watcher)
             if len(places) == self._attempt.world_size:
                 self._references.workers_wait(None)
+        if self._evaluator is not None:
+            self._evaluator.check()
         if self._stop.asked is not None:
             return f"asked to stop ({self._stop.asked})"
         now = time.monotonic()

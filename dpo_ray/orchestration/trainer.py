@@ -7,8 +7,8 @@ import importlib.metadata
 import logging
 import os
 import subprocess
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -20,6 +20,7 @@ from dpo_ray.errors import ConfigError, LeaseLostError, first_line
 from dpo_ray.extensions import code_digest
 from dpo_ray.lease import RunLease
 from dpo_ray.model.files import check_quantize, refuse_auxiliary_loss, relative_costs
+from dpo_ray.orchestration.evaluator import Evaluator
 from dpo_ray.orchestration.gauges import Gauges
 from dpo_ray.orchestration.moving_filler import MovingFiller
 from dpo_ray.orchestration.prepare import Survey, check_reachable, prepare, survey
@@ -40,10 +41,13 @@ from dpo_ray.pairs.store import PairStore, open_store
 from dpo_ray.reference.store import ReferenceStore, error_place
 from dpo_ray.reference.usage import note_use
 from dpo_ray.report.page import write_report
-from dpo_ray.training import manifest
+from dpo_ray.training import evaluations, manifest
+from dpo_ray.training.attempts import Fence, read_attempts
 from dpo_ray.training.optimizer import check_optimizer
 from dpo_ray.training.outcome import write_outcome
+from dpo_ray.training.record import Recorder
 from dpo_ray.training.trackers import check_trackers
+from dpo_ray.types import Attempt
 
 log = logging.getLogger(__name__)
 
@@ -103,8 +107,8 @@ def cpus_wanted(config: Config) -> float:
     """What a run takes of the machine where Ray is started for it."""
     scaling, reference = config.scaling, config.reference
     needed = config.needs_reference and reference.place == "actors"
-    references = reference.least_replicas * reference.cpus_per_replica if needed else 0
-    return scaling.max_workers * scaling.cpus_per_worker + references + 1
+    replicas = (reference.least_replicas if needed else 0) + (config.train.eval_place == "actors")
+    return scaling.max_workers * scaling.cpus_per_worker + replicas * reference.cpus_per_replica + 1
 
 
 def train(config: Config, watcher: Watcher | None = None, stop: Stop | None = None) -> Result:
@@ -213,6 +217,7 @@ def _train(config: Config, watcher: Watcher, found: Survey, lease: RunLease, sto
     if found.made is None:
         ensure_resources(config, workers=False, references=False, tokenizing=True)
     filler: ReferenceFiller | MovingFiller | None = None
+    evaluator: Evaluator | None = None
     try:
         pairs = prepare(config, watcher, found)
         there = {chunk.source for chunk in pairs.eval}
@@ -237,20 +242,22 @@ def _train(config: Config, watcher: Watcher, found: Survey, lease: RunLease, sto
             note_use(reference, config.run_uri, pairs.uri)
             if config.reference.place != "adapter_off":
                 filler = _filler(config, pairs, plan, reference, lease.generation, position)
-        supervise(
-            config,
-            Places(
-                pairs.uri,
-                reference.uri if reference else None,
-                Costs(*relative_costs(config.model.path)),
-                error_place(config.run_uri, lease.generation),
-            ),
-            lease,
-            watcher,
-            references=filler,
-            finished=lambda: finished_run(config) is not None,
-            stop=stop,
+        places = Places(
+            pairs.uri,
+            reference.uri if reference else None,
+            Costs(*relative_costs(config.model.path)),
+            error_place(config.run_uri, lease.generation),
         )
+        if config.train.eval_place == "actors":
+            evaluator = Evaluator(config, places, plan.total_steps)
+            evaluator.start()
+
+        def trained() -> bool:
+            return finished_run(config, evaluated=False) is not None
+
+        supervise(config, places, lease, watcher, filler, evaluator, trained, stop)
+        if evaluator is not None:
+            _record_evaluations(config, plan.total_steps, watcher)
     except Exception as error:
         if filler is not None:
             filler.check()  # A filler that has stopped is why the stream has.
@@ -259,6 +266,8 @@ def _train(config: Config, watcher: Watcher, found: Survey, lease: RunLease, sto
     finally:
         if filler is not None:
             filler.stop()
+        if evaluator is not None:
+            evaluator.stop()
     result = finished_run(config)
     assert result is not None
     return result
@@ -316,8 +325,36 @@ def final_errors() -> Iterator[None]:
         raise
 
 
-def finished_run(config: Config) -> Result | None:
-    """The result of a run that has nothing left to do, or None."""
+@dataclass(frozen=True, slots=True)
+class _AfterTraining:
+    """What the driver records with when no worker is left; see `Recording`."""
+
+    attempt: Attempt
+    publish: Callable[[dict[str, Any]], None]
+    fence: Callable[[], None]
+    total_steps: int
+    group: int = 1
+
+
+def _record_evaluations(config: Config, total_steps: int, watcher: Watcher) -> None:
+    """Records the evaluations that came after the workers had ended, and removes the checkpoints that waited."""
+    attempt, newest = read_attempts(config.run_uri)[-1], manifest.newest(config.run_uri)
+    assert newest is not None
+    fence = Fence(config.run_uri, attempt).check
+    # As an attempt that begins where all is trained.
+    after = replace(attempt, position=newest[1].state.step)
+    with Recorder(config, _AfterTraining(after, watcher.line, fence, total_steps)) as recorder:
+        recorder.flush()
+        manifest.prune(config.run_uri, config.train.keep_checkpoints, attempt.attempt, needed=recorder.needs)
+
+
+def finished_run(config: Config, evaluated: bool = True) -> Result | None:
+    """The result of a run that has nothing left to do, or None.
+
+    Args:
+        config: The run.
+        evaluated: Whether all evaluations beside training have to be recorded too.
+    """
     found, total = manifest.newest(config.run_uri), planned_steps(config)
     export_uri = storage.join(config.run_uri, "export")
     if found is None or total is None:
@@ -329,13 +366,19 @@ def finished_run(config: Config) -> Result | None:
         return None
     lines = storage.read_json_lines(storage.join(config.run_uri, "metrics.jsonl"))
     steps = [line for line in lines if "loss" in line] or [{}]
-    evaluations = [line for line in lines if "eval_loss" in line] or [{}]
+    held_out = [line for line in lines if "eval_loss" in line]
+    if evaluated and config.train.eval_place == "actors":
+        kept = map(manifest.step_of, manifest.committed(config.run_uri))
+        due = {step for step in kept if evaluations.is_due(config.train, step, total)}
+        if due - {line["step"] for line in held_out}:
+            return None
     filled = storage.join(config.run_uri, "reference.json")
     reference: dict[str, float] = {}
     if config.needs_reference and storage.exists(filled):
         total_s, waited_s = (sum(line.get(f"perf/{name}", 0.0) for line in steps) for name in _STEP_SECONDS)
         reference = {**storage.read_json(filled), "waited_share": waited_s / max(1e-9, total_s)}
-    return Result(config.run_uri, export_uri, step, steps[-1], evaluations[-1], reference)
+    last = max(held_out, key=lambda line: line["step"], default={})
+    return Result(config.run_uri, export_uri, step, steps[-1], last, reference)
 
 
 def planned_steps(config: Config) -> int | None:

@@ -352,6 +352,8 @@ def step_parts(facts: Facts) -> dict[str, np.ndarray]:
     seconds = dict(zip(evaluations.step.tolist(), evaluations.get("eval_perf/seconds").tolist(), strict=True))
     evaluating = np.nan_to_num(np.array([seconds.get(step - 1, 0.0) for step in steps.step.tolist()], np.float64))
     evaluating = np.minimum(evaluating, between)
+    if (facts.config.get("train") or {}).get("eval_place") == "actors":
+        evaluating = np.zeros_like(between)  # Beside training.
     apart = "perf/between_steps_s" in steps.values
     parts = {
         "computing" if apart else "computing, evaluation, checkpoint": np.maximum(0.0, whole - data - between),

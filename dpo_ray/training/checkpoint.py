@@ -57,10 +57,10 @@ from dpo_ray.training.manifest import (
     checkpoint_name,
     checkpoint_uri,
     commit,
-    is_new_best,
     prune,
     read_manifest,
     set_aside,
+    take_best,
 )
 from dpo_ray.types import TrainState
 
@@ -68,6 +68,7 @@ _log = logging.getLogger(__name__)
 _LAYOUT = "layout.json"
 # Of the names of a moving reference's tensors: in files of their own, for those who read nothing else.
 REFERENCE = "reference."
+_MODEL = "model."
 _DTYPES = {  # As safetensors names them.
     "F64": torch.float64,
     "F32": torch.float32,
@@ -104,6 +105,7 @@ class Checkpointer:
         before_commit: Callable[[TrainState], None] | None = None,
         reference: Mapping[str, torch.Tensor] | None = None,
         publish: Callable[[dict[str, Any]], None] | None = None,
+        needed: Callable[[int], bool] | None = None,
     ) -> None:
         """Makes a process group for the traffic of checkpoints.
 
@@ -118,6 +120,7 @@ class Checkpointer:
                 committed; when it raises, nothing is committed, and its error is that of the save.
             reference: This rank's part of a reference that moves, by the names of the policy's parameters.
             publish: Called on rank 0, in the background, with `{"checkpoint": step}` when one has been committed.
+            needed: Whether the checkpoint of a step must be kept, however old; asked on rank 0, in the background.
 
         Collective: all ranks.
         """
@@ -126,6 +129,7 @@ class Checkpointer:
         self._attempt, self._keep, self._keep_best = attempt, keep, keep_best
         self._before_commit = before_commit or (lambda _: None)
         self._publish = publish or (lambda _: None)
+        self._needed = needed or (lambda _: False)
         # Its own: a save must not meet the train step's collectives. And of the CPU, where the copies are.
         self._group = patient_group()
         self._rank = dist.get_rank()
@@ -145,10 +149,7 @@ class Checkpointer:
 
     def is_best(self, state: TrainState, line: dict[str, Any]) -> bool:
         """Whether an evaluation is the best so far, and its step's checkpoint to be kept; the state then says so."""
-        if self._keep_best is None or not is_new_best(self._keep_best, line, state):
-            return False
-        state.best_metric, state.best_step, state.best_value = self._keep_best, state.step, line[self._keep_best]
-        return True
+        return self._keep_best is not None and take_best(self._keep_best, line, state)
 
     def save(self, state: TrainState, wait: bool = False) -> None:
         """Copies what there is now, and has it written and committed in the background.
@@ -246,7 +247,7 @@ class Checkpointer:
                 newest = read_attempts(self._run_uri)[-1:]
                 # An attempt that has begun meanwhile loads it.
                 spared = {each.checkpoint for each in newest if each.attempt != self._attempt}
-                prune(self._run_uri, self._keep, self._attempt, best, spared)
+                prune(self._run_uri, self._keep, self._attempt, best, spared, self._needed)
             except (DpoRayError, OSError) as error:  # The checkpoint is there: old ones are nothing to fail for.
                 _log.warning("old checkpoints were not removed: %s", error)
 
@@ -326,17 +327,50 @@ def read_reference(run_uri: str, name: str, model: nn.Module) -> None:
     Raises:
         CheckpointError: A file is missing or damaged, or of another model.
     """
+    wanted = {f"{REFERENCE}{key}": tensor for key, tensor in parameters_of(model).items()}
     try:
-        manifest, layout = _read_layout(run_uri, name)
-        wanted = {f"{REFERENCE}{key}": tensor.detach() for key, tensor in parameters_of(model).items()}
-        there = {key: size for key, (size, _) in _saved(layout).items() if key.startswith(REFERENCE)}
-        if there != {key: tuple(tensor.shape) for key, tensor in wanted.items()}:
-            raise CheckpointError(f"{checkpoint_uri(run_uri, name)}: its reference is of another model")
-        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        reader = _Reader(checkpoint_uri(run_uri, name), manifest, layout)
-        dcp.load(wanted, storage_reader=reader, planner=planner, no_dist=True)
+        _read_part(run_uri, name, REFERENCE, wanted)
     except (Exception, CheckpointException) as error:
         raise _cause(error) from error
+
+
+def read_policy(run_uri: str, name: str, attempt: int, model: nn.Module) -> TrainState:
+    """Gives a model the policy's weights in a checkpoint, without the optimizer; each rank reads its part.
+
+    Args:
+        run_uri: The run.
+        name: The checkpoint.
+        attempt: Who wrote it.
+        model: As `sharded_policy` makes it.
+
+    Raises:
+        CheckpointError: It is not there any more, or is of another model; or a file is missing or damaged, and it has
+            been set aside.
+    """
+    try:
+        return _read_part(run_uri, name, _MODEL, _tensors_of_model(model)).state
+    except (Exception, CheckpointException) as error:
+        cause = _cause(error)
+        if isinstance(cause, _DamagedError):
+            # A later attempt may just have put another in its place.
+            with suppress(CheckpointError, FileNotFoundError):
+                if read_manifest(run_uri, name).attempt == attempt:
+                    set_aside(run_uri, name, str(cause))
+        raise cause from error
+
+
+def _read_part(run_uri: str, name: str, prefix: str, wanted: Mapping[str, torch.Tensor]) -> Manifest:
+    """Reads the tensors of a checkpoint whose names have a prefix; they are all of `wanted`."""
+    manifest, layout = _read_layout(run_uri, name)
+    there = {key: size for key, (size, _) in _saved(layout).items() if key.startswith(prefix)}
+    if there != {key: tuple(tensor.shape) for key, tensor in wanted.items()}:
+        raise CheckpointError(f"{checkpoint_uri(run_uri, name)}: its {prefix[:-1]} is of another model")
+    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    reader = _Reader(checkpoint_uri(run_uri, name), manifest, layout)
+    dcp.load(
+        {key: tensor.detach() for key, tensor in wanted.items()}, storage_reader=reader, planner=planner, no_dist=True
+    )
+    return manifest
 
 
 def patient_group() -> dist.ProcessGroup:
@@ -369,12 +403,8 @@ def tensors_of(model: nn.Module, optimizer: Optimizer) -> dict[str, torch.Tensor
     Raises:
         CheckpointError: The optimizer has state that is no tensor: a checkpoint would lose it.
     """
-    names = _names_of(model)
-    if any(map(is_adapters, names.values())):
-        # Not what else is in the state: quantized weights have their scales there.
-        kept = {one for one in model.parameters() if one.requires_grad} | set(model.buffers())
-        names = {one: name for one, name in names.items() if one in kept}
-    tensors: dict[str, Any] = {f"model.{name}": tensor for tensor, name in names.items()}
+    tensors: dict[str, Any] = dict(_tensors_of_model(model))
+    names = {tensor: name.removeprefix(_MODEL) for name, tensor in tensors.items()}
     for parameter, state in optimizer.state.items():
         tensors |= {f"optimizer.{names[parameter]}.{key}": value for key, value in state.items()}
     for index, group in enumerate(optimizer.param_groups):
@@ -385,6 +415,16 @@ def tensors_of(model: nn.Module, optimizer: Optimizer) -> dict[str, torch.Tensor
         if not isinstance(value, torch.Tensor):
             raise CheckpointError(f"{name} is no tensor but {value!r}: checkpoints do not hold such optimizer state")
     return tensors
+
+
+def _tensors_of_model(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Those that training changes, but for the optimizer's."""
+    names = _names_of(model)
+    if any(map(is_adapters, names.values())):
+        # Not what else is in the state: quantized weights have their scales there.
+        kept = {one for one in model.parameters() if one.requires_grad} | set(model.buffers())
+        names = {one: name for one, name in names.items() if one in kept}
+    return {f"{_MODEL}{name}": tensor for tensor, name in names.items()}
 
 
 def _of_this_copy(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

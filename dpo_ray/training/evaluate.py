@@ -9,12 +9,10 @@ from torch import nn
 
 from dpo_ray.objective.rewards import finish_metrics
 from dpo_ray.training.step import Objective, eval_step
-from dpo_ray.types import WAITING, WorkerContext
+from dpo_ray.types import WAITING, HeldOutPairs
 
 
-def evaluate(
-    model: nn.Module, context: WorkerContext, objective: Objective, step: int, tokens: int
-) -> dict[str, float]:
+def evaluate(model: nn.Module, context: HeldOutPairs, objective: Objective, step: int, tokens: int) -> dict[str, float]:
     """One pass over the held-out pairs, in microbatches of `tokens`.
 
     Metrics are named with the prefix `eval_`, those of a set that has a name with `eval_NAME_` besides.

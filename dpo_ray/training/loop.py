@@ -13,6 +13,7 @@ from dpo_ray.model.shard import sharded_policy
 from dpo_ray.training.budget import Budget
 from dpo_ray.training.checkpoint import Checkpointer
 from dpo_ray.training.evaluate import evaluate
+from dpo_ray.training.evaluations import is_due
 from dpo_ray.training.metrics import Stopwatch, check_first_step, count_pairs, step_line
 from dpo_ray.training.moving import MovingReference
 from dpo_ray.training.optimizer import build_optimizer, learning_rate_at, set_learning_rate
@@ -47,10 +48,13 @@ def _train(config: Config, context: WorkerContext, recorder: Recorder | None) ->
     learning_rate = learning_rate_at(config.optimizer, context.total_steps)
     objective = objective_of(config.objective)
     # A checkpoint promises the lines up to its step.
-    promise, committed = (recorder.promise, recorder.committed) if recorder is not None else (None, None)
+    promise, committed, needed = None, None, None
+    if recorder is not None:
+        promise, committed, needed = recorder.promise, recorder.committed, recorder.needs
     about = attempt.attempt, config.train.keep_checkpoints, config.train.keep_best, promise
     reference = MovingReference(model, config.reference, attempt.attempt)
-    with Checkpointer(config.run_uri, model, optimizer, *about, reference.tensors, committed) as checkpoints:
+    saves = Checkpointer(config.run_uri, model, optimizer, *about, reference.tensors, committed, needed)
+    with saves as checkpoints:
         doing("loading the checkpoint")
         state = checkpoints.load(attempt.checkpoint) if attempt.checkpoint else TrainState()
         context = with_own_reference(config, context, model, tokens_per_microbatch, budget)
@@ -76,14 +80,16 @@ def _train(config: Config, context: WorkerContext, recorder: Recorder | None) ->
             if recorder is not None:
                 recorder.step({**line, **speed}, batch.pair_ids)
             last, leaving, best = state.step == context.total_steps, bool(result.leaving), False
-            if _due(state.step, config.train.eval_every_steps, last):
+            evaluated = is_due(config.train, state.step, context.total_steps)
+            beside = evaluated and config.train.eval_place == "actors"
+            if evaluated and not beside:
                 with budget.watched():
                     line = evaluate(model, context, objective.at(state), state.step, tokens_per_microbatch)
                 best = checkpoints.is_best(state, line)
                 if recorder is not None:
                     recorder.line(line)
             moved = reference.follow(state)
-            if _due(state.step, config.train.checkpoint_every_steps, last) or leaving or best or moved:
+            if last or state.step % config.train.checkpoint_every_steps == 0 or leaving or best or beside or moved:
                 doing(f"checkpoint of step {state.step}")
                 checkpoints.save(state, wait=moved)  # Whoever scores for the next steps reads it.
             if leaving and not last:
@@ -94,7 +100,3 @@ def _train(config: Config, context: WorkerContext, recorder: Recorder | None) ->
     if state.step >= context.total_steps:  # More, where a run was given less to do than it had done.
         doing("export")
         export(model, config, state.step, context.rank, context.fence)
-
-
-def _due(step: int, every: int | None, last: bool) -> bool:
-    return every is not None and (step % every == 0 or last)

@@ -57,6 +57,11 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def step_of(name: str) -> int:
+    """The step of a checkpoint, by its name."""
+    return int(name.removeprefix("step-"))
+
+
 def checkpoint_uri(run_uri: str, name: str) -> str:
     """The folder of a checkpoint."""
     return storage.join(run_uri, "checkpoints", name)
@@ -167,7 +172,12 @@ def set_aside(run_uri: str, name: str, reason: str) -> None:
 
 
 def prune(
-    run_uri: str, keep: int, attempt: int, best_step: int | None = None, spared: Collection[str | None] = ()
+    run_uri: str,
+    keep: int,
+    attempt: int,
+    best_step: int | None = None,
+    spared: Collection[str | None] = (),
+    needed: Callable[[int], bool] = lambda step: False,
 ) -> None:
     """Removes what is older than the newest `keep` checkpoints, what was set aside too, but not the best one.
 
@@ -177,13 +187,15 @@ def prune(
         attempt: Who asks. A folder that a newer attempt writes to is left alone.
         best_step: Kept, however old.
         spared: Names that are kept too.
+        needed: Of which steps checkpoints are kept too.
     """
     steps = _listed(run_uri)
     kept = [name for name, there in steps.items() if _is_committed(run_uri, name, there)][-keep:]
     best = None if best_step is None else checkpoint_name(best_step)
     for name, there in steps.items():
         newer = any(number > attempt for number in _numbers(there, _ATTEMPT))
-        if kept and name < kept[0] and name != best and name not in spared and not newer:
+        is_needed = _MANIFEST in there and needed(step_of(name))
+        if kept and name < kept[0] and name != best and name not in spared and not newer and not is_needed:
             # The manifest first: what is left of a removal cut short must not look like a checkpoint.
             storage.remove(storage.join(checkpoint_uri(run_uri, name), _MANIFEST))
             storage.remove(checkpoint_uri(run_uri, name))
@@ -233,6 +245,14 @@ def is_new_best(metric: str, line: dict[str, Any], state: TrainState) -> bool:
     if state.best_metric != metric or state.best_value is None:
         return True
     return value < state.best_value if metric == "eval_loss" else value > state.best_value
+
+
+def take_best(metric: str, line: dict[str, Any], state: TrainState) -> bool:
+    """Whether an evaluation `is_new_best`; the state then says so."""
+    if not is_new_best(metric, line, state):
+        return False
+    state.best_metric, state.best_step, state.best_value = metric, line["step"], line[metric]
+    return True
 
 
 def _listed(run_uri: str) -> dict[str, list[str]]:

@@ -55,7 +55,8 @@ def with_own_reference(
     if config.reference.place != "adapter_off":
         return context
     chunks = train.plan.chunks_in_order_of_need(context.attempt.position)
-    chunks += [chunk for feed in held.values() for chunk in feed.plan.chunks] if config.train.eval_every_steps else ()
+    if config.train.eval_every_steps and config.train.eval_place == "workers":
+        chunks += [chunk for feed in held.values() for chunk in feed.plan.chunks]
     tokens = min(config.reference.tokens_per_microbatch, tokens_per_microbatch)
     about = train.references.start, train.pairs_uri, model, tokens, config.needs_token_scores
     own = OwnReference(*about, context.control.doing, budget.watched)

@@ -1,19 +1,23 @@
-"""What rank 0 writes down: metrics.jsonl, ledger.jsonl and what the trackers show."""
+"""What rank 0 writes down: metrics.jsonl, ledger.jsonl and what the trackers show.
+
+When no worker is left, the driver writes down the evaluations that are still to come.
+"""
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
 from dpo_ray import storage
 from dpo_ray.config import Config
 from dpo_ray.pairs.plan import batch_digest
-from dpo_ray.training import manifest
+from dpo_ray.training import evaluations, manifest
+from dpo_ray.training.attempts import read_attempts
 from dpo_ray.training.trackers import Point, open_trackers
-from dpo_ray.types import TrainState, WorkerContext
+from dpo_ray.types import Recording, TrainState
 
 FLUSH_INTERVAL_S = 10.0
 
@@ -27,6 +31,9 @@ class Lines:
         self._lines = [line for line in storage.read_json_lines(uri) if line["step"] <= keep_until_step]
         self._durable = -1
         self.flush()
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self._lines[:])
 
     def append(self, value: dict[str, Any]) -> None:
         """Adds a line; it is durable after the next `flush`."""
@@ -46,7 +53,7 @@ class Recorder:
     A thread of its own writes, now and then and for `flush`: training does not wait for the storage.
     """
 
-    def __init__(self, config: Config, context: WorkerContext) -> None:
+    def __init__(self, config: Config, context: Recording) -> None:
         """Drops what was recorded after the attempt's position: those steps are done again.
 
         Args:
@@ -66,8 +73,16 @@ class Recorder:
         self._ledger = Lines(storage.join(run_uri, "ledger.jsonl"), position)
         self._about = {"attempt": attempt.attempt, "world_size": attempt.world_size, "shard_over": context.group}
         self._full = config.train.ledger == "full"
+        self._train, self._total_steps = config.train, context.total_steps
+        # Of evaluations beside training: those that are recorded, and the best of them.
+        self._evaluated, self._best = set[int](), TrainState()
+        if self._train.eval_place == "actors":
+            self._attempts = [each for each in read_attempts(run_uri) if each.attempt <= attempt.attempt]
+            for line in self._metrics:
+                self._note(line)
         self._trackers = open_trackers(config, position, self._publish)
-        self._committed = deque[int]()
+        # What other threads have heard; trackers hear of it from the one that trains, with the next line.
+        self._news = deque[dict[str, Any]]()
         self._writing = threading.Lock()
         self._done = threading.Event()
         self._error: Exception | None = None
@@ -83,7 +98,7 @@ class Recorder:
         self._done.set()
         if error is None:
             self.flush()
-            self._tell_committed()
+            self._tell_news()
         links = {"run": self._run_uri} if error is not None else self._links()
         for tracker in self._trackers:
             tracker.finish(links, failed=error is not None)
@@ -106,34 +121,43 @@ class Recorder:
 
     def line(self, line: dict[str, Any]) -> None:
         """Records a line of metrics."""
+        self._tell_news()
         self._metrics.append(line)
-        self._tell_committed()
         for tracker in self._trackers:
             tracker.log([Point.of(line)])
         self._publish(line)
 
     def promise(self, state: TrainState) -> None:
-        """A checkpoint is about to be committed: the lines up to its step become durable; see `flush`."""
+        """Makes durable what a checkpoint of this state says that there is; marks the best evaluation in it.
+
+        Raises:
+            StorageError: It could not be written.
+            FencedError: Another attempt has begun.
+        """
         self.flush()
+        if self._train.eval_place == "actors":
+            best = self._best
+            state.best_metric, state.best_step, state.best_value = best.best_metric, best.best_step, best.best_value
 
     def committed(self, line: dict[str, Any]) -> None:
-        """A checkpoint is there; trackers hear of it with the next line. May be called from any thread.
+        """A checkpoint is there. May be called from any thread.
 
         Args:
             line: Its step, as `checkpoint`.
         """
-        self._committed.append(line["checkpoint"])
+        self._news.append(line)
         self._publish(line)
 
-    def _tell_committed(self) -> None:
-        while self._committed:
-            step = self._committed.popleft()
-            uri = manifest.checkpoint_uri(self._run_uri, manifest.checkpoint_name(step))
-            for tracker in self._trackers:
-                tracker.checkpoint(step, uri)
+    def needs(self, step: int) -> bool:
+        """Whether the checkpoint of a step is still to be evaluated beside training, or was the best so far."""
+        if self._train.eval_place != "actors" or not evaluations.is_due(self._train, step, self._total_steps):
+            return False
+        return step not in self._evaluated or step == self._best.best_step
 
     def flush(self) -> None:
-        """Makes everything recorded so far durable; may be called from any thread.
+        """Takes in what was evaluated beside training, and makes everything recorded so far durable.
+
+        May be called from any thread.
 
         Raises:
             StorageError: It could not be written.
@@ -141,10 +165,40 @@ class Recorder:
         """
         with self._writing:
             self._fence()
+            if self._train.eval_place == "actors":
+                self._take_in()
             self._metrics.flush()
             self._ledger.flush()
             for tracker in self._trackers:
                 tracker.flush()
+
+    def _take_in(self) -> None:
+        for made in evaluations.there(self._run_uri):
+            if made.step not in self._evaluated and evaluations.maker(self._attempts, made.step) == made.attempt:
+                line = evaluations.read(self._run_uri, made)
+                self._metrics.append(line)
+                self._news.append(line)
+                self._publish(line)
+                self._note(line)
+
+    def _tell_news(self) -> None:
+        while self._news:
+            line = self._news.popleft()
+            step = line.get("checkpoint")
+            for tracker in self._trackers:
+                if step is None:
+                    tracker.log([Point.of(line)])
+                else:
+                    name = manifest.checkpoint_name(step)
+                    tracker.checkpoint(step, manifest.checkpoint_uri(self._run_uri, name))
+
+    def _note(self, line: dict[str, Any]) -> None:
+        if "eval_loss" not in line:
+            return
+        if self._train.keep_best:
+            manifest.take_best(self._train.keep_best, line, self._best)
+        # Last: what is evaluated and not the best is not needed any more.
+        self._evaluated.add(line["step"])
 
     def _flush_now_and_then(self) -> None:
         while not self._done.wait(FLUSH_INTERVAL_S):

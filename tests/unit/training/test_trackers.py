@@ -42,7 +42,8 @@ def recorder(config: Config, position: int = 0, heard: list[dict[str, Any]] | No
     """The recorder of a start of the worker group."""
     attempt = Attempt(int(position > 0), 1, position, None, 1, "test", "now")
     publish = (lambda line: None) if heard is None else heard.append
-    return Recorder(config, SimpleNamespace(attempt=attempt, publish=publish, fence=lambda: None, group=None))  # type: ignore[arg-type]
+    about = SimpleNamespace(attempt=attempt, publish=publish, fence=lambda: None, group=1, total_steps=8)
+    return Recorder(config, about)
 
 
 def line(step: int) -> dict[str, Any]:
