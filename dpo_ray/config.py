@@ -903,7 +903,9 @@ class RecoveryConfig(Section):
     max_storage_failures: int = Field(20, ge=-1, description="outages longer than the storage was waited for")
     max_ray_failures: int = Field(5, ge=-1, description="groups that Ray could not start, or whose controller died")
     max_reference_failures: int = Field(
-        20, ge=-1, description="replicas of the reference lost since the last chunk scored, or over the same chunk"
+        20,
+        ge=-1,
+        description="replicas lost since the last chunk scored, or checkpoint evaluated, or over the same one",
     )
     hang_timeout_s: PositiveFloat = Field(
         900.0, description="a group stands still when no step, evaluation or load ends in this time on some worker"

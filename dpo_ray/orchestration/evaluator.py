@@ -52,7 +52,7 @@ class EvaluationReplica(Replica):
 
     def __init__(self, config: Config, places: Places, rank: int) -> None:
         """Loads nothing yet."""
-        super().__init__(config, rank)
+        Replica.__init__(self, config, rank)
         self._places = places
 
     @errors_without_secrets()

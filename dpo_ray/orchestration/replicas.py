@@ -120,7 +120,7 @@ class ReferenceReplica(Replica):
         self, config: Config, pairs_uri: str, reference: ReferenceStore, version: Version | None, rank: int
     ) -> None:
         """Loads nothing yet."""
-        super().__init__(config, rank)
+        Replica.__init__(self, config, rank)
         self._pairs_uri, self._reference, self._version = pairs_uri, reference, version
         self._scorer: Any = None
 

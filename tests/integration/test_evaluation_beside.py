@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,25 +90,30 @@ def assert_alike(found: list[dict[str, Any]], expected: list[dict[str, Any]]) ->
 
 
 @contextlib.contextmanager
-def killed_once(monkeypatch: pytest.MonkeyPatch, token: Path) -> Any:
-    """The replica that evaluates kills itself after it has read a checkpoint, once."""
+def killed_once(monkeypatch: pytest.MonkeyPatch, token: Path) -> Iterator[None]:
+    """The replica that evaluates kills itself after its first batch, once."""
+    score = evaluator.EvaluationReplica.score
     token.touch()
 
-    class Killed(evaluator.EvaluationReplica):
-        def score(self, checkpoint: Any) -> None:
-            own, self._moved = self._moved, self._kill  # type: ignore[method-assign]
-            with contextlib.suppress(FileNotFoundError):
-                super().score(checkpoint)
-            self._moved = own  # type: ignore[method-assign]
+    def scored(self: Any, checkpoint: Any) -> None:
+        moved, calls = self._moved, list[int]()
 
-        def _kill(self) -> None:
-            with contextlib.suppress(FileNotFoundError):
+        def counted() -> None:
+            moved()
+            calls.append(1)
+            # Waiting, the first batch, waiting.
+            if len(calls) == 4 and token.exists():
                 token.unlink()
                 os.kill(os.getpid(), signal.SIGKILL)
 
+        self._moved = counted
+        score(self, checkpoint)
+        self._moved = moved
+
     # Pickled by value, so that the actor has it too.
-    Killed.__module__ = "__main__"
-    monkeypatch.setattr(evaluator, "EvaluationReplica", Killed)
+    scored.__module__ = "__main__"
+    changed = type("Killed", (evaluator.EvaluationReplica,), {"score": scored, "__module__": "__main__"})
+    monkeypatch.setattr(evaluator, "EvaluationReplica", changed)
     yield
 
 

@@ -178,3 +178,18 @@ def test_what_people_read() -> None:
     (_, _, workers), (_, _, reference) = demands(config({**REFERENCE, "zone": "x"}, devices_per_replica=2))
     assert as_text(workers) == "{CPU: 1}"
     assert as_text(reference) == "{CPU: 0.5, label pool=reference, label zone=x}"
+
+
+def test_the_room_of_an_evaluation_beside_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is kept as long as there are workers: of five CPUs two devices of half a CPU each leave four."""
+    there_are(monkeypatch, node("a", 5, {}))
+    held = {"train": {"eval_every_steps": 1, "eval_place": "actors"}, "data": {"train": ["/p"], "eval": ["/e"]}}
+    many = config({}, {"min": 1, "max": 20}, devices_per_replica=2, cpus_per_replica=1.0)
+    beside = parse_config({**many.model_dump(exclude_defaults=True), **held})
+    assert room(many, references=False)[0] == 5
+    assert room(beside, references=False)[0] == 4
+    assert room(beside, references=True)[0] == 3
+    assert [key for key, *_ in demands(beside, workers=False)] == ["reference.replicas"]
+    too_many = parse_config({**beside.model_dump(exclude_defaults=True), "scaling": {"workers": 5}})
+    with pytest.raises(ConfigError, match="together they need 6 CPU, .* or set train.eval_place: workers"):
+        ensure_resources(too_many, references=False)
