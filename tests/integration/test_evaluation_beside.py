@@ -18,6 +18,7 @@ from helpers import chunk_table, read_lines, run_ranks, steps_of, tiny_config, t
 from dpo_ray import train
 from dpo_ray.config import Config, parse_config
 from dpo_ray.demo_data import byte_tokenizer, make_pairs
+from dpo_ray.errors import CheckpointError
 from dpo_ray.model.shard import sharded_policy
 from dpo_ray.orchestration import evaluator
 from dpo_ray.orchestration.stream import Places, eval_feeds, make_feed
@@ -27,7 +28,7 @@ from dpo_ray.pairs.pack import Costs
 from dpo_ray.reference.scorer import Scorer
 from dpo_ray.reference.store import ReferenceStore
 from dpo_ray.training import evaluations, manifest
-from dpo_ray.training.checkpoint import Checkpointer
+from dpo_ray.training.checkpoint import Checkpointer, read_policy
 from dpo_ray.training.evaluate import evaluate
 from dpo_ray.training.optimizer import build_optimizer
 from dpo_ray.training.step import objective_of
@@ -168,6 +169,23 @@ class Here(evaluator.EvaluationReplica):
 def evaluated(rank: int, world: int, cases: list[tuple[dict[str, Any], Places]]) -> None:
     for raw, places in cases:
         evaluated_one(rank, world, parse_config(raw), places)
+    if rank == 0:
+        damaged(parse_config(cases[0][0]))
+
+
+def damaged(config: Config) -> None:
+    """A damaged checkpoint is none any more; but not when it is another attempt's than the one that was looked for."""
+    run, name = config.run_uri, manifest.checkpoint_name(4)
+    policy = torch.nn.Linear(1, 1)
+    with pytest.raises(CheckpointError, match="its model is of another model"):
+        read_policy(run, name, 3, policy)
+    Path(manifest.checkpoint_uri(run, name), "attempt-0003", "layout.json").write_text("{}")
+    for attempt, there in ((2, [name]), (3, [])):
+        with pytest.raises(CheckpointError, match="layout.json: damaged"):
+            read_policy(run, name, attempt, policy)
+        assert manifest.committed(run) == there
+    with pytest.raises(CheckpointError, match="manifest.json"):
+        read_policy(run, name, 3, policy)
 
 
 def evaluated_one(rank: int, world: int, config: Config, places: Places) -> None:
