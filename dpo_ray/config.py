@@ -950,6 +950,12 @@ class TrackingConfig(Section):
         return [name for name in self.trackers if ":" in name]
 
 
+_OF_A_REPLICA = {
+    *("devices_per_replica", "cpus_per_replica", "gpus_per_replica", "resources_per_replica", "label_selector"),
+    "tokens_per_microbatch",
+}
+
+
 class Config(Section):
     """A whole run."""
 
@@ -1060,6 +1066,11 @@ class Config(Section):
                 "rewards against the mean of all rewards before, which those against another reference have no part "
                 "in: leave one of them out"
             )
+        if self.reference.place == "none" and self.train.eval_place == "actors":
+            raise ValueError(
+                "train.eval_place is actors, but with reference.place: none nothing says what they are to have "
+                "(reference.gpus_per_replica, ...): leave reference.place out, or use train.eval_place: workers"
+            )
         if self.reference.sync_steps and self.train.eval_place == "actors":
             raise ValueError(
                 f"train.eval_place is actors, but with reference.sync_steps: {self.reference.sync_steps} the reference "
@@ -1158,7 +1169,8 @@ class Config(Section):
         changes: dict[str, Any] = {
             "name": f"{self.name}-sft",
             "objective": {"loss": "sft"},
-            "reference": {},
+            # Who evaluates beside training is like a replica of the reference.
+            "reference": self.reference.model_dump(include=_OF_A_REPLICA),
             "sft": {},
             "optimizer": {**self.optimizer.model_dump(), "learning_rate": self.sft.learning_rate},
             "train": {**self.train.model_dump(), "epochs": self.sft.epochs, "max_steps": self.sft.max_steps},

@@ -366,9 +366,9 @@ def test_a_start_by_likelihood_and_what_follows() -> None:
         with_values(
             sft={"epochs": 2, "learning_rate": 1e-4},
             objective={"loss": "ipo", "beta": 0.3},
-            reference={"replicas": 2},
+            reference={"replicas": 2, "gpus_per_replica": 1},
             optimizer={"learning_rate": 1e-6, "warmup_steps": 3},
-            train={"epochs": 1, "eval_every_steps": 5, "keep_best": "eval_rewards/margins"},
+            train={"epochs": 1, "eval_every_steps": 5, "eval_place": "actors", "keep_best": "eval_rewards/margins"},
             data={"eval_fraction": 0.1},
             adapter={"rank": 4, "merge": False},
         )
@@ -379,6 +379,8 @@ def test_a_start_by_likelihood_and_what_follows() -> None:
     assert (start.optimizer.learning_rate, start.optimizer.warmup_steps) == (1e-4, 3)
     assert (start.train.epochs, start.train.keep_best, start.adapter.merge) == (2, "eval_loss", True)
     assert start.data == config.data
+    # Evaluated beside training on what a replica of the reference has.
+    assert (start.train.eval_place, start.reference.replicas, start.reference.gpus_per_replica) == ("actors", 1, 1)
     assert after.model.path == after.reference_path == f"{start.run_uri}/export"
     assert after.model.tokenizer == config.model.path
     assert after.model_copy(update={"model": config.model}) == config

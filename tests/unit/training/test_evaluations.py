@@ -163,6 +163,10 @@ def test_workers_need_nothing_kept(tmp_path: Path) -> None:
     ("sections", "message"),
     [
         ({"train": {"eval_every_steps": None}}, "train.eval_place is actors, but nothing is ever evaluated: set "),
+        (
+            {"reference": {"place": "none"}, "objective": {"loss": "sft"}},
+            "reference.place: none nothing says what they are to have .*: leave reference.place out, or use ",
+        ),
         ({"reference": {"sync_steps": 4}}, "reference.sync_steps: 4 the reference moves on .* use train.eval_place: w"),
     ],
 )
