@@ -155,8 +155,10 @@ def test_the_numbers_of_the_workers(
     metrics = Path(actors.run_uri, "metrics.jsonl")
     kept = [line for line in metrics.read_text().splitlines(keepends=True) if '"eval_loss"' not in line]
     metrics.write_text("".join(kept))
-    assert train(config_of(tmp_path, tiny_model, "actors"), again) == actors
+    attempts = Path(actors.run_uri, "attempts.jsonl").read_text()
+    assert train(config_of(tmp_path, tiny_model, "actors"), again).eval_metrics == found[-1]
     assert evaluations_of(actors.run_uri) == found
+    assert Path(actors.run_uri, "attempts.jsonl").read_text() == attempts
 
 
 class Here(evaluator.EvaluationReplica):
