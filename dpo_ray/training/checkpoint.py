@@ -102,8 +102,8 @@ class Checkpointer:
         attempt: int,
         keep: int,
         keep_best: str | None = None,
-        before_commit: Callable[[TrainState], None] | None = None,
         reference: Mapping[str, torch.Tensor] | None = None,
+        before_commit: Callable[[TrainState], None] | None = None,
         publish: Callable[[dict[str, Any]], None] | None = None,
         needed: Callable[[int], bool] | None = None,
     ) -> None:
@@ -116,9 +116,9 @@ class Checkpointer:
             attempt: Names what is written.
             keep: Newest checkpoints kept.
             keep_best: The metric whose best step's checkpoint is kept too.
+            reference: This rank's part of a reference that moves, by the names of the policy's parameters.
             before_commit: Called on rank 0, in the background, with the state that was saved, right before it is
                 committed; when it raises, nothing is committed, and its error is that of the save.
-            reference: This rank's part of a reference that moves, by the names of the policy's parameters.
             publish: Called on rank 0, in the background, with `{"checkpoint": step}` when one has been committed.
             needed: Whether the checkpoint of a step must be kept, however old; asked on rank 0, in the background.
 

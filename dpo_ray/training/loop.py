@@ -47,14 +47,11 @@ def _train(config: Config, context: WorkerContext, recorder: Recorder | None) ->
     optimizer = build_optimizer(model, config.optimizer, config.model.compute_dtype)
     learning_rate = learning_rate_at(config.optimizer, context.total_steps)
     objective = objective_of(config.objective)
-    # A checkpoint promises the lines up to its step.
-    promise, committed, needed = None, None, None
-    if recorder is not None:
-        promise, committed, needed = recorder.promise, recorder.committed, recorder.needs
-    about = attempt.attempt, config.train.keep_checkpoints, config.train.keep_best, promise
+    about = attempt.attempt, config.train.keep_checkpoints, config.train.keep_best
     reference = MovingReference(model, config.reference, attempt.attempt)
-    saves = Checkpointer(config.run_uri, model, optimizer, *about, reference.tensors, committed, needed)
-    with saves as checkpoints:
+    # A checkpoint promises the lines up to its step.
+    heard = recorder.of_checkpoints if recorder is not None else {}
+    with Checkpointer(config.run_uri, model, optimizer, *about, reference.tensors, **heard) as checkpoints:
         doing("loading the checkpoint")
         state = checkpoints.load(attempt.checkpoint) if attempt.checkpoint else TrainState()
         context = with_own_reference(config, context, model, tokens_per_microbatch, budget)

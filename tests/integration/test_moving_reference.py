@@ -136,7 +136,7 @@ def follow(rank: int, world: int, model: str, folder: str) -> None:
     optimizer.step()  # Makes its state, and changes nothing.
     optimizer.zero_grad()
     state = TrainState(step=0)
-    with Checkpointer(f"{folder}/of-{world}", policy, optimizer, 7, 5, None, None, reference.tensors) as checkpoints:
+    with Checkpointer(f"{folder}/of-{world}", policy, optimizer, 7, 5, None, reference.tensors) as checkpoints:
         for step in (1, 2, 3, 4, 5):
             with torch.no_grad():
                 for parameter in policy.parameters():
@@ -157,7 +157,7 @@ def follow(rank: int, world: int, model: str, folder: str) -> None:
         return
     # Written by one rank, read by two: the checkpoint goes on with the reference that it had.
     again = MovingReference(policy, ReferenceConfig(sync_steps=2, mixup_alpha=0.25), attempt=8)
-    with Checkpointer(f"{folder}/of-1", policy, optimizer, 8, 5, None, None, again.tensors) as checkpoints:
+    with Checkpointer(f"{folder}/of-1", policy, optimizer, 8, 5, None, again.tensors) as checkpoints:
         assert checkpoints.load("step-00000005").reference_attempt == 7
     for name, tensor in reference.tensors.items():
         assert torch.equal(again.tensors[name].to_local(), tensor.to_local())
