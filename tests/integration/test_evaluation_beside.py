@@ -118,47 +118,57 @@ def killed_once(monkeypatch: pytest.MonkeyPatch, token: Path) -> Iterator[None]:
     yield
 
 
-def test_the_numbers_of_the_workers(
-    local_ray: None, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With another number of ranks, packs of another size, and a replica that dies in the middle of an evaluation."""
+@pytest.fixture
+def expected(local_ray: None, tmp_path: Path, tiny_model: Path) -> list[dict[str, Any]]:
+    """The evaluations by the workers."""
     write_pairs(tmp_path / "pairs.jsonl", 12 * STEPS)
     write_pairs(tmp_path / "one.jsonl", 20, held_out=True)
     write_pairs(tmp_path / "two.jsonl", 11, held_out=True)
-    workers = train(config_of(tmp_path, tiny_model, "workers"))
-    expected = evaluations_of(workers.run_uri)
-    assert [line["step"] for line in expected] == [3, 6, 9]
+    found = evaluations_of(train(config_of(tmp_path, tiny_model, "workers")).run_uri)
+    assert [line["step"] for line in found] == [3, 6, 9]
+    return found
 
+
+def test_the_numbers_of_the_workers(expected: list[dict[str, Any]], tmp_path: Path, tiny_model: Path) -> None:
+    """By another number of ranks, in packs of another size; and the same training."""
+    listener = Listener()
+    actors = train(config_of(tmp_path, tiny_model, "actors"), listener)
+    found = evaluations_of(actors.run_uri)
+    assert_alike(found, expected)
+    assert listener.evaluations == found
+    assert actors.eval_metrics == found[-1]
+    assert listener.warnings == []
+    ours, theirs = (steps_of(tmp_path / "storage" / place) for place in ("actors", "workers"))
+    assert [each["loss"] for each in ours] == [each["loss"] for each in theirs]
+    # The newest, and the best, which was known when later ones had been written.
+    best = min(expected, key=lambda line: line["eval_loss"])["step"]
+    assert {manifest.step_of(name) for name in manifest.committed(actors.run_uri)} == {best, STEPS}
+
+
+@pytest.mark.faults
+def test_a_replica_that_dies(
+    expected: list[dict[str, Any]], tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of an evaluation; then a driver that finds evaluations that nobody has recorded."""
     listener, token = Listener(), tmp_path / "token"
     with killed_once(monkeypatch, token):
         actors = train(config_of(tmp_path, tiny_model, "actors"), listener)
     assert not token.exists()
     found = evaluations_of(actors.run_uri)
     assert_alike(found, expected)
-    assert listener.evaluations == found
-    assert actors.eval_metrics == found[-1]
     assert listener.warnings == [
         "a replica of the evaluation was lost over step-00000003: its process died; another takes its place"
     ]
-    assert [each["loss"] for each in steps_of(Path(actors.run_uri))] == [
-        each["loss"] for each in steps_of(Path(workers.run_uri))
-    ]
-    # The newest, and the best, which was known when later ones had been written.
-    best = min(expected, key=lambda line: line["eval_loss"])["step"]
-    assert manifest.committed(actors.run_uri) == manifest.committed(workers.run_uri)
-    assert {manifest.step_of(name) for name in manifest.committed(actors.run_uri)} == {best, STEPS}
-
     again = Listener()
     assert train(config_of(tmp_path, tiny_model, "actors"), again) == actors
     assert again.phases == [f"{actors.run_uri} is finished: nothing to do"]
-    # Of one whose file of metrics has not come to have them, what was evaluated is only recorded.
-    metrics = Path(actors.run_uri, "metrics.jsonl")
+    metrics, attempts = (Path(actors.run_uri, name) for name in ("metrics.jsonl", "attempts.jsonl"))
     kept = [line for line in metrics.read_text().splitlines(keepends=True) if '"eval_loss"' not in line]
     metrics.write_text("".join(kept))
-    attempts = Path(actors.run_uri, "attempts.jsonl").read_text()
+    before = attempts.read_text()
     assert train(config_of(tmp_path, tiny_model, "actors"), again).eval_metrics == found[-1]
     assert evaluations_of(actors.run_uri) == found
-    assert Path(actors.run_uri, "attempts.jsonl").read_text() == attempts
+    assert attempts.read_text() == before
 
 
 class Here(evaluator.EvaluationReplica):
