@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 import traceback
-from collections.abc import Iterator
+from types import TracebackType
 
 # Variables of the environment that hold one; a shorter value is none, and may be a part of any word.
 _NAMES = re.compile(r"(KEY|SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIALS?|CONNECTION_STRING)$", re.IGNORECASE)
@@ -47,15 +47,24 @@ def secret_in(text: str) -> str | None:
     return None
 
 
-@contextlib.contextmanager
-def errors_without_secrets() -> Iterator[None]:
-    """What an error raised in a `with` block says holds no secret, nor what led to it: Ray writes all of it down."""
-    try:
-        yield
-    except Exception as error:
+class ErrorsWithoutSecrets(contextlib.ContextDecorator):
+    """What an error raised in a `with` block, or a function, says holds no secret, nor what led to it.
+
+    Ray writes all of it down.
+    """
+
+    def __enter__(self) -> None:
+        """Nothing yet."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Raises the error, or one like it, without what led to it where that has a secret."""
+        if not isinstance(error, Exception):
+            return
         text = "".join(traceback.format_exception(error))
         if without_secrets(text) == text:
-            raise
+            return
         said = str(error)
         if without_secrets(said) == said:
             raise error from None

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from dpo_ray.errors import DpoRayError, StorageError
-from dpo_ray.redaction import errors_without_secrets, shown, without_secrets
+from dpo_ray.redaction import ErrorsWithoutSecrets, shown, without_secrets
 
 FileSystemOf = Callable[[str], tuple[Any, str]]
 
@@ -104,7 +104,7 @@ def explained(uri: str, filesystem: FileSystemOf, tried_s: float = 0.0) -> Itera
         if isinstance(error, FileNotFoundError) and not lacks_bucket(error) and not is_passing(error, local=False):
             raise
         tried = f"; tried for {tried_s:.0f} s" if tried_s else ""
-        with errors_without_secrets():
+        with ErrorsWithoutSecrets():
             raise StorageError(said(uri, error, filesystem) + tried) from error
 
 

@@ -20,7 +20,7 @@ from dpo_ray.orchestration.reference_filler import LOOK_S, STOP_S, TELL_S
 from dpo_ray.orchestration.replicas import LOST_PAUSE_S, Losses, Replica, Replicas, Scored
 from dpo_ray.orchestration.resources import needs, needs_of_device
 from dpo_ray.orchestration.stream import Places, eval_feeds, make_feed
-from dpo_ray.redaction import errors_without_secrets
+from dpo_ray.redaction import ErrorsWithoutSecrets
 from dpo_ray.training import evaluations
 from dpo_ray.training.evaluations import Made
 from dpo_ray.training.manifest import checkpoint_name
@@ -55,7 +55,7 @@ class EvaluationReplica(Replica):
         Replica.__init__(self, config, rank)
         self._places = places
 
-    @errors_without_secrets()
+    @ErrorsWithoutSecrets()
     def load(self, rendezvous: str) -> None:
         """Loads the policy as it was at its start, or this device's part of it."""
         device = self._join(rendezvous, alone=True)
@@ -81,7 +81,7 @@ class EvaluationReplica(Replica):
             about = feed.references.start, feed.pairs_uri, self._model, config.reference.tokens_per_microbatch
             self._own = OwnReference(*about, config.needs_token_scores, lambda _: self._moved(), nullcontext)
 
-    @errors_without_secrets()
+    @ErrorsWithoutSecrets()
     def score(self, checkpoint: _Checkpoint) -> None:
         """Evaluates a checkpoint, and leaves the line of metrics in the run's folder."""
         from dpo_ray.training.checkpoint import read_policy

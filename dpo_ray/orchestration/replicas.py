@@ -30,7 +30,7 @@ from dpo_ray.orchestration.nodes import kill, lead_gloo, on_nodes
 from dpo_ray.orchestration.resources import resources_per_device
 from dpo_ray.orchestration.worker import final_error
 from dpo_ray.pairs.store import Chunk, brought_scores, read_chunk
-from dpo_ray.redaction import errors_without_secrets
+from dpo_ray.redaction import ErrorsWithoutSecrets
 from dpo_ray.reference.brought import check_brought
 from dpo_ray.reference.store import ReferenceStore
 from dpo_ray.reference.versions import Version, version_after
@@ -124,7 +124,7 @@ class ReferenceReplica(Replica):
         self._pairs_uri, self._reference, self._version = pairs_uri, reference, version
         self._scorer: Any = None
 
-    @errors_without_secrets()
+    @ErrorsWithoutSecrets()
     def load(self, rendezvous: str) -> None:
         """Loads the model, or this device's part of it."""
         from dpo_ray.reference.scorer import Scorer
@@ -163,7 +163,7 @@ class ReferenceReplica(Replica):
                 failed = f": {error}"
         raise CheckpointError(f"{run_uri}: no checkpoint has version {self._version.number} of the reference{failed}")
 
-    @errors_without_secrets()
+    @ErrorsWithoutSecrets()
     def score(self, chunk: Chunk) -> int:
         """Scores a chunk and commits it; the first device of a replica writes.
 

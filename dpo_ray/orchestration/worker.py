@@ -21,7 +21,7 @@ from dpo_ray.orchestration.monitor import Failure, FailureKind, Place, Reporter
 from dpo_ray.orchestration.stream import Places, eval_feeds, make_feed
 from dpo_ray.orchestration.watch import warnings_to
 from dpo_ray.pairs import pack
-from dpo_ray.redaction import errors_without_secrets, without_secrets
+from dpo_ray.redaction import ErrorsWithoutSecrets, without_secrets
 from dpo_ray.training.attempts import Fence
 from dpo_ray.types import Attempt, GlobalBatch, WorkerContext
 
@@ -68,7 +68,7 @@ def work(arguments: dict[str, Assignment]) -> None:
 
         gc.freeze()
         gc.enable()
-        with warnings_to(reporter.warn), errors_without_secrets():
+        with warnings_to(reporter.warn), ErrorsWithoutSecrets():
             train(assignment.config, _context(assignment, reporter))
     except BaseException as error:
         failure = _failure(error)

@@ -10,7 +10,7 @@ import traceback
 import pytest
 
 from dpo_ray.errors import ConfigError, FinalError, first_line
-from dpo_ray.redaction import errors_without_secrets, without_secrets
+from dpo_ray.redaction import ErrorsWithoutSecrets, without_secrets
 
 CANARY = "canary-0123456789"
 
@@ -66,7 +66,7 @@ def test_errors_of_ours(token: str) -> None:
     assert first_line(ValueError(f"no {token}\nand more")) == "no ***"
 
 
-@errors_without_secrets()
+@ErrorsWithoutSecrets()
 def fail(error: Exception, cause: Exception) -> None:
     raise error from cause
 
