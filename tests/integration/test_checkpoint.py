@@ -272,7 +272,7 @@ def retained(rank: int, world: int, model: str, run: str) -> None:
             for value in values:
                 step(policy, optimizer)
                 state.step += 1
-                checkpoints.is_best(state, {metric: value})
+                checkpoints.is_best(state, {"step": state.step, metric: value})
                 checkpoints.save(state)
     dist.barrier()  # Rank 0 removes old ones after the commit.
     assert manifest.committed(run) == ["step-00000002", "step-00000005"]
