@@ -685,8 +685,9 @@ class EvaluationConfig(Section):
             raise ValueError(
                 f"evaluation.lm_eval is {self.lm_eval}, without --tasks: name some, as in [--tasks, ifeval]"
             )
-        own = {"--model", "-M", "--model_args", "-a", "--device", "--output_path", "-o"}
-        if taken := sorted(given & own):
+        # argparse takes the beginning of a name for the name.
+        own = ("--model", "-M", "--model_args", "-a", "--device", "--output_path", "-o", "--config", "-C")
+        if taken := sorted(each for each in given if each[:1] == "-" and any(name.startswith(each) for name in own)):
             raise ValueError(f"evaluation.lm_eval has {taken[0]}, which dpo_ray gives itself: leave it out")
         return self
 

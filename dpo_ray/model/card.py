@@ -48,7 +48,8 @@ def model_card(config: Config, step: int) -> str:
     summary_uri = storage.join(config.run_uri, "evaluation", "summary.json")
     summary: dict[str, Any] = storage.read_json(summary_uri) if storage.exists(summary_uri) else {}
     lines = storage.read_json_lines(storage.join(config.run_uri, "metrics.jsonl"))
-    evaluation: dict[str, Any] = next((line for line in reversed(lines) if "eval_loss" in line), {})
+    held_out = [line for line in lines if "eval_loss" in line]
+    evaluation: dict[str, Any] = max(held_out, key=lambda line: line["step"], default={})
     if summary.get("step") != step:
         summary = {}
     # The export of a start by likelihood is a folder of that run's.
@@ -61,7 +62,8 @@ def model_card(config: Config, step: int) -> str:
         *_results(summary, evaluation),
         "## Again\n\n" + _again(config, about),
     ]
-    return f"---\n{_metadata(config, summary, evaluation)}\n---\n\n" + "\n\n".join(parts) + "\n"
+    current = evaluation if evaluation.get("step") == step else {}
+    return f"---\n{_metadata(config, summary, current)}\n---\n\n" + "\n\n".join(parts) + "\n"
 
 
 def _method(config: Config) -> str:
@@ -73,7 +75,7 @@ def _metadata(config: Config, summary: Mapping[str, Any], evaluation: Mapping[st
     alone = config.adapter.rank is not None and not config.adapter.merge
     # hf://datasets/OWNER/NAME/...
     hub = [entry.split("/") for _, entry in config.data.sources if entry.startswith("hf://datasets/")]
-    datasets = list(dict.fromkeys("/".join(each[3:5]) for each in hub if len(each) > 4))
+    datasets = list(dict.fromkeys("/".join(each[3:5]).partition("@")[0] for each in hub if len(each) > 4))
     metrics = {name: each["value"] for name, each in summary["held_out"]["metrics"].items()} if summary else evaluation
     prefix = "" if summary else "eval_"
     results = [
@@ -204,8 +206,9 @@ def _results(summary: Mapping[str, Any], evaluation: Mapping[str, Any]) -> Itera
 
 
 def _named(model: str) -> str:
-    """Of a further model, whose name is its place, the end."""
-    return model.rstrip("/").rpartition("/")[2]
+    """Of a further model, whose name is its place, the end; of a run's export the run too."""
+    *_, before, last = ["", *model.rstrip("/").split("/")]
+    return f"{before}/{last}" if last == "export" else last
 
 
 def _interval(estimate: Mapping[str, Any]) -> str:
@@ -215,7 +218,7 @@ def _interval(estimate: Mapping[str, Any]) -> str:
 
 def _again(config: Config, about: Mapping[str, Any]) -> str:
     """How to make the model again: what was set, and by which code."""
-    settings = config.model_dump(mode="json", exclude_defaults=True, exclude={"storage_path"})
+    settings = config.model_dump(mode="json", exclude_defaults=True, exclude={"storage_path", "evaluation"})
     text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).rstrip()
     versions = [f"{name} {version}" for name, version in (about.get("versions") or {}).items()]
     versions += [f"revision {about['revision']}"] if about.get("revision") else []

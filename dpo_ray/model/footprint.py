@@ -52,6 +52,7 @@ class Weight:
         trained: Whether it has a gradient.
         quantized: Whether it is held in 4 bits, which FSDP neither splits nor gathers.
         embedding: Whether it is an embedding's.
+        dims: Of its shape.
     """
 
     rows: int
@@ -59,11 +60,12 @@ class Weight:
     trained: bool
     quantized: bool = False
     embedding: bool = False
+    dims: int = 2
 
     @property
     def smaller_side(self) -> int:
         """Rows, or numbers of each; 1 of what is no matrix."""
-        return min(self.rows, self.numel // self.rows)
+        return min(self.rows, self.numel // self.rows) if self.dims == 2 else 1
 
     def shard(self, workers: int) -> int:
         """Numbers of the largest shard: rows stay whole."""
@@ -185,7 +187,8 @@ def _footprint(
 def _weight(parameter: nn.Parameter, embeddings: set[torch.Tensor], in_4_bits: bool = False) -> Weight:
     trained = parameter.requires_grad
     quantized = in_4_bits and not trained
-    return Weight(parameter.shape[0], parameter.numel(), trained, quantized, parameter in embeddings)
+    about = parameter.shape[0], parameter.numel(), trained
+    return Weight(*about, quantized, parameter in embeddings, parameter.ndim)
 
 
 def _line(tokens: int, first: int, second: int) -> Growth:

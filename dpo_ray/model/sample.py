@@ -77,8 +77,11 @@ class Sampler:
         self.model = with_token_scores(model.requires_grad_(False), device)
         self._template, tokenizer = template, template.tokenizer
         own: Any = model.generation_config
-        ends = own.eos_token_id if own is not None and own.eos_token_id is not None else tokenizer.eos_token_id
-        self._ends = set(ends if isinstance(ends, list) else [ends])
+        ends = own.eos_token_id if own is not None else None
+        # A base model's own is not that of the template's turns.
+        self._ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
+        # What it says besides, such as a penalty for repetitions, would fill what is not given below.
+        self.model.generation_config = GenerationConfig()
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token_id = min(self._ends)
         self._generation = GenerationConfig(

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ from dpo_ray.orchestration.prepare import turns_at
 from dpo_ray.orchestration.resources import no_room
 from dpo_ray.orchestration.trainer import start_ray
 from dpo_ray.orchestration.watch import Watcher
-from dpo_ray.pairs.store import PairStore, read_chunk, sources_of
+from dpo_ray.pairs.store import Chunk, PairStore, read_chunk, sources_of
 from dpo_ray.pairs.tokenize import tokenizer_digest
 
 ANSWERED_TOGETHER = 8
@@ -69,17 +70,39 @@ class Model:
 
 
 def held_out_prompts(config: Config, pairs: PairStore) -> list[Prompt]:
-    """The first `evaluation.prompts` different held-out prompts, in store order, which is a shuffled one.
+    """`evaluation.prompts` different held-out prompts, as many of each held-out set as of the others.
+
+    Of a set they are the first in store order, which is a shuffled one.
 
     Raises:
         ConfigError: None can be asked.
     """
-    wanted, found, seen = config.evaluation.prompts, list[Prompt](), set[bytes]()
+    by_set: dict[int, list[Chunk]] = {}
+    for chunk in pairs.eval:
+        by_set.setdefault(chunk.source, []).append(chunk)
+    waiting = deque(_prompts(config, pairs, chunks) for chunks in by_set.values())
+    found, seen = list[Prompt](), set[bytes]()
+    while waiting and len(found) < config.evaluation.prompts:
+        of_set = waiting.popleft()
+        for tokens, prompt in of_set:
+            if tokens not in seen:
+                seen.add(tokens)
+                found.append(prompt)
+                waiting.append(of_set)
+                break
+    if not found:
+        raise ConfigError(
+            "evaluation.prompts: no held-out prompt can be asked: their files are gone, or all of them are tokens, raw "
+            "texts, or have tools; set evaluation.prompts: 0"
+        )
+    return found
+
+
+def _prompts(config: Config, pairs: PairStore, chunks: Sequence[Chunk]) -> Iterator[tuple[bytes, Prompt]]:
+    """What can be asked of some chunks, each with its tokens."""
     templated = config.data.chat_template == "tokenizer"
     tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
-    for chunk in pairs.eval:
-        if len(found) == wanted:
-            break
+    for chunk in chunks:
         its_pairs = read_chunk(pairs.uri, chunk)
         sources = sources_of(pairs.uri, chunk)
         turns = turns_at(config, [sources[pair.pair_id] for pair in its_pairs]) if templated else {}
@@ -88,15 +111,8 @@ def held_out_prompts(config: Config, pairs: PairStore) -> list[Prompt]:
                 asked = turns.get(sources[pair.pair_id])
             else:
                 asked = [{"role": "user", "content": str(tokenizer.decode(pair.prompt, skip_special_tokens=True))}]
-            if asked and pair.prompt.tobytes() not in seen and len(found) < wanted:
-                seen.add(pair.prompt.tobytes())
-                found.append(Prompt(pair.pair_id.hex(), asked))
-    if not found:
-        raise ConfigError(
-            "evaluation.prompts: no held-out prompt can be asked: their files are gone, or all of them are tokens, raw "
-            "texts, or have tools; set evaluation.prompts: 0"
-        )
-    return found
+            if asked:
+                yield pair.prompt.tobytes(), Prompt(pair.pair_id.hex(), asked)
 
 
 def answers_of(

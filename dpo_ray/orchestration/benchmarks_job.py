@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import importlib.metadata
 import json
+import math
 import os
 import subprocess
 import sys
@@ -63,14 +64,17 @@ def benchmarks_of(config: Config, models: Sequence[Model], watcher: Watcher) -> 
         if reason := no_room({"CPU": options.cpus_per_actor, "GPU": options.gpus_per_actor}):
             watcher.warning(f"evaluation.lm_eval: {reason}")
         task = ray.remote(_run).options(num_cpus=options.cpus_per_actor, num_gpus=options.gpus_per_actor)
-        waiting = {task.remote(config, model): model for model in missing}
+        waiting, failed = {task.remote(config, model): model for model in missing}, ""
         while waiting:
             watcher.progress("running benchmarks (models)", len(missing) - len(waiting), len(missing))
             (done, *_), _ = ray.wait(list(waiting))
             model, found = waiting.pop(done), ray.get(done)
             if isinstance(found, str):
-                raise ConfigError(f"evaluation.lm_eval: the command failed for {model.name}, {model.path}:\n{found}")
-            storage.write_json(places[model.name], found)
+                failed = f"evaluation.lm_eval: the command failed for {model.name}, {model.path}:\n{found}"
+            else:
+                storage.write_json(places[model.name], found)
+        if failed:
+            raise ConfigError(failed)
     scores = dict[str, dict[str, Estimate]]()
     for model in models:
         for name, each in scores_of(storage.read_json(places[model.name])).items():
@@ -92,7 +96,8 @@ def scores_of(results: Mapping[str, Any]) -> dict[str, Estimate]:
         num = int(results.get("n-samples", {}).get(task, {}).get("effective", 0))
         for key, value in numbers.items():
             metric, separator, kind = key.partition(",")
-            if not separator or metric.endswith("_stderr") or not isinstance(value, int | float):
+            is_number = isinstance(value, int | float) and math.isfinite(value)
+            if not separator or metric.endswith("_stderr") or not is_number:
                 continue
             error = numbers.get(f"{metric}_stderr,{kind}")
             name = f"{task} {metric}" + ("" if kind == "none" else f" ({kind})")

@@ -12,7 +12,7 @@ import math
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -201,13 +201,20 @@ def evaluate(target: str, overrides: Sequence[str] | None = None, watcher: Watch
         )
         warnings += warnings_of(held_out)
         answers = _answers(run, judge, warnings, watcher) if config.evaluation.prompts else None
-        benchmarks = benchmarks_of(config, _models(run), watcher) if config.evaluation.lm_eval else {}
-    about = config.run_uri, run.step, run.export_uri, config.reference_path
-    found = Evaluation(*about, held_out, answers, benchmarks, warnings)
-    storage.write_json(storage.join(config.run_uri, "evaluation", "summary.json"), as_json(found))
-    write_report(config.run_uri)
-    write_card(config, run.step)
+        about = config.run_uri, run.step, run.export_uri, config.reference_path
+        found = Evaluation(*about, held_out, answers, {}, warnings)
+        # Benchmarks take long, and their command may fail.
+        _write(run, found)
+        if config.evaluation.lm_eval:
+            found = replace(found, benchmarks=benchmarks_of(config, _models(run), watcher))
+            _write(run, found)
     return found
+
+
+def _write(run: Run, found: Evaluation) -> None:
+    storage.write_json(storage.join(run.config.run_uri, "evaluation", "summary.json"), as_json(found))
+    write_card(run.config, run.step)
+    write_report(run.config.run_uri)
 
 
 def _endpoint(config: Config) -> EndpointJudge:
@@ -235,7 +242,12 @@ def _answers(run: Run, judge: EndpointJudge | None, warnings: list[str], watcher
     pairs = list(itertools.combinations(range(len(models)), 2))
     if options.judge == "reward_model":
         rewards = rewards_of(config, prompts, lines, watcher)
-        outcomes = {(one, two): list((np.sign(rewards[one] - rewards[two]) + 1) / 2) for one, two in pairs}
+        outcomes = {
+            (one, two): [
+                float(np.sign(gap) + 1) / 2 if np.isfinite(gap) else None for gap in rewards[one] - rewards[two]
+            ]
+            for one, two in pairs
+        }
     elif judge is not None:
         questions = [
             Question(prompt.text, texts[one, index], texts[two, index])

@@ -88,7 +88,7 @@ def lead_gloo() -> None:
 def gloo_address() -> str:
     """The address that gloo takes in this process, as text; empty where there is none."""
     if name := os.environ.get(GLOO_INTERFACE):
-        return dict(_interfaces()).get(name, "")
+        return dict(_interfaces()).get(name.partition(",")[0], "")
     try:
         return socket.gethostbyname(socket.gethostname())
     except OSError:

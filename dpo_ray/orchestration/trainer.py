@@ -19,6 +19,7 @@ from dpo_ray.config import Config, changed_keys
 from dpo_ray.errors import ConfigError, LeaseLostError, first_line
 from dpo_ray.extensions import code_digest
 from dpo_ray.lease import RunLease
+from dpo_ray.model.card import write_card
 from dpo_ray.model.files import check_quantize, refuse_auxiliary_loss, relative_costs
 from dpo_ray.orchestration.evaluator import Evaluator
 from dpo_ray.orchestration.gauges import Gauges
@@ -258,6 +259,7 @@ def _train(config: Config, watcher: Watcher, found: Survey, lease: RunLease, sto
         supervise(config, places, lease, watcher, filler, evaluator, trained, stop)
         if evaluator is not None:
             _record_evaluations(config, plan.total_steps, watcher)
+            write_card(config, plan.total_steps)
     except Exception as error:
         if filler is not None:
             filler.check()  # A filler that has stopped is why the stream has.

@@ -255,7 +255,8 @@ def _figures(facts: Facts) -> list[tuple[str, str]]:
     if facts.chosen is not None:
         before, after = number(facts.chosen.before), number(facts.chosen.after)
         found.append(("chosen log-probability", f"{before} → {after}"))
-    for name, each in (facts.evaluation.get("answers") or {}).get("win_rates", {}).items():
+    current = facts.evaluation if facts.evaluation.get("step") == facts.num_steps else {}
+    for name, each in (current.get("answers") or {}).get("win_rates", {}).items():
         rate, low, high = (100 * each["rate"][end] for end in ("value", "low", "high"))
         found.append((f"win rate against {name}", f"{rate:.1f} % ({low:.1f} to {high:.1f})"))
     if facts.evaluated is not None:

@@ -339,7 +339,8 @@ class Sizing:
             # Of the matrix that a worker has to itself: its part of each that is dealt, the whole, two steps of it, and
             # two of its products with itself.
             compute = _bytes_of(self.config.model.compute_dtype)
-            return max(compute * (4 * w.numel + 2 * w.smaller_side**2) for w in self._orthogonalized())
+            whole = (compute * (4 * w.numel + 2 * w.smaller_side**2) for w in self._orthogonalized())
+            return max(whole, default=0)
         on_gpu = self.config.scaling.gpus_per_worker
         if optimizer.name == "rmsprop" and on_gpu:
             return sum(shards) * (2 if optimizer.weight_decay else 1)

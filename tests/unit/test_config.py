@@ -158,6 +158,10 @@ def with_values(**sections: dict[str, Any]) -> dict[str, Any]:
         (with_values(reference={"label_selector": {"pool": 1}}), "label_selector.pool is 1: .*valid string"),
         (with_values(evaluation={"lm_eval": ["--limit", "5"]}), "evaluation.lm_eval is .*, without --tasks: name some"),
         (
+            with_values(evaluation={"lm_eval": ["--tasks", "a", "--conf", "b"]}),
+            "lm_eval has --conf, which dpo_ray gives",
+        ),
+        (
             with_values(evaluation={"lm_eval": ["--tasks", "a", "--model=hf"]}),
             "evaluation.lm_eval has --model, which dpo_ray gives itself",
         ),

@@ -111,3 +111,23 @@ def test_a_card_without_a_folder(loss: str) -> None:
     assert "/a\\|b.jsonl` |" in card
     assert "## Results" not in card
     assert "model-index" not in card
+
+
+def test_an_evaluation_of_fewer_steps_is_not_given_for_the_model_s(tmp_path: Path) -> None:
+    """The last one of training is after step 40; the text says so, and what the Hub reads has none."""
+    config = run_of(tmp_path, data={"train": ["hf://datasets/owner/pairs@0123/a.parquet"]})
+    assert ModelCard(model_card(config, 40)).data.eval_results
+    card = ModelCard(model_card(config, 45))
+    assert card.data.eval_results is None
+    assert "after step 40:" in card.text
+    assert card.data.datasets == ["owner/pairs"]
+
+
+def test_exports_are_told_apart(tmp_path: Path) -> None:
+    config, found = run_of(tmp_path), summary(40)
+    (rate,) = {id(each): each for each in found["answers"]["win_rates"].values()}.values()
+    found["answers"]["win_rates"] = {"runs/a/export": rate, "runs/b/export/": rate, "export": rate}
+    (tmp_path / "card" / "evaluation").mkdir()
+    (tmp_path / "card" / "evaluation" / "summary.json").write_text(json.dumps(found))
+    names = [name for name in rows(model_card(config, 40)) if name.startswith("win rate")]
+    assert names == ["win rate against a/export", "win rate against b/export", "win rate against /export"]

@@ -291,6 +291,14 @@ def test_an_evaluation_and_answers_side_by_side(tmp_path: Path) -> None:
     assert "KL to the reference, nats an answer (k1) 0.65" in page.text
 
 
+def test_an_evaluation_of_fewer_steps_is_no_figure(tmp_path: Path) -> None:
+    run = make_run(tmp_path, steps=50, total=50)
+    add_evaluation(run)
+    page = Page(run_page(read_facts(run)))
+    assert "win rate against reference 100.0 % (" not in page.text
+    assert "The run has gone on since, to step 50: evaluate it again." in page.text
+
+
 def test_marks_are_words_in_their_order() -> None:
     assert marked("a b c", "a b c") == [("a b c", False)]
     assert marked("a b c", "") == [("a b c", True)]

@@ -109,6 +109,13 @@ def test_muon() -> None:
     assert steps_s[0] - steps_s[1] == pytest.approx(3 * 5 * (4 * 36 * 100 + 2 * 6**3) / 2 / 1e9)
 
 
+def test_muon_leaves_experts_and_what_is_frozen_alone() -> None:
+    """Of three dimensions a weight is AdamW's: two moments. Where blocks are frozen nothing is whole on a worker."""
+    experts = replace(MODEL, blocks=((Weight(4, 2048, True, dims=3),),), rest=())
+    found = sizing(footprint=experts, optimizer={"name": "muon"}).moments(2, Load(100, 1, False))["update"]
+    assert (found["optimizer state"], found["sums"]) == (8 * 1024, 0)
+
+
 def test_an_adapter_alone_is_trained() -> None:
     """500 frozen weights in bfloat16 and 100 of the adapter: 1,000 + 400 bytes, and 800 for AdamW."""
     block = (Weight(5, 500, False), Weight(5, 100, True))
