@@ -1,5 +1,9 @@
 """Typed errors: one message each, for the person who must act on it; they survive pickling between actors."""
 
+import contextlib
+import traceback
+from types import TracebackType
+
 from dpo_ray.redaction import without_secrets
 
 
@@ -126,3 +130,38 @@ class FirstStepError(UserError):
 
 class NonFiniteLossError(UserError):
     """The loss is not finite; the message names the pairs of the global batch."""
+
+
+class ErrorsWithoutSecrets(contextlib.ContextDecorator):
+    """What an error raised in a `with` block, or a function, says holds no secret, nor what led to it.
+
+    Ray writes all of it down.
+    """
+
+    def __enter__(self) -> None:
+        """Nothing yet."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Raises the error, or one like it, without what led to it where that has a secret."""
+        if not isinstance(error, Exception):
+            return
+        text = "".join(traceback.format_exception(error))
+        if without_secrets(text) == text:
+            return
+        said = str(error)
+        if without_secrets(said) == said:
+            raise error from None
+        if known := _known(error):
+            raise known from None
+        raise RuntimeError(without_secrets(text)) from None
+
+
+def _known(error: BaseException | None) -> DpoRayError | None:
+    """The first error of ours among an error and what led to it: it says what to do."""
+    while error is not None:
+        if isinstance(error, DpoRayError):
+            return error
+        error = getattr(error, "cause", None) or error.__cause__ or error.__context__
+    return None

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
-import traceback
-from types import TracebackType
 
 # Variables of the environment that hold one; a shorter value is none, and may be a part of any word.
-_NAMES = re.compile(r"(KEY|SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIALS?|CONNECTION_STRING)$", re.IGNORECASE)
+_NAMES = re.compile(
+    r"(SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIALS?|CONNECTION_STRING|"
+    r"(API|ACCESS|SECRET|PRIVATE|ACCOUNT|AUTH|SIGNING|ENCRYPTION|SUBSCRIPTION)_?KEY)(_?\d+)?$",
+    re.IGNORECASE,
+)
 SECRET_CHARS = 8
+# Others may hold a file's key in a bucket: those that look drawn by chance are taken for secrets.
+_PERHAPS, _DRAWN = re.compile(r"(KEY|AUTH)(_?\d+)?$", re.IGNORECASE), re.compile(r"(?=.*\d)(?=.*[A-Za-z])[^/\s]{16,}")
 # So long a one is no word of a path that happens to be somebody's password too.
 _CERTAIN_CHARS = 16
 # The name, and perhaps a password, before a host.
-_USER = re.compile(r"://[^/@\s]*@")
-_PASSWORD = re.compile(r"://[^/@\s:]*:([^/@\s]+)@")
+_USER = re.compile(r"://[^/\s?#]*@")
+_PASSWORD = re.compile(r"://[^/@\s:]*:([^/\s?#]+)@")
 # What signs or opens a request, in its URL or in the path of it that libraries show.
 _QUERY = re.compile(
     r"([?&](?:sig|key|[^=&?\s]*(?:signature|token|secret|password|credential|(?:access|api|account|subscription)[-_]?"
@@ -47,36 +50,13 @@ def secret_in(text: str) -> str | None:
     return None
 
 
-class ErrorsWithoutSecrets(contextlib.ContextDecorator):
-    """What an error raised in a `with` block, or a function, says holds no secret, nor what led to it.
-
-    Ray writes all of it down.
-    """
-
-    def __enter__(self) -> None:
-        """Nothing yet."""
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Raises the error, or one like it, without what led to it where that has a secret."""
-        if not isinstance(error, Exception):
-            return
-        text = "".join(traceback.format_exception(error))
-        if without_secrets(text) == text:
-            return
-        said = str(error)
-        if without_secrets(said) == said:
-            raise error from None
-        raise RuntimeError(without_secrets(text)) from None
-
-
 def _of_environment(least_chars: int) -> dict[str, str]:
     """Secrets by which variable has them."""
     found = dict[str, str]()
     for name, value in os.environ.items():
+        drawn = _PERHAPS.search(name) and _DRAWN.fullmatch(value)
         # A file that has the secret is none.
-        if _NAMES.search(name) and not value.startswith("/"):
+        if (_NAMES.search(name) or drawn) and not (value.startswith("/") and os.path.exists(value)):
             found[value] = name
         elif "://" in value:
             found |= dict.fromkeys(_PASSWORD.findall(value), name)

@@ -11,8 +11,8 @@ import ssl
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from dpo_ray.errors import DpoRayError, StorageError
-from dpo_ray.redaction import ErrorsWithoutSecrets, shown, without_secrets
+from dpo_ray.errors import DpoRayError, ErrorsWithoutSecrets, StorageError
+from dpo_ray.redaction import shown, without_secrets
 
 FileSystemOf = Callable[[str], tuple[Any, str]]
 

@@ -8,22 +8,23 @@ alone: whoever dies, and whenever, the same look finds what is missing.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from dpo_ray.config import Config
-from dpo_ray.errors import EvaluationError, StorageError
+from dpo_ray.errors import ErrorsWithoutSecrets, EvaluationError, StorageError
 from dpo_ray.orchestration.reference_filler import LOOK_S, STOP_S, TELL_S
 from dpo_ray.orchestration.replicas import LOST_PAUSE_S, Losses, Replica, Replicas, Scored
 from dpo_ray.orchestration.resources import needs, needs_of_device
 from dpo_ray.orchestration.stream import Places, eval_feeds, make_feed
-from dpo_ray.redaction import ErrorsWithoutSecrets
 from dpo_ray.training import evaluations
 from dpo_ray.training.evaluations import Made
-from dpo_ray.training.manifest import checkpoint_name
+from dpo_ray.training.manifest import checkpoint_name, set_aside
 from dpo_ray.types import Attempt, Control, GlobalBatch
 
 log = logging.getLogger(__name__)
@@ -80,6 +81,7 @@ class EvaluationReplica(Replica):
             assert feed.references is not None
             about = feed.references.start, feed.pairs_uri, self._model, config.reference.tokens_per_microbatch
             self._own = OwnReference(*about, config.needs_token_scores, lambda _: self._moved(), nullcontext)
+        self._moved()
 
     @ErrorsWithoutSecrets()
     def score(self, checkpoint: _Checkpoint) -> None:
@@ -87,8 +89,10 @@ class EvaluationReplica(Replica):
         from dpo_ray.training.checkpoint import read_policy
         from dpo_ray.training.evaluate import evaluate
 
+        self._moved()
         run_uri, (step, attempt) = self._config.run_uri, checkpoint.made
         state = read_policy(run_uri, checkpoint.name, attempt, self._model)
+        self._moved()
         if self._own is not None:
             self._own.score([chunk for feed in self._feeds.values() for chunk in feed.plan.chunks])
         pairs = _HeldOut(self._feeds, self._rank, self._config.reference.devices_per_replica, self._moved)
@@ -148,6 +152,8 @@ class Evaluator:
         self._waiting = list[_Checkpoint]()
         self._under_way: _Checkpoint | None = None
         self._looked, self._many, self._told = 0.0, MANY, False
+        # When somebody first asked whether all is done, and when the last look that found nothing began.
+        self._asked_at, self._nothing_at = math.inf, -math.inf
         self._error: BaseException | None = None
         self._news, self._stopped = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="evaluator", daemon=True)
@@ -158,12 +164,16 @@ class Evaluator:
 
     def trained(self, line: dict[str, Any]) -> None:
         """Takes note of a checkpoint, by the line that tells of it."""
+        self._asked_at = math.inf
         if "checkpoint" in line:
             self._news.set()
 
     def done(self) -> bool:
-        """Whether every checkpoint that there is now, and is due, has been evaluated."""
-        return not evaluations.waiting(self._config.run_uri, self._config.train, self._total_steps)
+        """Whether every checkpoint that was there when this was first asked, and is due, has been evaluated."""
+        if self._asked_at == math.inf:
+            self._asked_at = time.monotonic()
+            self._news.set()
+        return self._nothing_at > self._asked_at
 
     def check(self) -> None:
         """Raises when no more checkpoints will be evaluated.
@@ -198,8 +208,11 @@ class Evaluator:
         if self._news.is_set() or now - self._looked > QUIET_LOOK_S:
             self._news.clear()
             self._looked = now
-            found = evaluations.waiting(self._config.run_uri, self._config.train, self._total_steps)
+            run_uri = self._config.run_uri
+            found = evaluations.waiting(run_uri, self._config.train, self._total_steps, partial(set_aside, run_uri))
             self._waiting = [_Checkpoint(made) for made in found]
+            if not found:
+                self._nothing_at = now
             self._warn_of_many(found)
         # The replica stays between two checkpoints: its room is kept for it.
         if self._waiting and not self._losses.pausing():

@@ -35,7 +35,7 @@ def scored_config(config: Config) -> Config:
     """
     if config.sft.epochs is None:
         return config
-    if finished_run(config.start()) is None:
+    if finished_run(config.start(), evaluated=False) is None:
         raise ConfigError(
             f"sft.epochs is {config.sft.epochs}, so that the reference is the model that {config.start().name} makes, "
             "which is not there yet: run `dpo-ray sft` first"

@@ -23,14 +23,13 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from dpo_ray import storage
 from dpo_ray.config import Config
-from dpo_ray.errors import CheckpointError, FinalError, StorageError
+from dpo_ray.errors import CheckpointError, ErrorsWithoutSecrets, FinalError, StorageError
 from dpo_ray.orchestration.logs import log_as
 from dpo_ray.orchestration.monitor import START_S, Place
 from dpo_ray.orchestration.nodes import kill, lead_gloo, on_nodes
 from dpo_ray.orchestration.resources import resources_per_device
 from dpo_ray.orchestration.worker import final_error
 from dpo_ray.pairs.store import Chunk, brought_scores, read_chunk
-from dpo_ray.redaction import ErrorsWithoutSecrets
 from dpo_ray.reference.brought import check_brought
 from dpo_ray.reference.store import ReferenceStore
 from dpo_ray.reference.versions import Version, version_after

@@ -61,12 +61,13 @@ class Stop:
         self.__exit__()
         signal.raise_signal(number)
 
-    def check(self, run_uri: str, step: int) -> None:
+    def check(self, run_uri: str, step: int, trained: bool = False) -> None:
         """Ends a run that was asked to stop, when none of its workers is left.
 
         Args:
             run_uri: The run directory.
             step: Of its newest checkpoint.
+            trained: Whether there is nothing left to train: then a reason is none any more, a signal is.
 
         Raises:
             StoppedError: It was.
@@ -77,5 +78,5 @@ class Stop:
                 "command goes on from there",
                 self._signal,
             )
-        if self._reason is not None:
+        if self._reason is not None and not trained:
             raise StoppedError(f"{run_uri} was stopped: {self._reason}; its newest checkpoint is of step {step}")

@@ -114,7 +114,7 @@ def supervise(
                 if references is not None:
                     references.begins(attempt)
                 watcher.began(attempt)
-                whose = {"run": config.name, "attempt": attempt.attempt}
+                whose = {"dpo_run": config.name, "dpo_attempt": attempt.attempt}
                 log.info("begins after step %d with %d workers: %s", attempt.position, num_workers, reason, extra=whose)
                 group = WorkerGroup(config, places, attempt, node_ids, watcher, _tell(references, evaluator, stop))
                 end = group.run(_Look(config, attempt, lease, references, evaluator, watcher, stop, wish))
@@ -147,16 +147,16 @@ def _finished(
     watcher.phase("waiting for the last evaluations")
     while not evaluator.done():
         lease.check()
-        _check(stop, config)
+        _check(stop, config, trained=True)
         evaluator.check()
         time.sleep(POLL_S)
     # A checkpoint that turned out to be damaged while it was evaluated is none any more.
     return finished()
 
 
-def _check(stop: Stop, config: Config) -> None:
+def _check(stop: Stop, config: Config, trained: bool = False) -> None:
     newest = manifest.newest(config.run_uri) if stop.asked else None
-    stop.check(config.run_uri, newest[1].state.step if newest else 0)
+    stop.check(config.run_uri, newest[1].state.step if newest else 0, trained)
 
 
 def _tell(references: References | None, evaluator: Evaluator | None, stop: Stop) -> Callable[[dict[str, Any]], None]:

@@ -190,7 +190,7 @@ def write_page(found: Sequence[Point]) -> str | None:
 def _outcome(point: Point, before: Sequence[str], stop_early: str | None, watcher: Watcher) -> Outcome:
     """Trains a run, as far as it goes."""
     config, race, stop = point.config, None, None
-    if stop_early is not None and finished_run(config) is None:
+    if stop_early is not None and finished_run(config, evaluated=False) is None:
         if lost := read_stopped(config.run_uri):
             watcher.phase(f"{config.run_uri} was stopped {lost.reason}")
             return Outcome(point, None, stopped=lost)

@@ -16,7 +16,7 @@ import yaml
 
 from dpo_ray import storage
 from dpo_ray.config import Config, changed_keys
-from dpo_ray.errors import ConfigError, LeaseLostError, first_line
+from dpo_ray.errors import ConfigError, LeaseLostError, StorageError, first_line
 from dpo_ray.extensions import code_digest
 from dpo_ray.lease import RunLease
 from dpo_ray.model.card import write_card
@@ -148,7 +148,7 @@ def make_start(config: Config, watcher: Watcher | None = None) -> Result:
     follows, start = config.after_start(), config.start()
     check_reachable(follows)
     _refuse_changed_config(follows)
-    if manifest.newest(follows.run_uri) is not None and finished_run(start) is None:
+    if manifest.newest(follows.run_uri) is not None and finished_run(start, evaluated=False) is None:
         raise ConfigError(
             f"{follows.run_uri} has begun with the model of {start.run_uri}, which is not there any more as it was: "
             "restore it, or choose another name for a new run"
@@ -347,7 +347,10 @@ def _record_evaluations(config: Config, total_steps: int, watcher: Watcher) -> N
     after = replace(attempt, position=newest[1].state.step)
     with Recorder(config, _AfterTraining(after, watcher.line, fence, total_steps)) as recorder:
         recorder.flush()
-        manifest.prune(config.run_uri, config.train.keep_checkpoints, attempt.attempt, needed=recorder.needs)
+        try:
+            manifest.prune(config.run_uri, config.train.keep_checkpoints, attempt.attempt, needed=recorder.needs)
+        except (StorageError, OSError) as error:  # All is done: old ones are nothing to fail for.
+            log.warning("old checkpoints were not removed: %s", error)
 
 
 def finished_run(config: Config, evaluated: bool = True) -> Result | None:

@@ -16,12 +16,13 @@ from ray.data.collate_fn import ArrowBatchCollateFn
 
 from dpo_ray import errors
 from dpo_ray.config import Config, ScalingConfig
+from dpo_ray.errors import ErrorsWithoutSecrets
 from dpo_ray.orchestration.logs import log_as
 from dpo_ray.orchestration.monitor import Failure, FailureKind, Place, Reporter
 from dpo_ray.orchestration.stream import Places, eval_feeds, make_feed
 from dpo_ray.orchestration.watch import warnings_to
 from dpo_ray.pairs import pack
-from dpo_ray.redaction import ErrorsWithoutSecrets, without_secrets
+from dpo_ray.redaction import without_secrets
 from dpo_ray.training.attempts import Fence
 from dpo_ray.types import Attempt, GlobalBatch, WorkerContext
 

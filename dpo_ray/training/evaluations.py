@@ -8,7 +8,7 @@ Whoever records the run's metrics takes the lines from there. Needs no torch.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dpo_ray import storage
@@ -59,15 +59,27 @@ def maker(attempts: Sequence[Attempt], step: int) -> int:
     return max((each.attempt for each in attempts if each.position < step), default=-1)
 
 
-def waiting(run_uri: str, config: TrainConfig, total_steps: int) -> list[Made]:
-    """The checkpoints that are still to be evaluated, oldest first."""
+def waiting(
+    run_uri: str, config: TrainConfig, total_steps: int, damaged: Callable[[str, str], None] = lambda name, why: None
+) -> list[Made]:
+    """The checkpoints that are still to be evaluated, oldest first.
+
+    Args:
+        run_uri: The run.
+        config: What is evaluated.
+        total_steps: Where training ends.
+        damaged: Told of a checkpoint whose manifest cannot be read.
+    """
     names = [name for name in manifest.committed(run_uri) if is_due(config, manifest.step_of(name), total_steps)]
     done, found = there(run_uri), list[Made]()
     for name in names:
         try:
             made = Made(manifest.step_of(name), manifest.read_manifest(run_uri, name).attempt)
-        except (CheckpointError, FileNotFoundError):
-            continue  # Damaged, and soon set aside; or removed just now.
+        except FileNotFoundError:
+            continue  # Removed just now.
+        except CheckpointError as error:
+            damaged(name, str(error))
+            continue
         if made not in done:
             found.append(made)
     return found

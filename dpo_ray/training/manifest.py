@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -23,6 +24,7 @@ from dpo_ray.types import TrainState
 
 _log = logging.getLogger(__name__)
 FORMAT_VERSION, READ_VERSIONS = 4, (2, 3, 4)
+_STEP = re.compile(r"step-\d+")
 _MANIFEST, _ASIDE, _ATTEMPT = "manifest.json", "set-aside-", "attempt-"
 _UNREADABLE = f"{_ASIDE}unreadable.json"
 
@@ -258,7 +260,7 @@ def take_best(metric: str, line: dict[str, Any], state: TrainState) -> bool:
 def _listed(run_uri: str) -> dict[str, list[str]]:
     """What is in the folder of each step, oldest first."""
     folder = storage.join(run_uri, "checkpoints")
-    names = [name for name in storage.list_names(folder) if name.startswith("step-")]
+    names = [name for name in storage.list_names(folder) if _STEP.fullmatch(name)]
     return {name: storage.list_names(storage.join(folder, name)) for name in names}
 
 

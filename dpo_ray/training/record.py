@@ -155,9 +155,10 @@ class Recorder:
 
     def needs(self, step: int) -> bool:
         """Whether the checkpoint of a step is still to be evaluated beside training, or was the best so far."""
-        if self._train.eval_place != "actors" or not evaluations.is_due(self._train, step, self._total_steps):
+        if self._train.eval_place != "actors":
             return False
-        return step not in self._evaluated or step == self._best.best_step
+        waits = evaluations.is_due(self._train, step, self._total_steps) and step not in self._evaluated
+        return waits or step == self._best.best_step
 
     def flush(self) -> None:
         """Takes in what was evaluated beside training, and makes everything recorded so far durable.

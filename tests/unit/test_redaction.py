@@ -6,11 +6,12 @@ import pickle
 import subprocess
 import sys
 import traceback
+from pathlib import Path
 
 import pytest
 
-from dpo_ray.errors import ConfigError, FinalError, first_line
-from dpo_ray.redaction import ErrorsWithoutSecrets, without_secrets
+from dpo_ray.errors import ConfigError, ErrorsWithoutSecrets, FinalError, first_line
+from dpo_ray.redaction import secret_in, shown, without_secrets
 
 CANARY = "canary-0123456789"
 
@@ -97,3 +98,36 @@ def test_a_traceback_on_the_command_line(token: str) -> None:
     assert done.returncode == 1
     assert done.stderr.endswith("ValueError: no ***\n")
     assert token not in done.stderr
+
+
+def test_what_a_variable_holds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A key of AWS may begin with a slash, a path to a key is none, and an object's key in a bucket is no secret."""
+    path = tmp_path / "some.key"
+    path.touch()
+    for name, value in {
+        "AWS_SECRET_ACCESS_KEY": "/x7Kq2pL9vT4mN8s",
+        "TLS_PRIVATE_KEY": str(path),
+        "DATA_KEY": "datasets/ultrafeedback-2024",
+        "OPENAI_KEY_2": "sk-0123456789abcdef",
+    }.items():
+        monkeypatch.setenv(name, value)
+    said = f"/x7Kq2pL9vT4mN8s {path} datasets/ultrafeedback-2024 sk-0123456789abcdef"
+    assert without_secrets(said) == f"*** {path} datasets/ultrafeedback-2024 ***"
+    assert secret_in("s3://b/datasets/ultrafeedback-2024/a.jsonl") is None
+    assert shown("https://me:p@ss@host/path@x") == "https://host/path@x"
+
+
+@ErrorsWithoutSecrets()
+def of_a_task() -> None:
+    """What Ray makes of an error."""
+    try:
+        raise ConfigError("set required-key")
+    except ConfigError as error:
+        raise ValueError("a task failed: required-key") from error
+
+
+def test_a_message_of_ours_is_not_lost_behind_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DB_PASSWORD", "required-")
+    with pytest.raises(ConfigError, match=r"^set \*\*\*key$") as raised:
+        of_a_task()
+    assert raised.value.__suppress_context__

@@ -42,10 +42,13 @@ def test_a_line_asks_and_a_signal_is_heard_besides() -> None:
         with pytest.raises(StoppedError, match="runs/a was stopped: far behind; .* of step 3") as found:
             stop.check("runs/a", 3)
         assert found.value.signal == 0
+        stop.check("runs/a", 3, trained=True)
         signal.raise_signal(signal.SIGTERM)
         with pytest.raises(StoppedError, match="by SIGTERM") as found:
             stop.check("runs/a", 3)
         assert found.value.signal == 15
+        with pytest.raises(StoppedError, match="by SIGTERM"):
+            stop.check("runs/a", 3, trained=True)
 
 
 def test_a_tracker_asks() -> None:

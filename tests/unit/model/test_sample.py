@@ -30,7 +30,9 @@ def sampler(folder: Path, **settings: object) -> Sampler:
 def test_what_a_model_s_settings_say_changes_no_answer(tmp_path: Path) -> None:
     prompts = [[{"role": "user", "content": f"Say {number}."}] for number in range(4)]
     plain = sampler(tmp_path / "plain").sampled(prompts, seed=1)
-    penalised = sampler(tmp_path / "penalised", repetition_penalty=5.0, min_p=0.5, top_k=2).sampled(prompts, seed=1)
+    penalised = sampler(tmp_path / "penalised", do_sample=True, repetition_penalty=5.0, min_p=0.5, top_k=2).sampled(
+        prompts, seed=1
+    )
     for (one,), (other,) in zip(plain, penalised, strict=True):
         assert np.array_equal(one.tokens, other.tokens)
 

@@ -40,7 +40,7 @@ def json_handler(target: io.StringIO) -> logging.Handler:
 def test_whose_a_line_is(capsys: pytest.CaptureFixture[str]) -> None:
     handle(PlainRayHandler())  # As in a worker of Ray Train's.
     log_as(run="run", attempt=3, rank=1)
-    logging.getLogger("dpo_ray.somewhere").info("step %d\nis %s", 7, "done")
+    logging.getLogger("dpo_ray.somewhere").info("step %d\nis %s", 7, "done", extra={"rank": 5})
     (line,) = capsys.readouterr().err.splitlines()
     assert line.endswith(r" INFO run=run attempt=3 rank=1 dpo_ray.somewhere: step 7\nis done")
 
@@ -51,7 +51,7 @@ def test_a_job_that_wants_json_gets_nothing_else(capsys: pytest.CaptureFixture[s
     log_as(run="run", attempt=3, rank=1)
     logging.getLogger("dpo_ray.somewhere").info("step %d\nis %s", 7, "done")
     found = json.loads(collected.getvalue())
-    assert {key: found[key] for key in ("run", "attempt", "rank", "message")} == {
+    assert {key.removeprefix("dpo_"): found[key] for key in ("dpo_run", "dpo_attempt", "dpo_rank", "message")} == {
         "run": "run",
         "attempt": 3,
         "rank": 1,

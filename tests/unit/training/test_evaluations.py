@@ -68,6 +68,14 @@ def test_what_waits(tmp_path: Path) -> None:
     # Of the weights that an attempt before had made of the same steps.
     evaluations.put(config.run_uri, Made(20, 0), line(20))
     assert waiting() == [Made(20, 1), Made(25, 1)]
+    # A manifest that cannot be read is told of; a copy that somebody made is no checkpoint.
+    for name in (checkpoint_name(20), f"{checkpoint_name(25)}-best"):
+        place = Path(config.run_uri, "checkpoints", name, "manifest.json")
+        place.parent.mkdir(exist_ok=True)
+        place.write_text("{")
+    told = list[str]()
+    found = evaluations.waiting(config.run_uri, config.train, TOTAL, lambda name, why: told.append(name))
+    assert (found, told) == ([Made(25, 1)], [checkpoint_name(20)])
     manifest.set_aside(config.run_uri, checkpoint_name(20), "damaged")
     assert waiting() == [Made(25, 1)]
     assert evaluations.there(config.run_uri) == [Made(10, 0), Made(20, 0)]
@@ -148,6 +156,11 @@ def test_what_is_kept(tmp_path: Path) -> None:
         commit(run_uri, Manifest(state, 1, 1, {}), lambda: recording.promise(state))
         assert (state.best_step, state.best_value) == (25, 0.2)
         assert [recording.needs(step) for step in (10, 20, 25)] == [False, False, True]
+    # The best stays where evaluations are due at other steps now.
+    often = run_of(tmp_path, keep_best="eval_loss", keep_checkpoints=1, eval_every_steps=7)
+    with recorder(often, attempts.begin(run_uri, 3, 1, "continue"), []) as recording:
+        recording.flush()
+        assert [recording.needs(step) for step in (20, 21, 25)] == [False, True, True]
 
 
 def test_workers_need_nothing_kept(tmp_path: Path) -> None:
