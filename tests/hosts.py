@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pickle
 import secrets
 import shutil
 import socket
@@ -25,8 +26,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from wire import Flow
 
 DASHBOARD_PORT, GCS_PORT = 8265, 6379
+# Of the agent on each node, which speaks HTTP too.
+AGENT_PORT = 52365
 READY_S = 60.0
 SHARED_MEMORY = "400m"
 OBJECT_STORE_BYTES = 100_000_000
@@ -207,6 +211,25 @@ class Network(contextlib.ExitStack):
                 self.callback(self._off, host)
             undo.pop_all()
         return self
+
+    @contextlib.contextmanager
+    def overheard(self) -> Iterator[dict[Flow, bytes]]:
+        """What the hosts send each other over TCP during a `with` block; it is there when the block has ended."""
+        found, place = dict[Flow, bytes](), self.folder / "overheard"
+        listen = [sys.executable, str(Path(__file__).with_name("wire.py")), str(place)]
+        process = subprocess.Popen(["ip", "netns", "exec", self.bridge, *listen])
+        try:
+            while not place.exists():
+                assert process.poll() is None
+                time.sleep(0.05)
+            yield found
+            process.terminate()
+            assert process.wait(timeout=60) == 0
+            found |= {Flow(*flow): content for flow, content in pickle.loads(place.read_bytes()).items()}
+        finally:
+            process.kill()
+            process.wait()
+            place.unlink(missing_ok=True)
 
     @staticmethod
     def _off(host: Host) -> None:

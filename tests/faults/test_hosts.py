@@ -10,7 +10,8 @@ import grpc
 import pytest
 from conftest import S3Server, serve_s3
 from doors import CALLS, knock
-from hosts import DASHBOARD_PORT, GCS_PORT, Host, Network, RayHosts, issue_certificates, needs_hosts
+from hosts import AGENT_PORT, DASHBOARD_PORT, GCS_PORT, Host, Network, RayHosts, issue_certificates, needs_hosts
+from wire import Flow
 
 from dpo_ray import storage
 from faults.harness import Driver, Place, until
@@ -19,6 +20,8 @@ pytestmark = [pytest.mark.faults, pytest.mark.integration, pytest.mark.slow, pyt
 # One worker, and the reference, fit on a host.
 SCALING = {"workers": {"min": 1, "max": 2}, "cpus_per_worker": 2, "grow_after_s": 1}
 CPUS = 3
+# What each side of a connection over TLS sends first.
+TLS_HANDSHAKE = b"\x16\x03"
 
 
 @pytest.fixture(scope="module")
@@ -138,12 +141,15 @@ def test_a_job_over_tls(network: Network, s3_place: Place, s3_twin: str, drivers
     authority = issue_certificates(hosts, tmp_path)
     for host in hosts:
         host.own_environment |= s3_place.planted_environment("cluster")
-    made.start()
-    driver = job(network["tls-laptop"], made, s3_place, "tls")
-    drivers.append(driver)
-    s3_place.plant("cluster", [], pace_s=0.0)
-    driver.finish()
+    laptop = network["tls-laptop"]
+    with network.overheard() as overheard:
+        made.start()
+        driver = job(laptop, made, s3_place, "tls")
+        drivers.append(driver)
+        s3_place.plant("cluster", [], pace_s=0.0)
+        driver.finish()
     s3_place.assert_same_but_for_rounding("tls", s3_twin)
+    check_what_is_in_the_clear(overheard, made)
 
     address = f"{made.head.address}:{GCS_PORT}"
     assert knock(made.head.address, DASHBOARD_PORT, made.token) == "lets in"
@@ -154,10 +160,28 @@ def test_a_job_over_tls(network: Network, s3_place: Place, s3_twin: str, drivers
     assert not _answers(address, None, authority, key, own)
     assert _answers(address, made.token, authority, key, own)
     status = ("ray", "status", "--address", address)
-    assert network["tls-laptop"].run(*status).returncode != 0
+    assert laptop.run(*status).returncode != 0
     assert "6.0 CPU" in made.head.run(*status).stdout
     for host in hosts:
         host.power_off()
+
+
+def check_what_is_in_the_clear(overheard: dict[Flow, bytes], cluster: RayHosts) -> None:
+    """All that a cluster's hosts send each other is TLS, but for Ray's HTTP, with the token, and what torch sends."""
+    http = {flow for flow in overheard if {flow.source_port, flow.target_port} & {DASHBOARD_PORT, AGENT_PORT}}
+    told = {flow for flow, content in overheard.items() if cluster.token.encode() in content}
+    assert told
+    assert told <= http
+    own = {host.address for host in (cluster.head, *cluster.workers)}
+    clear = {
+        flow: content
+        for flow, content in overheard.items()
+        if {flow.source, flow.target} <= own and content and not content.startswith(TLS_HANDSHAKE) and flow not in http
+    }
+    assert {address for flow in clear for address in (flow.source, flow.target)} == {h.address for h in cluster.workers}
+    # The way in which torch's processes find each other; then gloo's tensors.
+    assert any(b"init/" in content for content in clear.values())
+    assert max(map(len, clear.values())) > 1_000_000
 
 
 def _answers(address: str, token: str | None, authority: Path, *key_and_certificate: Path) -> bool:
