@@ -319,7 +319,8 @@ def test_reading_waits_for_tokenizing(tmp_path: Path, local_ray: None, monkeypat
     # Room for eight files.
     monkeypatch.setattr("dpo_ray.orchestration.prepare.LEAST_BLOCKS", 2)
     monkeypatch.setattr("dpo_ray.orchestration.prepare.READ_AHEAD", 0)
-    assert len(list(_make_runs(job, Watcher()))) >= num_files
+    config = tiny_config(str(tmp_path), "run", "model", "pairs.jsonl")
+    assert len(list(_make_runs(config, job, Watcher()))) >= num_files
     events = log.read_text().split()
     ahead = max(events[:end].count("read") - events[:end].count("made") for end in range(len(events)))
     # Ray lets a task run in any case, and learns the size of a block from the first: a few more than the share.
