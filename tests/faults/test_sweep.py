@@ -64,6 +64,7 @@ def test_the_driver_is_killed_in_the_second_run(local_ray: None, tmp_path: Path,
 
 
 @pytest.mark.timeout(1200)
+@pytest.mark.slow
 def test_what_kl_buys_and_a_run_that_is_behind(local_ray: None, tmp_path: Path, tiny_model: Path) -> None:
     """Three learning rates, then one at which nothing moves: it ends early, and is left alone when given again."""
     data = {"train": [write_pairs(tmp_path / "pairs.jsonl", NUM_PAIRS)], "eval_fraction": 0.1}

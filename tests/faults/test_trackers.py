@@ -9,7 +9,7 @@ from helpers import dpo_ray_command, read_lines, steps_of, tiny_config, write_pa
 
 from dpo_ray.config import to_yaml
 
-pytestmark = [pytest.mark.integration, pytest.mark.faults, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.integration, pytest.mark.faults, pytest.mark.slow, pytest.mark.timeout(600)]
 
 OWN = """
 from dpo_ray.errors import StopTraining
