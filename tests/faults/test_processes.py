@@ -88,6 +88,7 @@ def test_asked_to_stop(place: Place, twin: str, drivers: Any, number: signal.Sig
     assert driver.warnings() == again.warnings() == []
 
 
+@pytest.mark.slow
 def test_kill_right_after_a_commit(place: Place, twin: str, drivers: Any) -> None:
     """Fault 2: what was committed is not lost."""
     driver = place.start(place.config("after-commit"))

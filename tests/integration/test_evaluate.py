@@ -225,6 +225,7 @@ def test_an_endpoint_judges(trained: Config, tmp_path: Path) -> None:
     assert len(list(Path(trained.store_uri, "judgements").iterdir())) == seen
 
 
+@pytest.mark.faults  # Not for what fails: the harness is large and takes half a minute to start.
 def test_benchmarks_before_and_after(trained: Config, tmp_path: Path) -> None:
     """Accuracy of a task of one's own: how often transformers find the right continuation the likelier one."""
     pytest.importorskip("lm_eval", reason="needs the extra `lm-eval`")
