@@ -107,6 +107,7 @@ def test_what_cannot_be_evaluated(trained: Config, tmp_path: Path) -> None:
 
 
 @pytest.mark.shared
+@pytest.mark.faults  # Not for what fails: tests/unit/evaluation shows the same without Ray in a third of the time.
 def test_a_real_model_agrees_with_transformers(tmp_path: Path, smollm2: Path, hh_rlhf: Path, local_ray: None) -> None:
     """SmolLM2 in float32, two steps, 12 held-out pairs of hh-rlhf."""
     with gzip.open(hh_rlhf, "rt") as file:
