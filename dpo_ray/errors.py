@@ -57,7 +57,17 @@ class LeaseLostError(FinalError):
 
 
 class RowError(DpoRayError):
-    """One row cannot become a pair; the message is the reason written to the rejects."""
+    """One row cannot become a pair; the message is the reason written to the rejects.
+
+    There may be one for every third row, most of them only counted: secrets are looked for where one is read.
+    """
+
+    def __init__(self, *about: object) -> None:
+        """Takes the reason."""
+        Exception.__init__(self, *about)
+
+    def __str__(self) -> str:
+        return without_secrets(super().__str__())
 
 
 class TiedError(RowError):

@@ -103,16 +103,18 @@ def _prompts(config: Config, pairs: PairStore, chunks: Sequence[Chunk]) -> Itera
     templated = config.data.chat_template == "tokenizer"
     tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
     for chunk in chunks:
-        its_pairs = read_chunk(pairs.uri, chunk)
-        sources = sources_of(pairs.uri, chunk)
-        turns = turns_at(config, [sources[pair.pair_id] for pair in its_pairs]) if templated else {}
-        for pair in its_pairs:
-            if templated:
-                asked = turns.get(sources[pair.pair_id])
-            else:
-                asked = [{"role": "user", "content": str(tokenizer.decode(pair.prompt, skip_special_tokens=True))}]
-            if asked:
-                yield pair.prompt.tobytes(), Prompt(pair.pair_id.hex(), asked)
+        its_pairs, sources = read_chunk(pairs.uri, chunk), sources_of(pairs.uri, chunk)
+        # No more at a time than may be asked: a chunk's rows stand in as many files as it has pairs.
+        for start in range(0, len(its_pairs), config.evaluation.prompts):
+            some = its_pairs[start : start + config.evaluation.prompts]
+            turns = turns_at(config, [sources[pair.pair_id] for pair in some]) if templated else {}
+            for pair in some:
+                if templated:
+                    asked = turns.get(sources[pair.pair_id])
+                else:
+                    asked = [{"role": "user", "content": str(tokenizer.decode(pair.prompt, skip_special_tokens=True))}]
+                if asked:
+                    yield pair.prompt.tobytes(), Prompt(pair.pair_id.hex(), asked)
 
 
 def answers_of(

@@ -17,9 +17,9 @@ from functools import partial
 from typing import Any
 
 from dpo_ray.config import Config
-from dpo_ray.errors import ErrorsWithoutSecrets, EvaluationError, StorageError
+from dpo_ray.errors import ErrorsWithoutSecrets, EvaluationError
 from dpo_ray.orchestration.reference_filler import LOOK_S, STOP_S, TELL_S
-from dpo_ray.orchestration.replicas import LOST_PAUSE_S, Losses, Replica, Replicas, Scored
+from dpo_ray.orchestration.replicas import Losses, Replica, Replicas, Scored, until_stopped
 from dpo_ray.orchestration.resources import needs, needs_of_device
 from dpo_ray.orchestration.stream import Places, eval_feeds, make_feed
 from dpo_ray.training import evaluations
@@ -150,7 +150,6 @@ class Evaluator:
         self._pool: Replicas[_Checkpoint] = Replicas(config, EvaluationReplica, places)
         self._losses = Losses(config.recovery.max_reference_failures, EvaluationError, "evaluation")
         self._waiting = list[_Checkpoint]()
-        self._under_way: _Checkpoint | None = None
         self._looked, self._many, self._told = 0.0, MANY, False
         # When somebody first asked whether all is done, and when the last look that found nothing began.
         self._asked_at, self._nothing_at = math.inf, -math.inf
@@ -192,12 +191,7 @@ class Evaluator:
 
     def _run(self) -> None:
         try:
-            while not self._stopped.is_set():
-                try:
-                    self._go_on()
-                except StorageError as error:
-                    log.warning("the evaluation waits for the storage: %s", error)
-                    self._stopped.wait(LOST_PAUSE_S)
+            until_stopped(self._go_on, self._stopped, "evaluation")
         except BaseException as error:
             self._error = error
         finally:

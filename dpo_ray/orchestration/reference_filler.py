@@ -19,7 +19,7 @@ from dpo_ray import storage
 from dpo_ray.config import Config
 from dpo_ray.errors import ReferenceFillError, StorageError
 from dpo_ray.model.weights import weights_digest
-from dpo_ray.orchestration.replicas import LOST_PAUSE_S, Losses, Lost, Scored, reference_replicas
+from dpo_ray.orchestration.replicas import Losses, Lost, Scored, reference_replicas, until_stopped
 from dpo_ray.orchestration.resources import ensure_resources, needs, needs_of_device
 from dpo_ray.pairs.plan import Plan
 from dpo_ray.pairs.store import Chunk, PairStore
@@ -222,13 +222,7 @@ class ReferenceFiller:
 
     def _run(self) -> None:
         try:
-            while not self._stopped.is_set():
-                try:
-                    self._go_on()
-                except StorageError as error:
-                    # An outage that outlasts all patience: what is scored is kept, and the rest can wait.
-                    log.warning("the reference waits for the storage: %s", error)
-                    self._stopped.wait(LOST_PAUSE_S)
+            until_stopped(self._go_on, self._stopped, "reference")
         except BaseException as error:
             self.error = error
         finally:

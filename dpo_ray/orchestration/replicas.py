@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import socket
+import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
@@ -210,6 +211,23 @@ class Lost(Generic[W]):
     reason: str
     final: FinalError | None = None
     raised: bool = False
+
+
+def until_stopped(go_on: Callable[[], None], stopped: threading.Event, what: str) -> None:
+    """Calls again and again what hands work to replicas, until it is stopped.
+
+    Args:
+        go_on: A round.
+        stopped: When it is set, no other follows.
+        what: Who waits, for people.
+    """
+    while not stopped.is_set():
+        try:
+            go_on()
+        except StorageError as error:
+            # An outage that outlasts all patience: what is done is kept, and the rest can wait.
+            log.warning("the %s waits for the storage: %s", what, error)
+            stopped.wait(LOST_PAUSE_S)
 
 
 class Losses:

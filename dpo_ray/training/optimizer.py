@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -38,7 +39,7 @@ def check_optimizer(config: OptimizerConfig) -> None:
         check_installed("bitsandbytes", "bitsandbytes", f"optimizer.name is {config.name}")
 
 
-class _AdamWForOthers(AdamW):
+class _AdamWForOthers(AdamW, ABC):
     """AdamW, but for some weights, which a subclass updates."""
 
     def __init__(self, groups: list[dict[str, Any]], own: set[nn.Parameter], config: OptimizerConfig) -> None:
@@ -66,8 +67,9 @@ class _AdamWForOthers(AdamW):
             parameter.grad = None  # What still has one is AdamW's.
         return super().step(closure)
 
+    @abstractmethod
     def _update(self, own: list[tuple[nn.Parameter, dict[str, Any]]]) -> None:
-        raise NotImplementedError
+        """Updates what is the subclass's own: each with its group."""
 
 
 class AdamW8bit(_AdamWForOthers):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -52,7 +53,7 @@ def losses_of(
     policy: Any, optimizer: Any, pairs: list[ScoredPair], rank: int, world: int, first: int
 ) -> Iterator[float]:
     """Of steps, each of which is done when it is asked for."""
-    loss = lambda stats: LOSSES["sigmoid"].fn(stats, beta=0.1, label_smoothing=0.0)  # noqa: E731
+    loss = partial(LOSSES["sigmoid"].fn, beta=0.1, label_smoothing=0.0)
     for number in range(first, NUM_STEPS + 1):
         rows = pack.table_of(pack.rank_batches(pairs, number, 0, world, pack.Costs())).to_pylist()
         batch = pack.global_batch(rows[rank], 500, pack.Costs())

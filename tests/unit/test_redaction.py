@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_ray.errors import ConfigError, ErrorsWithoutSecrets, FinalError, first_line
+from dpo_ray.errors import ConfigError, ErrorsWithoutSecrets, FinalError, RowError, first_line
 from dpo_ray.redaction import secret_in, shown, without_secrets
 
 CANARY = "canary-0123456789"
@@ -131,3 +131,8 @@ def test_a_message_of_ours_is_not_lost_behind_a_secret(monkeypatch: pytest.Monke
     with pytest.raises(ConfigError, match=r"^set \*\*\*key$") as raised:
         of_a_task()
     assert raised.value.__suppress_context__
+
+
+def test_a_row_s_reason_is_looked_through_where_it_is_read(token: str) -> None:
+    error = RowError(f"column 'a' has {token}")
+    assert str(error) == str(pickle.loads(pickle.dumps(error))) == "column 'a' has ***"
