@@ -94,7 +94,8 @@ def check_logs(folder: Path) -> None:
     found = set[tuple[str, int, int, str]]()
     for path in folder.glob("train/ray-train-app-worker-*.log"):
         lines = [json.loads(line) for line in path.read_text().splitlines()]
-        found |= {(each["run"], each["attempt"], each["rank"], each["message"]) for each in lines if "run" in each}
+        own = [each for each in lines if "dpo_run" in each]
+        found |= {(each["dpo_run"], each["dpo_attempt"], each["dpo_rank"], each["message"]) for each in own}
     assert {
         ("short", 0, 0, "begins after step 0, one of 1 workers"),
         ("short", 0, 0, "the checkpoint of step 2 is committed"),
