@@ -3,6 +3,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -c constraints.txt
 PYTHON := $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && command -v $$p && break; done)
+QUICK := -m "not slow and not shared and not bench and not trackers"
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test test-all faults soak lint audit format clean
@@ -16,7 +17,8 @@ demo: .venv/core.stamp ## pairs of its own, a start by likelihood, DPO, a before
 	$(BIN)/dpo-ray demo
 
 test: lint ## lint and all tests but those marked slow, shared, bench or trackers
-	$(BIN)/python -m pytest -m "not slow and not shared and not bench and not trackers"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit $(QUICK) -n auto --maxprocesses 8 --dist loadfile
+	$(BIN)/python -m pytest tests/integration tests/faults $(QUICK)
 
 test-all: lint ## lint and all tests; those whose model or data is missing skip and say so
 	$(BIN)/python -m pytest

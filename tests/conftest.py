@@ -21,6 +21,8 @@ from pathlib import Path
 
 import pytest
 
+# pytest-xdist sets it, and a console that is made on import would keep it whatever a test asks for.
+os.environ.pop("COLUMNS", None)
 READY_S = 60.0
 GRPC_OFFSET = 10_000
 # Below the range from which Linux takes ports for outgoing connections (from 32768), also with the offset added.
