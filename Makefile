@@ -18,7 +18,7 @@ demo: .venv/core.stamp ## pairs of its own, a start by likelihood, DPO, a before
 
 test: lint ## lint and all tests but those marked slow, shared, bench or trackers
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit $(QUICK) -n auto --maxprocesses 8 --dist loadfile
-	$(BIN)/python -m pytest tests/integration tests/faults $(QUICK)
+	$(BIN)/python -m pytest tests/integration $(QUICK)
 
 test-all: lint ## lint and all tests; those whose model or data is missing skip and say so
 	$(BIN)/python -m pytest
