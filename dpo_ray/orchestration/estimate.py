@@ -142,6 +142,11 @@ def _assumptions(config: Config, hardware: Hardware) -> Iterator[str]:
         f"{hardware.price_per_hour:g} an hour for each device, also of the reference, which scores each pair once; "
         "start, evaluation and checkpoints are not counted"
     )
+    if config.train.eval_place == "actors":
+        yield (
+            f"the replica that evaluates (train.eval_place: actors) keeps {config.reference.devices_per_replica} of "
+            "these devices as long as training takes"
+        )
     if config.scaling.shard_over != "all":
         yield (
             f"scaling.shard_over is {config.scaling.shard_over}: nodes are full, and what copies of the weights sum of "

@@ -158,7 +158,7 @@ class Scale:
         busy: Share of the time in which a device computes; the rest is communication.
         pairs_per_s: Of all workers.
         hours_per_million: Hours that training on a million pairs takes.
-        cost_per_million: What it costs, with scoring them once.
+        cost_per_million: What it costs, with scoring them once and with the replica that evaluates beside training.
         reference_devices: So many keep pace with the trainer.
     """
 
@@ -398,6 +398,7 @@ class Sizing:
         if self.reference is None:
             # The workers score by themselves.
             hours, scoring_hours = hours + scoring_hours / workers, 0.0
+        evaluating = self.config.reference.devices_per_replica if self.config.train.eval_place == "actors" else 0
         peak = self.peak_bytes(workers, load)
         return Scale(
             workers,
@@ -410,7 +411,7 @@ class Sizing:
             (load.microbatches * compute_s + update_s) / step_s,
             MILLION / hours / 3600,
             hours,
-            (hours * workers + scoring_hours) * hardware.price_per_hour,
+            (hours * (workers + evaluating) + scoring_hours) * hardware.price_per_hour,
             pairs_per_s / self.reference_pairs_per_s() if self.reference else 0.0,
         )
 

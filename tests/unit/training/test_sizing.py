@@ -221,5 +221,12 @@ def test_pairs_and_price() -> None:
     # Scoring is a third of the operations, and three workers need one device for it.
     assert scored.cost_per_million == pytest.approx(4 / 3 * found.cost_per_million)
     assert scored.reference_devices == pytest.approx(2 / 3)
+    # Two more devices beside these two, all the time.
+    beside = {
+        "train": {"eval_place": "actors", "eval_every_steps": 1},
+        "data": {"train": ["pairs.jsonl"], "eval_fraction": 0.1},
+        "reference": {"devices_per_replica": 2},
+    }
+    assert sizing(hardware, **beside).scale(2).cost_per_million == pytest.approx(2 * found.cost_per_million)
     again = sizing(hardware, model={"gradient_checkpointing": True}).scale(2)
     assert again.pairs_per_s == pytest.approx(6 / 8 * found.pairs_per_s)
