@@ -625,6 +625,11 @@ class PairsConfig(Section):
 class EvaluationConfig(Section):
     """`dpo-ray evaluate`: answers of the policy, the reference and others to held-out prompts, and who judges them."""
 
+    group_columns: list[str] = Field(
+        [],
+        description="columns of the data, e.g. [category], by whose values held-out pairs are grouped too; numbers of "
+        "many values in quartiles",
+    )
     prompts: int = Field(64, ge=0, description="held-out prompts that each model answers; 0: no answers, pairs alone")
     models: list[Uri] = Field([], description="further models that answer: transformers directories")
     max_new_tokens: PositiveInt = Field(256, description="longer answers are cut")
@@ -717,6 +722,10 @@ class EvaluationConfig(Section):
                     )
         if len(set(self.models)) < len(self.models):
             raise ValueError(f"evaluation.models names a model twice: {', '.join(self.models)}; name it once")
+        if len(set(self.group_columns)) < len(self.group_columns):
+            raise ValueError(
+                f"evaluation.group_columns names a column twice: {', '.join(self.group_columns)}; name it once"
+            )
         if self.judge != "none" and not self.prompts:
             raise ValueError(
                 f"evaluation.judge is {self.judge}, but evaluation.prompts is 0: there is nothing to judge"

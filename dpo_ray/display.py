@@ -346,7 +346,7 @@ def evaluation_tables(found: Evaluation) -> list[Table]:
     names = [name for name in next(iter(next(iter(held_out.groups.values())).values()))]
     groups = Table(title="by group", title_justify="left")
     for column in ("", "", "pairs", *(part for name in names for part in (name, "95 % interval"))):
-        groups.add_column(column, justify="left" if not column else "right")
+        groups.add_column(column, justify="left" if not column else "right", overflow="fold")
     for by, each_group in held_out.groups.items():
         for number, (name, metrics) in enumerate(each_group.items(), start=1):
             num = next(iter(metrics.values())).num

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from dpo_ray.config import Config
+from dpo_ray.errors import ConfigError
 from dpo_ray.evaluation.statistics import (
     Calibration,
     Estimate,
     calibration,
+    groups_of,
     mean_estimate,
     quartiles,
     share_estimate,
@@ -50,8 +52,9 @@ class HeldOut:
 
 @dataclass(frozen=True, slots=True)
 class _Values:
-    """Of each pair of a chunk, Shape (P,) each: metrics by name, and what pairs are grouped by."""
+    """Of each pair of a chunk, Shape (P,) each: its id, metrics by name, and what pairs are grouped by."""
 
+    pair_ids: list[bytes]
     metrics: dict[str, np.ndarray]
     chosen_tokens: np.ndarray
     more_tokens: np.ndarray
@@ -65,6 +68,7 @@ def evaluate_pairs(
     policy: ReferenceStore,
     reference: ReferenceStore,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    columns: Mapping[str, Mapping[bytes, str | float | None]] | None = None,
 ) -> HeldOut:
     """Compares the scores of two models on the held-out pairs.
 
@@ -74,8 +78,10 @@ def evaluate_pairs(
         policy: The policy's scores, of every held-out chunk.
         reference: The reference's.
         progress: Told how many of the chunks are read.
+        columns: By which pairs are grouped too: of each the value of every held-out pair, by its id.
 
     Raises:
+        ConfigError: A column has too many values.
         FileNotFoundError: Some have no scores.
         ReferenceMismatchError: Scores are damaged, or of other pairs.
     """
@@ -103,6 +109,14 @@ def evaluate_pairs(
     gaps = np.concatenate([each.score_gap for each in found])
     if np.isfinite(gaps).all():
         groups["gap of scores"] = quartiles(gaps, unit="")
+    ids = [pair_id for each in found for pair_id in each.pair_ids]
+    for column, value_of in (columns or {}).items():
+        try:
+            groups[f"column {column}"] = groups_of([value_of[pair_id] for pair_id in ids])
+        except ValueError as error:
+            raise ConfigError(
+                f"evaluation.group_columns: {column} {error}: name columns whose values many pairs share"
+            ) from None
     return HeldOut(
         pairs=len(numbers),
         metrics=_estimates(metrics, config.seed),
@@ -184,6 +198,7 @@ def _values(
         found[LOSS] = loss(stats) * torch.tensor([pair.weight for pair in pairs], dtype=torch.float64)
     more = [len(pair.answers[0]) - max(map(len, pair.answers[1:])) for pair in pairs]
     return _Values(
+        [pair.pair_id for pair in pairs],
         {name: values.numpy() for name, values in found.items()},
         np.array([len(pair.answers[0]) for pair in pairs]),
         np.array(more),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,8 @@ LENGTH_PRIOR_STD = 10.0
 # A ranking has no intervals where more than this share of the resamples has no finite fit.
 MOST_LEFT_OUT = 0.01
 CALIBRATION_BINS = 10
+# By a column of the data, and the one of pairs that have nothing there.
+MOST_GROUPS, NO_VALUE = 50, "(no value)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +109,38 @@ def quartiles(lengths: np.ndarray, unit: str = "tokens") -> dict[str, np.ndarray
     edges = np.quantile(lengths, [0.25, 0.5, 0.75], method="inverted_cdf")
     group = np.searchsorted(edges, lengths, side="left")
     found = [np.flatnonzero(group == number) for number in range(4)]
-    return {f"{lengths[each].min()} to {lengths[each].max()} {unit}": each for each in found if len(each)}
+    return {f"{lengths[each].min()} to {lengths[each].max()} {unit}".rstrip(): each for each in found if len(each)}
+
+
+def groups_of(values: Sequence[str | float | None]) -> dict[str, np.ndarray]:
+    """Pairs by a value, in its order; by quartiles where they are numbers and more than `MOST_GROUPS` different ones.
+
+    Args:
+        values: Shape (N,), N > 0: texts, numbers, or None where a pair has no value.
+
+    Returns:
+        The places of each group's pairs in `values`, by the group's name; those without a value last.
+
+    Raises:
+        ValueError: There are more than `MOST_GROUPS` different texts.
+    """
+    places = defaultdict[str, list[int]](list)
+    for place, value in enumerate(values):
+        if value is not None:
+            places[value if isinstance(value, str) else f"{value:.15g}"].append(place)
+    there = [value for value in values if value is not None]
+    numbers = np.array([value for value in there if not isinstance(value, str)], np.float64)
+    numeric = len(numbers) == len(there)
+    if len(places) <= MOST_GROUPS:
+        order = sorted(places, key=float if numeric else str)
+        found = {name: np.array(places[name]) for name in order}
+    elif numeric:
+        at = np.array([place for place, value in enumerate(values) if value is not None])
+        found = {name: at[each] for name, each in quartiles(numbers, unit="").items()}
+    else:
+        raise ValueError(f"has {len(places):,} different values, more than {MOST_GROUPS}")
+    missing = np.array([place for place, value in enumerate(values) if value is None], np.int64)
+    return {**found, NO_VALUE: missing} if len(missing) else found
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,8 +92,8 @@ def held_out_prompts(config: Config, pairs: PairStore) -> list[Prompt]:
                 break
     if not found:
         raise ConfigError(
-            "evaluation.prompts: no held-out prompt can be asked: their files are gone, or all of them are tokens, raw "
-            "texts, or have tools; set evaluation.prompts: 0"
+            "evaluation.prompts: no held-out prompt can be asked: their files are gone or have changed, or all of "
+            "them are tokens, raw texts, or have tools; set evaluation.prompts: 0"
         )
     return found
 
@@ -107,7 +107,7 @@ def _prompts(config: Config, pairs: PairStore, chunks: Sequence[Chunk]) -> Itera
         # No more at a time than may be asked: a chunk's rows stand in as many files as it has pairs.
         for start in range(0, len(its_pairs), config.evaluation.prompts):
             some = its_pairs[start : start + config.evaluation.prompts]
-            turns = turns_at(config, [sources[pair.pair_id] for pair in some]) if templated else {}
+            turns = turns_at(config, pairs.uri, [sources[pair.pair_id] for pair in some]) if templated else {}
             for pair in some:
                 if templated:
                     asked = turns.get(sources[pair.pair_id])

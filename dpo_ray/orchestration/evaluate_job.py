@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import math
 import time
 import uuid
@@ -36,6 +37,7 @@ from dpo_ray.evaluation.statistics import (
 from dpo_ray.model.card import write_card
 from dpo_ray.orchestration.answers_job import Model, Prompt, answers_of, held_out_prompts, rewards_of
 from dpo_ray.orchestration.benchmarks_job import benchmarks_of, check_benchmarks
+from dpo_ray.orchestration.prepare import values_at
 from dpo_ray.orchestration.reference_filler import LOOK_S, ReferenceFiller, open_reference_store
 from dpo_ray.orchestration.resources import ensure_resources
 from dpo_ray.orchestration.trainer import final_errors, start_ray
@@ -194,10 +196,17 @@ def evaluate(target: str, overrides: Sequence[str] | None = None, watcher: Watch
     judge = _endpoint(config) if config.evaluation.judge == "endpoint" else None
     check_benchmarks(config)
     with warnings_to(watcher.warning), final_errors():
+        by = config.evaluation.group_columns
+        columns = values_at(config, run.pairs, by, watcher) if by else {}
         policy = _score(run, run.export_uri, "the policy", watcher)
         reference = _score(run, config.reference_path, "the reference", watcher)
         held_out = evaluate_pairs(
-            config, run.pairs, policy, reference, lambda done, total: watcher.progress("reading scores", done, total)
+            config,
+            run.pairs,
+            policy,
+            reference,
+            lambda done, total: watcher.progress("reading scores", done, total),
+            columns,
         )
         warnings += warnings_of(held_out)
         answers = _answers(run, judge, warnings, watcher) if config.evaluation.prompts else None
@@ -212,7 +221,9 @@ def evaluate(target: str, overrides: Sequence[str] | None = None, watcher: Watch
 
 
 def _write(run: Run, found: Evaluation) -> None:
-    storage.write_json(storage.join(run.config.run_uri, "evaluation", "summary.json"), as_json(found))
+    # Groups have an order that is not their names'.
+    text = json.dumps(as_json(found), indent=1)
+    storage.write_bytes(storage.join(run.config.run_uri, "evaluation", "summary.json"), f"{text}\n".encode())
     write_card(run.config, run.step)
     write_report(run.config.run_uri)
 

@@ -34,6 +34,7 @@ from dpo_ray.pairs.formats import RANKING, Reading, parse_row, recognise
 from dpo_ray.pairs.runs import Run
 from dpo_ray.pairs.store import Chunk, PairStore
 from dpo_ray.pairs.tokenize import Limits, PairTokenizer, Tokenized, tokenizer_digest
+from dpo_ray.pairs.turns import kind, read_number
 from dpo_ray.storage import FileInfo
 from dpo_ray.types import PreferencePair, TokenRow
 
@@ -208,33 +209,108 @@ def prepared(config: Config) -> PairStore:
     return made
 
 
-def turns_at(config: Config, places: Collection[str]) -> dict[str, list[dict[str, str]]]:
+def turns_at(config: Config, pairs_uri: str, places: Collection[str]) -> dict[str, list[dict[str, str]]]:
     """The prompts of rows, as turns.
 
     Args:
         config: The run that they were prepared for.
+        pairs_uri: The pair store that was made of them.
         places: File and row of each, as `store.sources_of` gives them.
 
     Returns:
-        By place; without those that have no turns, or tools or calls in them, or whose file is gone.
+        By place; without those that have no turns, or tools or calls in them, or whose file is gone or has changed.
+    """
+    found: dict[str, list[dict[str, str]]] = {}
+    for source, its_rows in _rows_at(config, pairs_uri, places):
+        reading = _recognised(config, source, _sample(source))
+        for place, text in its_rows:
+            with contextlib.suppress(RowError):
+                if turns := _plain_turns(parse_row(rows.json_object(text), reading)):
+                    found[place] = turns
+    return found
+
+
+def values_at(
+    config: Config, pairs: PairStore, columns: Sequence[str], watcher: Watcher
+) -> dict[str, dict[bytes, str | float | None]]:
+    """What columns of the data hold of the held-out pairs; of a pair that stands in several rows, one of them.
+
+    Args:
+        config: The run that they were prepared for.
+        pairs: The pair store that was made of them.
+        columns: Their names.
+        watcher: Told how many rows are read.
+
+    Returns:
+        By column and pair id: a text (also `true` and `false`), a number, or None where there is nothing.
+
+    Raises:
+        ConfigError: No held-out row has the column.
+        DataError: A file is gone or has changed since; or a value is a list or an object.
+    """
+    pair_ids = {place: each for chunk in pairs.eval for each, place in store.sources_of(pairs.uri, chunk).items()}
+    found: dict[str, dict[bytes, str | float | None]] = {column: {} for column in columns}
+    there, progress = set[str](), itertools.count(1)
+    for source, its_rows in _rows_at(config, pairs.uri, pair_ids, columns):
+        there.update(name for _, row in _sample(source) if isinstance(row, dict) for name in row)
+        for place, text in its_rows:
+            row = rows.json_object(text)
+            for column in columns:
+                found[column][pair_ids[place]] = _group_value(row.get(column), column, place)
+            watcher.progress("reading columns (rows)", next(progress), len(pair_ids))
+    for column, values in found.items():
+        if lost := next((place for place, pair_id in pair_ids.items() if pair_id not in values), None):
+            raise DataError(
+                f"{lost.rpartition(' row ')[0]}: gone, or changed since pairs were made of it, so that "
+                "evaluation.group_columns has nothing to read there: restore the file, or leave the option out"
+            )
+        if all(value is None for value in values.values()):
+            raise ConfigError(
+                f"evaluation.group_columns: no held-out pair has a {column!r}; the rows have {', '.join(sorted(there))}"
+            )
+    return found
+
+
+def _group_value(value: Any, column: str, place: str) -> str | float | None:
+    if isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, int | float):
+        return read_number(value)
+    if value is None or isinstance(value, str):
+        return value
+    raise DataError(
+        f"{place}: {column} is {kind(value)}: evaluation.group_columns takes columns of texts, numbers, true and false"
+    )
+
+
+def _rows_at(
+    config: Config, pairs_uri: str, places: Collection[str], columns: Sequence[str] | None = None
+) -> Iterator[tuple[_Source, Iterator[tuple[str, bytes]]]]:
+    """By source, the rows at places, as JSON; without those whose file is gone or has changed since.
+
+    Args:
+        config: The run that they were prepared for.
+        pairs_uri: The pair store that was made of them.
+        places: File and row of each, as `store.sources_of` gives them.
+        columns: Of Parquet files, the columns to read; all when None.
     """
     numbers = defaultdict[str, set[int]](set)
     for place in places:
         uri, _, row = place.rpartition(" row ")
         numbers[uri].add(int(row))
-    found: dict[str, list[dict[str, str]]] = {}
-    for source in _sources(config):
-        if not any(file.uri in numbers for file in source.files):
-            continue
-        reading = _recognised(config, source, _sample(source))
-        for uri in (file.uri for file in source.files if file.uri in numbers):
-            texts = enumerate((text for part, _ in rows.open_rows(uri) for text in part), start=1)
+    made_of = store.files_of(pairs_uri)
+
+    def read(uris: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+        for uri in uris:
+            texts = enumerate((text for part, _ in rows.open_rows(uri, columns) for text in part), start=1)
             for number, text in itertools.islice(texts, max(numbers[uri])):
                 if number in numbers[uri]:
-                    with contextlib.suppress(RowError):
-                        if turns := _plain_turns(parse_row(rows.json_object(text), reading)):
-                            found[f"{uri} row {number}"] = turns
-    return found
+                    yield f"{uri} row {number}", text
+
+    for source in _sources(config):
+        uris = [file.uri for file in source.files if file.uri in numbers and file.identity == made_of.get(file.uri)]
+        if uris:
+            yield source, read(uris)
 
 
 def _plain_turns(row: PreferencePair | TokenRow) -> list[dict[str, str]]:

@@ -1,10 +1,10 @@
 """Checkpoints: sharded by DCP, written in the background, committed by a manifest, verified before anything is read.
 
 What a rank has of weights and optimizer is copied into buffers of the CPU, and training goes on; a thread then writes
-the copy, one safetensors file per rank, with a digest taken on the way. Where groups of ranks have copies of the
-weights each, every group writes another part of them. `layout.json` says where each part of each
-tensor is. The manifest, which rank 0 writes last, makes it a checkpoint. Nothing here is pickled to storage, so that
-nothing read from it can run.
+the copy, safetensors files of the rank's own, with a digest taken on the way. Where groups of ranks have copies of the
+weights each, every group writes another part of them. `layout.json` says where each part of each tensor is. The
+manifest, which rank 0 writes last, makes it a checkpoint. Nothing here is pickled to storage, so that nothing read from
+it can run.
 """
 
 from __future__ import annotations
@@ -66,9 +66,10 @@ from dpo_ray.types import TrainState
 
 _log = logging.getLogger(__name__)
 _LAYOUT = "layout.json"
-# Of the names of a moving reference's tensors: in files of their own, for those who read nothing else.
-REFERENCE = "reference."
-_MODEL = "model."
+# Of the names of tensors. What others read who want nothing else, the policy or a moving reference, is in files of its
+# own: the optimizer's state is twice the policy's weights.
+REFERENCE, _MODEL, _OPTIMIZER = "reference.", "model.", "optimizer."
+_FILES = {_MODEL: "rank", _OPTIMIZER: "optimizer", REFERENCE: "reference"}
 _DTYPES = {  # As safetensors names them.
     "F64": torch.float64,
     "F32": torch.float32,
@@ -406,11 +407,11 @@ def tensors_of(model: nn.Module, optimizer: Optimizer) -> dict[str, torch.Tensor
     tensors: dict[str, Any] = dict(_tensors_of_model(model))
     names = {tensor: name.removeprefix(_MODEL) for name, tensor in tensors.items()}
     for parameter, state in optimizer.state.items():
-        tensors |= {f"optimizer.{names[parameter]}.{key}": value for key, value in state.items()}
+        tensors |= {f"{_OPTIMIZER}{names[parameter]}.{key}": value for key, value in state.items()}
     for index, group in enumerate(optimizer.param_groups):
         # All else of a group is the configuration's: a hyperparameter, or the learning rate of the next step.
         state = {key: value for key, value in group.items() if key != "params" and key not in optimizer.defaults}
-        tensors |= {f"optimizer.group-{index}.{key}": value for key, value in state.items()}
+        tensors |= {f"{_OPTIMIZER}group-{index}.{key}": value for key, value in state.items()}
     for name, value in tensors.items():
         if not isinstance(value, torch.Tensor):
             raise CheckpointError(f"{name} is no tensor but {value!r}: checkpoints do not hold such optimizer state")
@@ -467,7 +468,7 @@ class _Chunk:
 
 
 class _Writer(StorageWriter):
-    """Writes one safetensors file per rank; the coordinator adds the layout, and commits."""
+    """Writes the files of each rank; the coordinator adds the layout, and commits."""
 
     def __init__(self, run_uri: str, state: TrainState, attempt: int, before_commit: Callable[[], None]) -> None:
         self._run_uri, self._state, self._attempt, self._before_commit = run_uri, state, attempt, before_commit
@@ -493,10 +494,10 @@ class _Writer(StorageWriter):
     @_picklable
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         results = []
-        for kind, is_reference in (("rank", False), ("reference", True)):
+        for prefix, kind in _FILES.items():
             tensors: dict[str, torch.Tensor] = {}
             keys: dict[MetadataIndex, str] = {}
-            for item in (item for item in plan.items if item.index.fqn.startswith(REFERENCE) == is_reference):
+            for item in (item for item in plan.items if item.index.fqn.startswith(prefix)):
                 tensor = planner.resolve_data(item)
                 assert isinstance(tensor, torch.Tensor), f"{item.index.fqn} is no tensor"
                 keys[item.index] = f"{item.index.fqn}@{_text(item.index.offset)}"

@@ -1,7 +1,7 @@
 """Which checkpoints there are: the manifests on storage are the one truth. Needs no torch.
 
     checkpoints/step-00000050/
-        attempt-0007/         what one attempt wrote: layout.json, rank-0000.safetensors, ...
+        attempt-0007/         what one attempt wrote: layout.json; rank-0000.safetensors, optimizer-0000..., ...
         manifest.json         the commit: whose files are the checkpoint, with the size and SHA-256 of each
         set-aside-0007.json   why attempt 7's files are no checkpoint any more, and the manifest that they had
 

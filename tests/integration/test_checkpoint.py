@@ -86,10 +86,14 @@ def background(rank: int, world: int, model: str, run: str) -> None:
 
     files = {str(path.relative_to(run)) for path in Path(run, "checkpoints/step-00000002").rglob("*") if path.is_file()}
     within = "checkpoints/step-00000002"
-    shards = {f"{within}/attempt-0007/rank-{number:04d}.safetensors" for number in range(world)}
+    place, kinds = f"{within}/attempt-0007", ("rank", "optimizer")
+    shards = {f"{place}/{kind}-{number:04d}.safetensors" for kind in kinds for number in range(world)}
     assert files == {f"{within}/manifest.json", f"{within}/attempt-0007/layout.json"} | shards
-    with safe_open(f"{run}/{within}/attempt-0007/rank-{rank:04d}.safetensors", framework="pt") as shard:
-        assert any(key.startswith("optimizer.model.embed_tokens.weight.exp_avg@") for key in shard.keys())  # noqa: SIM118
+    weight = "model.embed_tokens.weight"
+    for kind, own in (("rank", f"model.{weight}@"), ("optimizer", f"optimizer.{weight}.exp_avg@")):
+        with safe_open(f"{run}/{place}/{kind}-{rank:04d}.safetensors", framework="pt") as shard:
+            assert any(key.startswith(own) for key in shard.keys())  # noqa: SIM118
+            assert all(key.startswith(own.partition(".")[0]) for key in shard.keys())  # noqa: SIM118
     assert manifest.read_manifest(run, "step-00000002").world_size == world
 
     with Checkpointer(run, policy, optimizer, 8, keep=5) as again:
@@ -129,10 +133,10 @@ def failed_writes(rank: int, world: int, model: str, run: str) -> None:
         dist.barrier()
         assert newest(run) == "step-00000001"
 
-    # A full disk on one rank: no file may grow to the size of a shard, about 210 kB.
+    # A full disk on one rank: no file may grow to the size of its weights, about 70 kB.
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if rank == 1:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
     attempt(1, r"rank-0001\.safetensors: cannot be written: .*File too large", CheckpointError)
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not Path(run, "checkpoints/step-00000002/attempt-0001").exists()

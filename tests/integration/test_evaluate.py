@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from dpo_ray.cli import app
 from dpo_ray.config import Config, parse_config
 from dpo_ray.demo_data import byte_tokenizer, tiny_llama_config
 from dpo_ray.errors import ConfigError, DataError, JudgeError
+from dpo_ray.evaluation import statistics
 from dpo_ray.orchestration.evaluate_job import evaluate, open_run
 from dpo_ray.pairs.store import read_chunk
 
@@ -27,13 +30,21 @@ pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(300
 
 # Pairs, without answers.
 ALONE = ["evaluation.prompts=0"]
+# Not every prompt names one.
+LANGUAGE = re.compile(r"\bin (German|Italian|Spanish)")
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, local_ray: None) -> Config:
     folder = tmp_path_factory.mktemp("evaluated")
-    pairs = write_pairs(folder / "pairs.jsonl", 200)
-    config = tiny_config(str(folder), "run", tiny_model, pairs, data={"eval_fraction": 0.2})
+    rows = read_lines(Path(write_pairs(folder / "pairs.jsonl", 200)))
+    for row in rows:
+        row |= {"length": len(row["prompt"]), "tags": []}
+        if language := LANGUAGE.search(row["prompt"]):
+            row["language"] = language[1]
+    pairs = folder / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = tiny_config(str(folder), "run", tiny_model, str(pairs), data={"eval_fraction": 0.2})
     train(config)
     return config
 
@@ -86,6 +97,51 @@ def test_held_out_pairs(trained: Config) -> None:
     before = {path: path.stat().st_mtime_ns for path in stores.rglob("*.parquet")}
     assert evaluate(trained.run_uri, ALONE).held_out.metrics["loss"].value == held_out["metrics"]["loss"]["value"]
     assert {path: path.stat().st_mtime_ns for path in stores.rglob("*.parquet")} == before
+
+
+def test_groups_by_columns_of_the_data(trained: Config) -> None:
+    """What the rows say of a pair is what can be read from its own tokens; each pair is in one group of each column."""
+    command = ["evaluate", trained.run_uri, "--set", "evaluation.group_columns=[language, length]", "--set", *ALONE]
+    shown = CliRunner(env={"COLUMNS": "200"}).invoke(app, command)
+    assert shown.exit_code == 0, (shown.output, shown.exception)
+    run, tokenizer = open_run(trained.run_uri), AutoTokenizer.from_pretrained(trained.model.path)
+    margins, expected = plain(trained)["rewards/margins"], defaultdict[str, list[float]](list)
+    held_out = [pair for chunk in run.pairs.eval for pair in read_chunk(run.pairs.uri, chunk)]
+    for pair, margin in zip(held_out, margins, strict=True):
+        language = LANGUAGE.search(tokenizer.decode(pair.prompt))
+        expected[language[1] if language else "(no value)"].append(margin)
+    groups = json.loads(Path(trained.run_uri, "evaluation", "summary.json").read_text())["held_out"]["groups"]
+    found = groups["column language"]
+    assert list(found) == ["German", "Italian", "Spanish", "(no value)"]
+    assert found.keys() == expected.keys()
+    for name, its_margins in expected.items():
+        assert found[name]["rewards/margins"]["num"] == len(its_margins)
+        assert found[name]["rewards/margins"]["value"] == pytest.approx(np.mean(its_margins), abs=1e-5)
+    assert sum(each["loss"]["num"] for each in groups["column length"].values()) == len(held_out)
+    assert "column language" in shown.output
+    assert "Italian" in Path(trained.run_uri, "report.html").read_text()
+
+
+def test_columns_that_no_pairs_can_be_grouped_by(trained: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(column: str, error: type[Exception], match: str) -> None:
+        with pytest.raises(error, match=match):
+            evaluate(trained.run_uri, [*ALONE, f"evaluation.group_columns=[{column}]"])
+
+    refused("topic", ConfigError, r"no held-out pair has a 'topic'; the rows have chosen, language, length, prompt,")
+    refused("tags", DataError, r"pairs.jsonl row \d+: tags is a list: evaluation.group_columns takes columns of texts")
+    with monkeypatch.context() as fewer:
+        fewer.setattr(statistics, "MOST_GROUPS", 9)
+        refused("prompt", ConfigError, r"evaluation.group_columns: prompt has \d+ different values, more than 9")
+    refused("tags, tags", ConfigError, "names a column twice: tags, tags")
+    pairs = Path(trained.data.train[0])
+    as_it_was = pairs.rename(pairs.with_suffix(".before"))
+    try:
+        pairs.write_text(as_it_was.read_text() + "\n")
+        refused("language", DataError, r"pairs.jsonl: gone, or changed since pairs were made of it.*restore the file")
+        with pytest.raises(ConfigError, match="no held-out prompt can be asked: their files are gone or have changed"):
+            evaluate(trained.run_uri)
+    finally:
+        as_it_was.replace(pairs)
 
 
 def test_what_cannot_be_evaluated(trained: Config, tmp_path: Path) -> None:

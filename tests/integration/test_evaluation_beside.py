@@ -27,7 +27,7 @@ from dpo_ray.pairs import store
 from dpo_ray.pairs.pack import Costs
 from dpo_ray.reference.scorer import Scorer
 from dpo_ray.reference.store import ReferenceStore
-from dpo_ray.training import evaluations, manifest
+from dpo_ray.training import checkpoint, evaluations, manifest
 from dpo_ray.training.checkpoint import Checkpointer, read_policy
 from dpo_ray.training.evaluate import evaluate
 from dpo_ray.training.optimizer import build_optimizer
@@ -210,9 +210,13 @@ def evaluated_one(rank: int, world: int, config: Config, places: Places) -> None
                 local = parameter.to_local()
                 local.add_(0.05 * torch.randn(local.shape, generator=noise))
     optimizer = build_optimizer(policy, config.optimizer, config.model.compute_dtype)
+    checkpoint._make_state(optimizer)
     state = TrainState(4, mean_reward=0.25)
     with Checkpointer(config.run_uri, policy, optimizer, attempt=3, keep=1) as checkpoints:
         checkpoints.save(state)
+    # Twice the weights, which nobody fetches who does not train.
+    folder = Path(manifest.checkpoint_uri(config.run_uri, manifest.checkpoint_name(4)), "attempt-0003")
+    (folder / f"optimizer-{rank:04d}.safetensors").unlink()
     made = evaluations.Made(4, 3)
     replica = Here(config, places, rank)
     replica.load("")

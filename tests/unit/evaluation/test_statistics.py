@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ from dpo_ray.evaluation.statistics import (
     Estimate,
     bradley_terry,
     calibration,
+    groups_of,
     length_controlled_win_rate,
     mean_estimate,
     quartiles,
@@ -63,6 +64,24 @@ def test_groups_by_length() -> None:
         "8 to 9 tokens": [4, 6],
     }
     assert list(quartiles(np.full(4, 6))) == ["6 to 6 tokens"]
+
+
+def test_groups_by_value() -> None:
+    """In the values' own order, who has none last; a number and the text of it are one; many numbers in quartiles."""
+
+    def grouped(values: Sequence[str | float | None]) -> dict[str, list[int]]:
+        return {name: places.tolist() for name, places in groups_of(values).items()}
+
+    assert grouped(["b", None, "a", "b"]) == {"a": [2], "b": [0, 3], "(no value)": [1]}
+    assert grouped([10.0, 9, 10, 0.25]) == {"0.25": [3], "9": [1], "10": [0, 2]}
+    assert grouped([2.0, "2", "x"]) == {"2": [0, 1], "x": [2]}
+    assert grouped([123456789.0, 123456788.0]) == {"123456788": [1], "123456789": [0]}
+    many = [float(number) for number in range(100)]
+    quarters = {f"{at}.0 to {at + 24}.0": [*range(at + 1, at + 26)] for at in (0, 25, 50, 75)}
+    assert grouped([None, *many]) == {**quarters, "(no value)": [0]}
+    assert len(groups_of([str(number) for number in range(50)])) == 50
+    with pytest.raises(ValueError, match="has 51 different values, more than 50"):
+        groups_of([str(number) for number in range(51)])
 
 
 def test_win_rate_with_ties() -> None:
