@@ -1,6 +1,7 @@
 """Copies of the weights, each sharded over a group of ranks, against one copy over all: 4 ranks as 2 x 2 over gloo."""
 
 import json
+from collections import Counter
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -63,10 +64,12 @@ def resumed(model: str, folder: Path, name: str, rank: int, world: int, **layout
     assert steps(made, model, rank, world, 2) == pytest.approx(expected, rel=1e-5)
 
 
-def written(run: Path) -> dict[str, int]:
-    """Bytes of tensors in each file of the checkpoint."""
-    files = (run / "checkpoints" / "step-00000003" / "attempt-0000").glob("*.safetensors")
-    return {file.name: sum(tensor.nbytes for tensor in load_file(file).values()) for file in files}
+def written(run: Path) -> Counter[str]:
+    """Bytes of tensors in the checkpoint, by the rank whose files they are in."""
+    found = Counter[str]()
+    for file in (run / "checkpoints" / "step-00000003" / "attempt-0000").glob("*.safetensors"):
+        found[file.stem.partition("-")[2]] += sum(tensor.nbytes for tensor in load_file(file).values())
+    return found
 
 
 def alone(rank: int, world: int, model: str, folder: Path, written_by: list[str]) -> None:
