@@ -69,16 +69,16 @@ def test_groups_by_length() -> None:
 def test_groups_by_value() -> None:
     """In the values' own order, who has none last; a number and the text of it are one; many numbers in quartiles."""
 
-    def grouped(values: Sequence[str | float | None]) -> dict[str, list[int]]:
-        return {name: places.tolist() for name, places in groups_of(values).items()}
+    def grouped(values: Sequence[str | float | None]) -> list[tuple[str, list[int]]]:
+        return [(name, places.tolist()) for name, places in groups_of(values).items()]
 
-    assert grouped(["b", None, "a", "b"]) == {"a": [2], "b": [0, 3], "(no value)": [1]}
-    assert grouped([10.0, 9, 10, 0.25]) == {"0.25": [3], "9": [1], "10": [0, 2]}
-    assert grouped([2.0, "2", "x"]) == {"2": [0, 1], "x": [2]}
-    assert grouped([123456789.0, 123456788.0]) == {"123456788": [1], "123456789": [0]}
+    assert grouped(["b", None, "a", "b"]) == [*{"a": [2], "b": [0, 3], "(no value)": [1]}.items()]
+    assert grouped([10.0, 9, 10, 0.25]) == [*{"0.25": [3], "9": [1], "10": [0, 2]}.items()]
+    assert grouped([2.0, "2", "x"]) == [*{"2": [0, 1], "x": [2]}.items()]
+    assert grouped([123456789.0, 123456788.0]) == [*{"123456788": [1], "123456789": [0]}.items()]
     many = [float(number) for number in range(100)]
     quarters = {f"{at}.0 to {at + 24}.0": [*range(at + 1, at + 26)] for at in (0, 25, 50, 75)}
-    assert grouped([None, *many]) == {**quarters, "(no value)": [0]}
+    assert grouped([None, *many]) == [*{**quarters, "(no value)": [0]}.items()]
     assert len(groups_of([str(number) for number in range(50)])) == 50
     with pytest.raises(ValueError, match="has 51 different values, more than 50"):
         groups_of([str(number) for number in range(51)])
