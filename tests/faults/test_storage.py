@@ -23,7 +23,7 @@ from faults.harness import Driver, Place, until
 
 pytestmark = [pytest.mark.faults, pytest.mark.integration, pytest.mark.timeout(900)]
 EVERYTHING = ""
-SHARDS = r"^PUT .*/checkpoints/.*/rank-"
+SHARDS = r"^PUT .*/checkpoints/.*/(rank|optimizer)-"
 PAIRS = r"^GET .*/store/pairs/.*\.parquet"
 RECORDS = r"^PUT .*/(metrics|ledger)\.jsonl"
 

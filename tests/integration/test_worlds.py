@@ -57,6 +57,6 @@ def test_worlds(tmp_path: Path, tiny_model: Path, local_ray: None) -> None:
     assert read_json_lines(str(tmp_path / "w3" / "attempts.jsonl"))[0]["world_size"] == 3
     # The weights of two workers are sharded: each wrote about half of the checkpoint.
     shards = json.loads((tmp_path / "w2" / "checkpoints" / "step-00000020" / "manifest.json").read_text())["files"]
-    sizes = sorted(about["size"] for name, about in shards.items() if name.endswith(".safetensors"))
+    sizes = sorted(about["size"] for name, about in shards.items() if "/rank-" in name)
     assert len(sizes) == 2
     assert sizes[0] > 0.8 * sizes[1]
