@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from dpo_ray.config import Config
-from dpo_ray.errors import ConfigError
 from dpo_ray.evaluation.statistics import (
     Calibration,
     Estimate,
@@ -81,7 +80,7 @@ def evaluate_pairs(
         columns: By which pairs are grouped too: of each the value of every held-out pair, by its id.
 
     Raises:
-        ConfigError: A column has too many values.
+        ValueError: A column has too many values.
         FileNotFoundError: Some have no scores.
         ReferenceMismatchError: Scores are damaged, or of other pairs.
     """
@@ -111,12 +110,7 @@ def evaluate_pairs(
         groups["gap of scores"] = quartiles(gaps, unit="")
     ids = [pair_id for each in found for pair_id in each.pair_ids]
     for column, value_of in (columns or {}).items():
-        try:
-            groups[f"column {column}"] = groups_of([value_of[pair_id] for pair_id in ids])
-        except ValueError as error:
-            raise ConfigError(
-                f"evaluation.group_columns: {column} {error}: name columns whose values many pairs share"
-            ) from None
+        groups[f"column {column}"] = groups_of([value_of[pair_id] for pair_id in ids])
     return HeldOut(
         pairs=len(numbers),
         metrics=_estimates(metrics, config.seed),

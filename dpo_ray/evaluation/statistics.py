@@ -119,11 +119,13 @@ def groups_of(values: Sequence[str | float | None]) -> dict[str, np.ndarray]:
         values: Shape (N,), N > 0: texts, numbers, or None where a pair has no value.
 
     Returns:
-        The places of each group's pairs in `values`, by the group's name; those without a value last.
+        The places of each group's pairs in `values`, by the group's name; last those without a value, or with
+        `NO_VALUE` for one.
 
     Raises:
         ValueError: There are more than `MOST_GROUPS` different texts.
     """
+    values = [None if value == NO_VALUE else value for value in values]
     places = defaultdict[str, list[int]](list)
     for place, value in enumerate(values):
         if value is not None:

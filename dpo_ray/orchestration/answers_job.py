@@ -23,7 +23,6 @@ from dpo_ray.model.files import load_tokenizer
 from dpo_ray.model.weights import weights_digest
 from dpo_ray.orchestration.prepare import turns_at
 from dpo_ray.orchestration.resources import no_room
-from dpo_ray.orchestration.trainer import start_ray
 from dpo_ray.orchestration.watch import Watcher
 from dpo_ray.pairs.store import Chunk, PairStore, read_chunk, sources_of
 from dpo_ray.pairs.tokenize import tokenizer_digest
@@ -197,7 +196,6 @@ def _parts(
     """Has the parts made that are not there, and reads all of them: the lines of each folder."""
     missing = [item for item in items if not storage.exists(_place(item))]
     if missing:
-        start_ray(config)
         options = config.evaluation
         if reason := no_room({"CPU": options.cpus_per_actor, "GPU": options.gpus_per_actor}):
             watcher.warning(f"evaluation: {reason}")

@@ -196,8 +196,10 @@ def evaluate(target: str, overrides: Sequence[str] | None = None, watcher: Watch
     judge = _endpoint(config) if config.evaluation.judge == "endpoint" else None
     check_benchmarks(config)
     with warnings_to(watcher.warning), final_errors():
-        by = config.evaluation.group_columns
-        columns = values_at(config, run.pairs, by, watcher) if by else {}
+        columns = dict[str, dict[bytes, str | float | None]]()
+        if by := config.evaluation.group_columns:
+            start_ray(_scoring(config, run.export_uri))
+            columns = values_at(config, run.pairs, by, watcher)
         policy = _score(run, run.export_uri, "the policy", watcher)
         reference = _score(run, config.reference_path, "the reference", watcher)
         held_out = evaluate_pairs(
@@ -246,6 +248,7 @@ def _answers(run: Run, judge: EndpointJudge | None, warnings: list[str], watcher
     """Has all models answer, and their answers judged."""
     config, options = run.config, run.config.evaluation
     models, drawn = _models(run), options.samples_are_plain
+    start_ray(config)
     prompts = held_out_prompts(config, run.pairs)
     lines = answers_of(config, prompts, models, watcher)
     texts = np.array([[line["answer"] for line in each] for each in lines], dtype=object)

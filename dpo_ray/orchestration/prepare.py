@@ -10,7 +10,6 @@ store and its aggregators. What pass 1 has finished is on storage, so that a `pr
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import pickle
 from collections import Counter, defaultdict
@@ -24,6 +23,7 @@ import ray
 from dpo_ray import storage
 from dpo_ray.config import Config
 from dpo_ray.errors import ConfigError, DataError, RowError, TiedError
+from dpo_ray.evaluation.statistics import groups_of
 from dpo_ray.extensions import code_digest
 from dpo_ray.model.files import check_vocabulary, load_tokenizer, vocabulary_size
 from dpo_ray.orchestration import rows
@@ -220,13 +220,16 @@ def turns_at(config: Config, pairs_uri: str, places: Collection[str]) -> dict[st
     Returns:
         By place; without those that have no turns, or tools or calls in them, or whose file is gone or has changed.
     """
-    found: dict[str, list[dict[str, str]]] = {}
-    for source, its_rows in _rows_at(config, pairs_uri, places):
-        reading = _recognised(config, source, _sample(source))
-        for place, text in its_rows:
-            with contextlib.suppress(RowError):
-                if turns := _plain_turns(parse_row(rows.json_object(text), reading)):
-                    found[place] = turns
+    sources, found = _sources(config), dict[str, list[dict[str, str]]]()
+    readings = dict[str, Reading]()
+    for uri, number, row in _rows_at(config, sources, pairs_uri, places):
+        if uri not in readings:
+            source = next(each for each in sources if uri in {file.uri for file in each.files})
+            reading = _recognised(config, source, _sample(source))
+            readings |= {file.uri: reading for file in source.files}
+        with contextlib.suppress(RowError):
+            if turns := _plain_turns(parse_row(row, readings[uri])):
+                found[f"{uri} row {number}"] = turns
     return found
 
 
@@ -245,19 +248,17 @@ def values_at(
         By column and pair id: a text (also `true` and `false`), a number, or None where there is nothing.
 
     Raises:
-        ConfigError: No held-out row has the column.
+        ConfigError: No held-out row has the column, or it has more different texts than there can be groups.
         DataError: A file is gone or has changed since; or a value is a list or an object.
     """
     pair_ids = {place: each for chunk in pairs.eval for each, place in store.sources_of(pairs.uri, chunk).items()}
-    found: dict[str, dict[bytes, str | float | None]] = {column: {} for column in columns}
-    there, progress = set[str](), itertools.count(1)
-    for source, its_rows in _rows_at(config, pairs.uri, pair_ids, columns):
-        there.update(name for _, row in _sample(source) if isinstance(row, dict) for name in row)
-        for place, text in its_rows:
-            row = rows.json_object(text)
-            for column in columns:
-                found[column][pair_ids[place]] = _group_value(row.get(column), column, place)
-            watcher.progress("reading columns (rows)", next(progress), len(pair_ids))
+    sources, found = _sources(config), {column: dict[bytes, str | float | None]() for column in columns}
+    read = _rows_at(config, sources, pairs.uri, pair_ids, columns)
+    for done, (uri, number, row) in enumerate(read, start=1):
+        place = f"{uri} row {number}"
+        for column in columns:
+            found[column][pair_ids[place]] = _group_value(row.get(column), column, place)
+        watcher.progress("reading columns (rows)", done, len(pair_ids))
     for column, values in found.items():
         if lost := next((place for place, pair_id in pair_ids.items() if pair_id not in values), None):
             raise DataError(
@@ -265,9 +266,16 @@ def values_at(
                 "evaluation.group_columns has nothing to read there: restore the file, or leave the option out"
             )
         if all(value is None for value in values.values()):
+            there = {name for each in sources for _, row in _sample(each) if isinstance(row, dict) for name in row}
             raise ConfigError(
                 f"evaluation.group_columns: no held-out pair has a {column!r}; the rows have {', '.join(sorted(there))}"
             )
+        try:
+            groups_of(list(values.values()))
+        except ValueError as error:
+            raise ConfigError(
+                f"evaluation.group_columns: {column} {error}: name columns whose values many pairs share"
+            ) from None
     return found
 
 
@@ -284,33 +292,37 @@ def _group_value(value: Any, column: str, place: str) -> str | float | None:
 
 
 def _rows_at(
-    config: Config, pairs_uri: str, places: Collection[str], columns: Sequence[str] | None = None
-) -> Iterator[tuple[_Source, Iterator[tuple[str, bytes]]]]:
-    """By source, the rows at places, as JSON; without those whose file is gone or has changed since.
+    config: Config,
+    sources: Sequence[_Source],
+    pairs_uri: str,
+    places: Collection[str],
+    columns: Sequence[str] | None = None,
+) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """File, number and content of the rows at places; without those whose file is gone or has changed since.
 
     Args:
         config: The run that they were prepared for.
+        sources: Its sources.
         pairs_uri: The pair store that was made of them.
         places: File and row of each, as `store.sources_of` gives them.
-        columns: Of Parquet files, the columns to read; all when None.
+        columns: All when None.
     """
-    numbers = defaultdict[str, set[int]](set)
+    numbers = defaultdict[str, list[int]](list)
     for place in places:
         uri, _, row = place.rpartition(" row ")
-        numbers[uri].add(int(row))
+        numbers[uri].append(int(row))
     made_of = store.files_of(pairs_uri)
-
-    def read(uris: Sequence[str]) -> Iterator[tuple[str, bytes]]:
-        for uri in uris:
-            texts = enumerate((text for part, _ in rows.open_rows(uri, columns) for text in part), start=1)
-            for number, text in itertools.islice(texts, max(numbers[uri])):
-                if number in numbers[uri]:
-                    yield f"{uri} row {number}", text
-
-    for source in _sources(config):
-        uris = [file.uri for file in source.files if file.uri in numbers and file.identity == made_of.get(file.uri)]
-        if uris:
-            yield source, read(uris)
+    files = {file.uri: file.identity for source in sources for file in source.files if file.uri in numbers}
+    items = [json.dumps([uri, numbers[uri]]) for uri, identity in files.items() if identity == made_of.get(uri)]
+    if not items:
+        return
+    # A row may stand anywhere in its file: all of a file is read, on the cluster.
+    picked = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+        rows.pick, batch_size=1, num_cpus=1, fn_args=(columns,)
+    )
+    picked.context.execution_options.label_selector = config.data.label_selector or None
+    for each in picked.iter_rows():
+        yield each["uri"], each["row"], json.loads(each["content"])
 
 
 def _plain_turns(row: PreferencePair | TokenRow) -> list[dict[str, str]]:

@@ -23,6 +23,7 @@ from dpo_ray.config import Config, parse_config
 from dpo_ray.demo_data import byte_tokenizer, tiny_llama_config
 from dpo_ray.errors import ConfigError, DataError, JudgeError
 from dpo_ray.evaluation import statistics
+from dpo_ray.orchestration import evaluate_job
 from dpo_ray.orchestration.evaluate_job import evaluate, open_run
 from dpo_ray.pairs.store import read_chunk
 
@@ -123,6 +124,13 @@ def test_groups_by_columns_of_the_data(trained: Config) -> None:
 
 
 def test_columns_that_no_pairs_can_be_grouped_by(trained: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are refused before anything is scored."""
+
+    def score(*arguments: object) -> None:
+        raise AssertionError("scored")
+
+    monkeypatch.setattr(evaluate_job, "_score", score)
+
     def refused(column: str, error: type[Exception], match: str) -> None:
         with pytest.raises(error, match=match):
             evaluate(trained.run_uri, [*ALONE, f"evaluation.group_columns=[{column}]"])
@@ -138,6 +146,7 @@ def test_columns_that_no_pairs_can_be_grouped_by(trained: Config, monkeypatch: p
     try:
         pairs.write_text(as_it_was.read_text() + "\n")
         refused("language", DataError, r"pairs.jsonl: gone, or changed since pairs were made of it.*restore the file")
+        monkeypatch.undo()
         with pytest.raises(ConfigError, match="no held-out prompt can be asked: their files are gone or have changed"):
             evaluate(trained.run_uri)
     finally:

@@ -73,6 +73,8 @@ def test_groups_by_value() -> None:
         return [(name, places.tolist()) for name, places in groups_of(values).items()]
 
     assert grouped(["b", None, "a", "b"]) == [*{"a": [2], "b": [0, 3], "(no value)": [1]}.items()]
+    # What a column itself calls so has no place of its own.
+    assert grouped(["(no value)", "b", None]) == [*{"b": [1], "(no value)": [0, 2]}.items()]
     assert grouped([10.0, 9, 10, 0.25]) == [*{"0.25": [3], "9": [1], "10": [0, 2]}.items()]
     assert grouped([2.0, "2", "x"]) == [*{"2": [0, 1], "x": [2]}.items()]
     assert grouped([123456789.0, 123456788.0]) == [*{"123456788": [1], "123456789": [0]}.items()]
