@@ -148,7 +148,7 @@ class Evaluator:
         """
         self._config, self._total_steps = config, total_steps
         self._pool: Replicas[_Checkpoint] = Replicas(config, EvaluationReplica, places)
-        self._losses = Losses(config.recovery.max_reference_failures, EvaluationError, "evaluation")
+        self._losses = Losses(config.recovery.max_reference_failures, EvaluationError, "evaluation", config.run_uri)
         self._waiting = list[_Checkpoint]()
         self._looked, self._many, self._told = 0.0, MANY, False
         # When somebody first asked whether all is done, and when the last look that found nothing began.

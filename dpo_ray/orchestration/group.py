@@ -19,10 +19,11 @@ from typing import Any, Literal
 
 import ray
 import ray.train
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.train import FailureConfig, RunConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.callback import ControllerCallback, RayTrainCallback, WorkerCallback
 from ray.train.v2._internal.execution.context import TrainRunContext
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
@@ -272,6 +273,13 @@ class WorkerGroup:
         lost = {beat.place.node_id for beat in self._report.beats.values()} - set(usable_nodes())
         if lost:
             return End("node", f"{len(lost)} node{'s' * (len(lost) > 1)} with workers died", said)
+        died = _died(self._error) - set(failures)
+        if died and all(failure.kind == "worker" for failure in failures.values()):
+            # What the others say is that they have lost a peer.
+            beats = [self._report.beats[rank] for rank in sorted(died) if rank in self._report.beats]
+            nodes = ", ".join(dict.fromkeys(node_name(beat.place.node_id) for beat in beats))
+            whose = f"the process of rank {min(died)}" if len(died) == 1 else f"the processes of {len(died)} ranks"
+            return End("worker", f"{whose} died{f' on {nodes}' if nodes else ''}", said)
         if failures:
             return _of_failures(failures)
         if isinstance(self._error, WorkerGroupError):
@@ -311,6 +319,16 @@ class _Trainer(TorchTrainer):
 
     def _create_default_callbacks(self) -> list[RayTrainCallback]:
         return [each for each in super()._create_default_callbacks() if not isinstance(each, DatasetsCallback)]
+
+
+def _died(error: Exception) -> set[int]:
+    """The ranks whose processes Ray Train found dead."""
+    failures = error.worker_failures if isinstance(error, WorkerGroupError) else {}
+    return {
+        rank
+        for rank, each in failures.items()
+        if isinstance(each, WorkerHealthCheckFailedError) and isinstance(each.health_check_failure, RayActorError)
+    }
 
 
 def _of_failures(failures: dict[int, Failure]) -> End:

@@ -161,7 +161,8 @@ class ReferenceFiller:
         self._pool = reference_replicas(config, pairs.uri, reference, version)
         self._started_before = self.filled.started_replicas
         self._demand = Demand(config.reference.least_replicas, config.reference.most_replicas)
-        self._losses = Losses(config.recovery.max_reference_failures, ReferenceFillError, "reference")
+        on_record = config.run_uri if generation else None
+        self._losses = Losses(config.recovery.max_reference_failures, ReferenceFillError, "reference", on_record)
         # Refused by a reader, and not scored again yet.
         self._again: set[str] = set()
         # The order of need, up to the first chunk without scores.

@@ -31,9 +31,11 @@ from dpo_ray.orchestration.nodes import kill, lead_gloo, on_nodes
 from dpo_ray.orchestration.resources import resources_per_device
 from dpo_ray.orchestration.worker import final_error
 from dpo_ray.pairs.store import Chunk, brought_scores, read_chunk
+from dpo_ray.redaction import without_secrets
 from dpo_ray.reference.brought import check_brought
 from dpo_ray.reference.store import ReferenceStore
 from dpo_ray.reference.versions import Version, version_after
+from dpo_ray.training.faults import record_fault
 
 log = logging.getLogger(__name__)
 
@@ -233,15 +235,16 @@ def until_stopped(go_on: Callable[[], None], stopped: threading.Event, what: str
 class Losses:
     """Losses of replicas since the last piece of work that was done, and over the same one."""
 
-    def __init__(self, limit: int, error: type[FinalError], what: str) -> None:
+    def __init__(self, limit: int, error: type[FinalError], what: str, run_uri: str | None = None) -> None:
         """Begins to count.
 
         Args:
             limit: How many are survived; -1: any number.
             error: Raised for one more.
             what: The replica's kind, for people.
+            run_uri: The run that they are on record for; None: for none.
         """
-        self._limit, self._error, self._what = limit, error, what
+        self._limit, self._error, self._what, self._run_uri = limit, error, what, run_uri
         self._tries: Counter[str] = Counter()
         self._losses, self._raised, self._lost_at = 0, "", -LOST_PAUSE_S
 
@@ -277,7 +280,10 @@ class Losses:
                 f"a replica was lost{what}: {event.reason}; {times} times now, recovery.max_reference_failures is "
                 f"{self._limit}; see to the cause and give the same command again: what is scored is kept"
             )
-        log.warning("a replica of the %s was lost%s: %s; another takes its place", self._what, what, event.reason)
+        lost = f"a replica of the {self._what} was lost{what}: {event.reason}"
+        log.warning("%s; another takes its place", lost)
+        if self._run_uri is not None:
+            record_fault(self._run_uri, without_secrets(lost))
 
 
 @dataclass(slots=True, eq=False)

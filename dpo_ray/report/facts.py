@@ -21,6 +21,7 @@ from dpo_ray.redaction import shown
 from dpo_ray.report.charts import Interval
 from dpo_ray.training import manifest, outcome
 from dpo_ray.training.attempts import read_attempts
+from dpo_ray.training.faults import read_faults
 
 # A chunk is a random sample of the pairs: so many say enough of their lengths.
 CHUNKS_READ = 8
@@ -209,6 +210,7 @@ class Facts:
         total_steps: Where the run ends; None where that is not known.
         pairs_trained: Pairs of all steps.
         attempts: The starts of worker groups, oldest first.
+        faults: Those that ended no attempt: when, and what happened.
         set_aside: Checkpoints that failed verification: name and reason.
         hangs: Files with the stacks of groups that stood still.
         data: Its pairs; None where none were prepared.
@@ -228,6 +230,7 @@ class Facts:
     total_steps: int | None
     pairs_trained: int
     attempts: tuple[AttemptFacts, ...]
+    faults: tuple[tuple[datetime.datetime | None, str], ...]
     set_aside: tuple[tuple[str, str], ...]
     hangs: tuple[str, ...]
     data: DataFacts | None
@@ -298,6 +301,7 @@ def read_facts(run_uri: str) -> Facts:
         total_steps=total_steps,
         pairs_trained=sum(int(line.get("num_pairs", 0)) for line in ledger),
         attempts=tuple(_attempts(past, ledger, steps)),
+        faults=tuple((_time(each.time), shown(each.reason)) for each in read_faults(run_uri)),
         set_aside=tuple(manifest.set_aside_records(run_uri)),
         hangs=tuple(storage.list_names(storage.join(run_uri, "hangs"))),
         data=_data(about) if about.get("pairs") else None,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,7 @@ from dpo_ray.pairs.store import COUNTS
 from dpo_ray.redaction import shown
 from dpo_ray.report.answers import marked
 from dpo_ray.report.charts import Chart, Series, Spot, Tick, frontier_chart, line_chart, number, ticks
-from dpo_ray.report.facts import AttemptFacts, Facts, HeldOut, SideBySide, eval_prefixes, read_facts, step_parts
+from dpo_ray.report.facts import Facts, HeldOut, SideBySide, eval_prefixes, read_facts, step_parts
 
 FILE_NAME = "report.html"
 # Of a prompt's turn or an answer; of a histogram of lengths.
@@ -63,12 +64,15 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """An attempt on the time axis, in percent of the whole: where it began, how long it lasted, and what it was."""
+    """An attempt on the time axis, in percent of the whole: where it began, how long it lasted, and what it was;
+    and where faults fell that did not end it.
+    """
 
     attempt: int
     left: float
     width: float
     text: str
+    faults: tuple[tuple[float, str], ...]
 
 
 def write_report(run_uri: str) -> str:
@@ -123,7 +127,7 @@ def write_data_page(statistics: Statistics, output: str) -> None:
 def run_page(facts: Facts) -> str:
     """The page of one run."""
     about, objective = facts.about, facts.config.get("objective", {})
-    parts, timeline, time_ticks = _parts(facts), *_timeline(facts.attempts, facts.status.ended)
+    parts, timeline, time_ticks = _parts(facts), *_timeline(facts)
     return _template("run.html.jinja").render(
         facts=facts,
         title=facts.name,
@@ -337,9 +341,9 @@ def _parts(facts: Facts) -> list[Part]:
     ]
 
 
-def _timeline(attempts: Sequence[AttemptFacts], ended: datetime.datetime | None) -> tuple[list[Bar], list[Tick]]:
-    """Attempts on the time axis, and its marks; at in percent."""
-    known = [each for each in attempts if each.began is not None]
+def _timeline(facts: Facts) -> tuple[list[Bar], list[Tick]]:
+    """Attempts and faults on the time axis, and its marks; at in percent."""
+    known, ended = [each for each in facts.attempts if each.began is not None], facts.status.ended
     if not known:
         return [], []
     starts = [each.began.timestamp() for each in known if each.began is not None]
@@ -350,14 +354,22 @@ def _timeline(attempts: Sequence[AttemptFacts], ended: datetime.datetime | None)
     ]
     stops.append(max(starts[-1], ended.timestamp()) if ended is not None else starts[-1] + known[-1].steps_s)
     total = max(1.0, stops[-1] - starts[0])
+    faults = [(when.timestamp(), reason) for when, reason in facts.faults if when is not None]
+    # Replicas may be lost before the first group began, and after one has ended.
+    since, until = [-math.inf, *starts[1:]], [*starts[1:], math.inf]
     bars = [
         Bar(
             each.attempt,
             round(100 * (start - starts[0]) / total, 2),
             round(max(0.4, 100 * (stop - start) / total), 2),
             f"attempt {each.attempt}, {duration(stop - start)}, {each.steps:,} steps: {each.reason}",
+            tuple(
+                (round(min(100.0, max(0.0, 100 * (when - starts[0]) / total)), 2), reason)
+                for when, reason in faults
+                if first <= when < last
+            ),
         )
-        for each, start, stop in zip(known, starts, stops, strict=True)
+        for each, start, stop, first, last in zip(known, starts, stops, since, until, strict=True)
     ]
     units = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"))
     unit_s, unit = next((each for each in units if total >= 2 * each[0]), (1.0, "s"))

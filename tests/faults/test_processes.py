@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from typing import Any
@@ -240,6 +241,16 @@ def test_a_reference_that_moves(place: Place, drivers: Any) -> None:
     assert (start, second) in ((0, 5), (0, 8))
     assert third in (15, 16)
     assert place.filled("moving")["lost_replicas"] == 1
+    # What is told of each, and shown, is what died, not what the other rank made of it.
+    (replica,) = (line["reason"] for line in place.lines("moving", "faults.jsonl"))
+    assert re.fullmatch(r"a replica of the reference was lost over \S+: its process died", replica)
+    told = [attempt["reason"] for attempt in place.attempts("moving")]
+    assert [text.partition(" on ")[0] for text in told] == [
+        "start",
+        *(f"the process of rank {at} died" for at in (0, 1)),
+    ]
+    report = storage.read_bytes(storage.join(place.uri("moving"), "report.html")).decode()
+    assert all(report.count(text) >= 2 for text in (replica, *told[1:]))
     # Each version by the attempt that made it; the second had nothing of its own before step 10.
     stores = storage.list_names(storage.join(place.uri("moving"), "reference"))
     made = [(1, 0), (2, 1), (3, 1), (4, 2)]

@@ -14,6 +14,7 @@ from dpo_ray.errors import RecoveryError
 from dpo_ray.pairs.statistics import describe
 from dpo_ray.pairs.store import open_store
 from dpo_ray.report.page import write_comparison, write_data_page, write_report
+from dpo_ray.training.faults import record_fault
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
@@ -44,6 +45,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     failed = make_run(
         folder, "failed-with-a-long-name" * 4, steps=400, total=500, began=began, error=error, model=model
     )
+    for _ in range(2):
+        record_fault(failed, f"a replica of the reference was lost over {word}: its process died")
     finished = make_run(folder, "finished", chosen_falls=False)
     add_evaluation(finished)
     (store,) = (folder / "store" / "pairs").iterdir()

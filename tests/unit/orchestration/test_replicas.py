@@ -1,5 +1,7 @@
 """When replicas are lost too often."""
 
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ from dpo_ray.orchestration import replicas
 from dpo_ray.orchestration.evaluator import _Checkpoint
 from dpo_ray.orchestration.replicas import Losses, Lost
 from dpo_ray.training.evaluations import Made
+from dpo_ray.training.faults import read_faults
 
 
 @pytest.fixture
@@ -53,6 +56,18 @@ def test_what_is_raised_twice() -> None:
 def test_what_would_come_again(losses: Losses) -> None:
     with pytest.raises(DataError, match="gone"):
         losses.count(lost(10, "gone", final=DataError("gone")))
+
+
+def test_they_are_on_record(tmp_path: Path) -> None:
+    """For a run's report; the one that ends the run is told by its outcome."""
+    losses = Losses(1, EvaluationError, "evaluation", str(tmp_path))
+    losses.count(lost(10))
+    losses.done()
+    with pytest.raises(EvaluationError):
+        losses.count(lost(10))
+    (fault,) = read_faults(str(tmp_path))
+    assert fault.reason == "a replica of the evaluation was lost over step-00000010: its process died"
+    assert abs((datetime.now(UTC) - datetime.fromisoformat(fault.time)).total_seconds()) < 60
 
 
 def test_those_of_one_moment_count_once() -> None:

@@ -1,7 +1,9 @@
 """A run's page: what it says of runs whose numbers are known, and that what runs bring stays text."""
 
+import json
 import os
 import re
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from dpo_ray.report.page import (
     write_data_page,
     write_report,
 )
+from dpo_ray.training.faults import Fault
 
 PLANTED = "<script>alert('x')</script><img src=x onerror=alert(1)>\"'"
 FAULTS = (
@@ -118,6 +121,22 @@ def test_three_faults_are_shown(tmp_path: Path) -> None:
     # Faults are on the charts of steps, not on that of the data.
     assert page.count('class="mark"') == 3 * (page.count('class="chart"') - 1)
     assert "attempt 2 began after step 20: 1 node with workers died" in page
+
+
+def test_faults_that_ended_no_attempt(tmp_path: Path) -> None:
+    """On the time axis, of 180 s and the last attempt's 20; one before the first group began is at its left."""
+    run = make_run(tmp_path, began=FAULTS, ended=False)
+    times = ("2026-01-01T00:01:30+00:00", "2026-01-01T00:02:30+00:00")
+    lost = [Fault(time, f"a replica was lost: {number}") for number, time in enumerate(times)]
+    early = Fault("2025-12-31T23:59:00+00:00", "a replica was lost early")
+    (Path(run) / "faults.jsonl").write_text("".join(json.dumps(asdict(each)) + "\n" for each in (early, *lost)))
+    page = run_page(read_facts(run))
+    assert re.findall(r'<i style="left: ([0-9.]+)%" title="([^"]*)">', page) == [
+        ("0.0", "a replica was lost early"),
+        ("45.0", "a replica was lost: 0"),
+        ("75.0", "a replica was lost: 1"),
+    ]
+    assert "2026-01-01 00:01:30 UTC: a replica was lost: 0" in Page(page).text
 
 
 def test_why_a_run_failed(tmp_path: Path) -> None:
