@@ -506,9 +506,11 @@ def config_command(
 
 @app.command()
 def demo(
-    folder: Annotated[str, typer.Argument(help="Where the demo's runs and stores go.")] = "runs/demo",
+    folder: Annotated[
+        str, typer.Argument(help="Where the demo's runs and stores go; an earlier demo's are removed.")
+    ] = "runs/demo",
 ) -> None:
-    """Trains a tiny model on pairs of its own, from nothing to a before/after table, in about two minutes on two cores.
+    """Trains a tiny model on pairs of its own, from nothing to a before/after table, in three minutes on two cores.
 
     Example: dpo-ray demo
     """

@@ -490,7 +490,7 @@ class ObjectiveConfig(Section):
     )
     label_smoothing: float = Field(0.0, ge=0.0, description="assumed share of flipped labels")
     nll_weight: float = Field(0.0, ge=0.0, description="cpo: weight of the chosen answer's likelihood, 1 in its paper")
-    target_margin: float = Field(0.0, ge=0.0, description="simpo: gamma, the margin to reach, 0.3 to 1.6 in its paper")
+    target_margin: float = Field(0.0, ge=0.0, description="simpo: gamma, the margin to reach, 0.3 to 3 in its paper")
     ld_alpha: float = Field(
         1.0,
         gt=0.0,
@@ -675,7 +675,7 @@ class EvaluationConfig(Section):
     lm_eval: list[str] = Field(
         [],
         description="arguments of lm-evaluation-harness' command, which is run on all models, e.g. [--tasks, ifeval, "
-        "--apply_chat_template]; needs the extra lm-eval",
+        "--apply_chat_template]; not those of model, device, output and configuration; needs the extra lm-eval",
     )
 
     @property
@@ -753,7 +753,7 @@ class OptimizerConfig(Section):
         "linear", description="schedule of transformers after the warm-up"
     )
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
-    weight_decay: float = Field(0.0, ge=0.0, description="decoupled weight decay (L2 for rmsprop)")
+    weight_decay: float = Field(0.0, ge=0.0, description="decoupled weight decay of matrices (L2 for rmsprop)")
     betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's averaging constants")
     eps: PositiveFloat = Field(1e-8, description="AdamW's and RMSprop's epsilon")
     max_grad_norm: PositiveFloat | None = Field(1.0, description="clip the gradient's global norm; null: do not")
@@ -973,7 +973,9 @@ class Config(Section):
     storage_path: Uri = Field(
         description="where runs and stores live: a path that all nodes share, or s3://bucket/prefix"
     )
-    seed: int = Field(0, ge=0, description="decides the order of the pairs")
+    seed: int = Field(
+        0, ge=0, description="decides the order of the pairs, an adapter's start, sampled answers and resampling"
+    )
     model: ModelConfig
     adapter: AdapterConfig = AdapterConfig()
     data: DataConfig

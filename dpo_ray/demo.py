@@ -21,12 +21,15 @@ from transformers.utils.logging import disable_progress_bar
 from dpo_ray.config import Config, parse_config
 from dpo_ray.demo_data import all_requests, byte_tokenizer, follows_rule, make_pairs, tiny_llama_config
 from dpo_ray.display import ProgressBar
+from dpo_ray.errors import ConfigError
 from dpo_ray.orchestration.trainer import Result, make_start, train
 
 NUM_PAIRS, NUM_HELD_OUT = 3000, 300
 GOAL_ACCURACY = 0.9
 SHOWN_PROMPTS = 3
 START, ALIGNED, ALONE = "start", "start, DPO", "DPO alone"
+# What may be removed has it.
+MARK = ".dpo-ray-demo"
 ROWS = {
     "accuracy of the implicit reward": ("eval_rewards/accuracies", ".3f"),
     "margin of the implicit reward": ("eval_rewards/margins", ".3f"),
@@ -39,16 +42,19 @@ def run_demo(folder: str, console: Console) -> bool:
     """Runs the demo anew.
 
     Args:
-        folder: Where runs and stores go; what an earlier demo left there is removed.
+        folder: Where runs and stores go: empty, not there yet, or an earlier demo's, which is removed.
         console: Where to write.
+
+    Raises:
+        ConfigError: There is something else in it.
 
     Returns:
         Whether held-out accuracy after DPO reached the goal, and answers follow the rule more often than after the
         start or after DPO alone.
     """
     disable_progress_bar()
-    shutil.rmtree(folder, ignore_errors=True)
     folder = os.path.abspath(folder)
+    _make_room(folder)
     _write_inputs(folder)
     whole = _config(folder, "dpo", sft={"epochs": 3, "max_steps": 200, "learning_rate": 3e-3})
     alone = _config(folder, "dpo-alone")
@@ -98,6 +104,17 @@ def _config(folder: str, name: str, **sections: dict[str, Any]) -> Config:
             **sections,
         }
     )
+
+
+def _make_room(folder: str) -> None:
+    mark = f"{folder}/{MARK}"
+    if os.path.exists(mark):
+        shutil.rmtree(folder)
+    elif os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
+        raise ConfigError(f"{folder} is not empty and no earlier demo's: give another folder, or empty it")
+    os.makedirs(folder, exist_ok=True)
+    with open(mark, "w", encoding="utf-8") as file:
+        file.write("Made by `dpo-ray demo`, which removes this folder when it is run again.\n")
 
 
 def _write_inputs(folder: str) -> None:

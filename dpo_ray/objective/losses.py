@@ -528,7 +528,7 @@ def simpo(stats: AnswerStats, *, beta: float, target_margin: float) -> torch.Ten
     Args:
         stats: The answers; reference scores are not used.
         beta: Factor of the log-probabilities per token, > 0; 2 to 10 in the paper.
-        target_margin: gamma, > 0; 0.3 to 1.6 in the paper.
+        target_margin: gamma, > 0; 0.3 to 3 in the paper.
 
     Returns:
         Shape (C,), the dtype of the log-probabilities.

@@ -11,6 +11,7 @@ from rich.console import Console
 from dpo_ray import demo
 from dpo_ray.config import Config
 from dpo_ray.demo_data import PHRASES, all_requests
+from dpo_ray.errors import ConfigError
 from dpo_ray.orchestration.trainer import Result
 
 REQUESTS = all_requests(held_out=True)
@@ -56,3 +57,15 @@ def test_the_verdict(
     assert "\x1b" not in text
     failures = [line for line in text.splitlines() if line.startswith(("held-out accuracy", "answers follow"))]
     assert failures == ([] if said is None else [said])
+
+
+def test_only_a_demos_folder_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    for folder in (tmp_path, tmp_path / "mine.txt"):
+        with pytest.raises(ConfigError, match="is not empty and no earlier demo's: give another folder, or empty it"):
+            demo.run_demo(str(folder), Console(file=StringIO()))
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+    demo._make_room(str(tmp_path / "new"))
+    (tmp_path / "new" / "of-a-demo").touch()
+    demo._make_room(str(tmp_path / "new"))
+    assert [path.name for path in (tmp_path / "new").iterdir()] == [demo.MARK]
