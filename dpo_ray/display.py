@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -86,9 +86,12 @@ class ProgressBar(Watcher):
     def progress(self, what: str, done: int, total: int) -> None:
         """Moves the bar of a phase; it goes when all is done."""
         task = self._bar(what, total)
-        self._progress.update(task, completed=done, count=f"{done:,}/{total:,}")
+        if done < total and not self._task(task).visible:
+            # Another run's, as in a sweep: with a time of its own.
+            self._progress.reset(task, total=total, visible=True)
+        self._progress.update(task, total=total, completed=done, count=f"{done:,}/{total:,}")
         if not self._console.is_terminal and self._due(what, done, total):
-            left = self._progress.tasks[self._progress.task_ids.index(task)].time_remaining
+            left = self._task(task).time_remaining
             self._console.print(f"{what} {done:,}/{total:,}" + (f"  {left:.0f} s left" if left else ""))
         if done == total:
             self._progress.update(task, visible=False)
@@ -106,7 +109,9 @@ class ProgressBar(Watcher):
         """Starts the bar of the training."""
         if position:
             self.phase(f"going on after step {position} of {plan.total_steps}")
-        self._progress.update(self._bar("training", plan.total_steps), total=plan.total_steps, completed=position)
+        task, count = self._bar("training", plan.total_steps), f"{position}/{plan.total_steps}"
+        # Not an update: a bar that another run has filled would never have time left.
+        self._progress.reset(task, total=plan.total_steps, completed=position, count=count, metrics="")
         self._told.pop("training", None)
 
     def line(self, line: dict[str, Any]) -> None:
@@ -115,7 +120,7 @@ class ProgressBar(Watcher):
             self.warning(line["warning"])
         elif "loss" in line:
             task = self._tasks["training"]
-            total = int(self._progress.tasks[self._progress.task_ids.index(task)].total or 0)
+            total = int(self._task(task).total or 0)
             count = f"{line['step']}/{total}"
             self._progress.update(task, completed=line["step"], count=count, metrics=f" {_brief(line)}")
             if not self._console.is_terminal and (self._due("training", line["step"], total) or line["step"] == 1):
@@ -128,6 +133,9 @@ class ProgressBar(Watcher):
         if what not in self._tasks:
             self._tasks[what] = self._progress.add_task(what, total=total, count=f"0/{total:,}", metrics="")
         return self._tasks[what]
+
+    def _task(self, task: TaskID) -> Task:
+        return self._progress.tasks[self._progress.task_ids.index(task)]
 
     def _due(self, what: str, done: int, total: int) -> bool:
         """Whether another twentieth is done."""
@@ -203,7 +211,9 @@ def statistics_tables(found: Statistics) -> list[Table]:
         table.add_row("pairs left out with it as data.min_score_gap", *(f"{pairs:,}" for pairs in gaps.left_out))
         tables.append(table)
     if found.rejects:
-        rejects = Table(title="rejects, the most frequent reasons", title_justify="left")
+        total = found.counts["rejects"]
+        sample = f" in a sample of {found.rejects_read:,} of {total:,}" if found.rejects_read < total else ""
+        rejects = Table(title=f"rejects, the most frequent reasons{sample}", title_justify="left")
         rejects.add_column("rows", justify="right")
         rejects.add_column("reason, without what differs from row to row", overflow="fold")
         for reason, rows in found.rejects.items():

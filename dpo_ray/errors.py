@@ -90,6 +90,10 @@ class EvaluationError(FinalError):
     """Checkpoints that are evaluated beside training cannot be."""
 
 
+class ActorsLostError(FinalError):
+    """Actors that sample, judge or answer died too often; what they have done is kept."""
+
+
 class FencedError(DpoRayError):
     """Another attempt of the run has begun: this one may not write any more."""
 

@@ -402,8 +402,12 @@ class FileInfo:
 
 
 @asked_again()
-def expand(pattern: str) -> list[FileInfo]:
+def expand(pattern: str, or_none: bool = False) -> list[FileInfo]:
     """Files that a path, a folder or a glob stands for, sorted; listed, not asked for one by one.
+
+    Args:
+        pattern: The path, folder or glob.
+        or_none: Whether there may be none.
 
     Raises:
         StorageError: There is none, or the place cannot be read.
@@ -421,7 +425,7 @@ def expand(pattern: str) -> list[FileInfo]:
         found = {name: about for name, about in files.items() if not os.path.basename(name).startswith((".", "_"))}
     else:
         found = {path: call(fs, "info", path)} if exists(pattern) else {}
-    if not found:
+    if not found and not or_none:
         exists(pattern)  # Fails where the bucket is missing.
         raise StorageError(f"{pattern}: no such file; give a file, a folder, or a glob such as pairs/*.jsonl.gz")
     infos = [

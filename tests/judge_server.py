@@ -40,7 +40,7 @@ class Handler(BaseHTTPRequestHandler):
                 fault["times"] -= 1
         kind = fault["kind"] if fault else ""
         if kind == "status":
-            self._send(fault["status"], f"no: {self.headers.get('Authorization')}")
+            self._send(fault["status"], f"no: {self.headers.get('Authorization')}", fault.get("after"))
         elif kind == "drop":
             self.connection.close()
         elif kind == "nonsense":
@@ -52,10 +52,12 @@ class Handler(BaseHTTPRequestHandler):
             reply = {"choices": [{"message": {"role": "assistant", "content": said}}], "usage": {"total_tokens": 10}}
             self._send(200, json.dumps(reply))
 
-    def _send(self, status: int, text: str) -> None:
+    def _send(self, status: int, text: str, after_s: int | None = None) -> None:
         data = text.encode()
         try:
             self.send_response(status)
+            if after_s is not None:
+                self.send_header("Retry-After", str(after_s))
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             self.wfile.write(data)

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +80,10 @@ def make_run(
     about = {"versions": {"dpo_ray": "0.1.0"}, "pairs": pairs, "steps_per_epoch": total, "counts": counts, "code": {}}
     (run / "config.yaml").write_text(yaml.safe_dump({"config": config.model_dump(mode="json"), "about": about}))
     starts = [each.position for each in began]
+    times = [(datetime(2026, 1, 1, tzinfo=UTC) + timedelta(minutes=number)).isoformat() for number in range(len(began))]
     attempts = [
-        Attempt(number, each.generation, each.position, None, 2, each.reason, f"2026-01-01T00:{number:02d}:00+00:00")
-        for number, each in enumerate(began)
+        Attempt(number, each.generation, each.position, None, 2, each.reason, time)
+        for number, (each, time) in enumerate(zip(began, times, strict=True))
     ]
     _write_lines(run / "attempts.jsonl", [asdict(each) for each in attempts])
     metrics, ledger = list[dict[str, Any]](), list[dict[str, Any]]()

@@ -24,8 +24,8 @@ from dpo_ray.config import EvaluationConfig
 from dpo_ray.errors import ConfigError, JudgeError
 
 ASKED_TOGETHER = 8
-# A request that fails is sent again so often, after 0, 1, 2, 4 and 8 s, or when the server says.
-RETRIES, BACKOFF_S = 5, 0.5
+# A request that fails is sent again so often, after 0, 1, 2, 4 and 8 s, or when the server says, if that is soon.
+RETRIES, BACKOFF_S, LONGEST_WAIT_S = 5, 0.5, 60
 RETRIED_STATUS = (408, 409, 425, 429, 500, 502, 503, 504)
 # A reply without a verdict is asked for again.
 TRIES = 3
@@ -104,6 +104,7 @@ class EndpointJudge:
             status_forcelist=RETRIED_STATUS,
             allowed_methods=["POST"],
             raise_on_status=False,
+            retry_after_max=LONGEST_WAIT_S,
         )
         for scheme in ("http://", "https://"):
             self._session.mount(scheme, HTTPAdapter(pool_maxsize=ASKED_TOGETHER, max_retries=retry))
@@ -127,7 +128,8 @@ class EndpointJudge:
         asked = [each for each in asked if questions[each[0]].first != questions[each[0]].second]
         verdicts: dict[tuple[int, bool], str | None] = {}
         error: Exception | None = None
-        with ThreadPoolExecutor(ASKED_TOGETHER) as pool:
+        pool = ThreadPoolExecutor(ASKED_TOGETHER)
+        try:
             left, under_way = iter(asked), dict[Any, tuple[int, bool]]()
             while True:
                 for number, swap in itertools.islice(left, 0 if error else ASKED_TOGETHER - len(under_way)):
@@ -141,6 +143,9 @@ class EndpointJudge:
                     except (_SpentError, JudgeError, ConfigError) as raised:
                         error = error or raised
                 progress(len(verdicts), len(asked))
+        finally:
+            # Who interrupts does not wait for replies.
+            pool.shutdown(wait=False, cancel_futures=True)
         if isinstance(error, _SpentError):
             raise JudgeError(
                 f"the judge was sent {self._requests:,} requests for {self._tokens:,} tokens, as many as "

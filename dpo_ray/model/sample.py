@@ -151,6 +151,7 @@ class RewardModel:
                 f"{path}: a reward model has one output, this model has {model.config.num_labels}: name another one as "
                 "the judge"
             )
+        self._path, self._positions = path, _positions(model)
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token_id = tokenizer.eos_token_id
         model.config.pad_token_id = tokenizer.pad_token_id
@@ -158,11 +159,31 @@ class RewardModel:
 
     @torch.inference_mode()
     def scores(self, prompt: Turns, answers: Sequence[Sampled]) -> list[float]:
-        """The reward of each answer."""
+        """The reward of each answer.
+
+        Raises:
+            ConfigError: The model has no positions for so many tokens.
+        """
         turns = [[*prompt, {"role": "assistant", "content": answer.text}] for answer in answers]
         texts = [self._template.text(each, ask=False) for each in turns]
         own = self._template.kwargs is None
         inputs = self._template.tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=own)
+        size = inputs["input_ids"].shape[1]
+        if self._positions is not None and size > self._positions:
+            raise ConfigError(
+                f"{self._path}: this judge has positions for {self._positions} tokens, a prompt and its answer have "
+                f"{size}: name a judge for longer texts, or let answers and prompts be shorter"
+            )
         inputs = inputs.to(self._model.device)
         logits = self._model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
         return [float(score) for score in logits[:, 0]]
+
+
+def _positions(model: torch.nn.Module) -> int | None:
+    """How many positions a model has that looks each up in a table, as BERT does; None for others."""
+    tables = [
+        each.num_embeddings - (0 if each.padding_idx is None else each.padding_idx + 1)
+        for name, each in model.named_modules()
+        if name.endswith("position_embeddings") and isinstance(each, torch.nn.Embedding)
+    ]
+    return min(tables, default=None)

@@ -7,6 +7,7 @@ never made again, so that the same command goes on where it stood.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,20 +15,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import ray
 
 from dpo_ray import storage
 from dpo_ray.config import Config
-from dpo_ray.errors import ConfigError
+from dpo_ray.errors import ConfigError, first_line
 from dpo_ray.model.files import load_tokenizer
 from dpo_ray.model.weights import weights_digest
-from dpo_ray.orchestration.prepare import turns_at
-from dpo_ray.orchestration.resources import no_room
+from dpo_ray.orchestration.originals import Originals
+from dpo_ray.orchestration.parts import make_parts
 from dpo_ray.orchestration.watch import Watcher
 from dpo_ray.pairs.store import Chunk, PairStore, read_chunk, sources_of
 from dpo_ray.pairs.tokenize import tokenizer_digest
 
 ANSWERED_TOGETHER = 8
+# Pairs at a time, while prompts are chosen.
+MOST_LOOKED_AT = 10_000
 SCORED_TOKENS = 4096
 
 
@@ -68,10 +70,16 @@ class Model:
     against: str | None = None
 
 
-def held_out_prompts(config: Config, pairs: PairStore) -> list[Prompt]:
+def held_out_prompts(config: Config, pairs: PairStore, watcher: Watcher) -> list[Prompt]:
     """`evaluation.prompts` different held-out prompts, as many of each held-out set as of the others.
 
-    Of a set they are the first in store order, which is a shuffled one.
+    Of a set they are the first in store order, which is a shuffled one. Prompts longer than training reads are not
+    asked.
+
+    Args:
+        config: The run.
+        pairs: Its pair store.
+        watcher: Told how many there are.
 
     Raises:
         ConfigError: None can be asked.
@@ -79,41 +87,66 @@ def held_out_prompts(config: Config, pairs: PairStore) -> list[Prompt]:
     by_set: dict[int, list[Chunk]] = {}
     for chunk in pairs.eval:
         by_set.setdefault(chunk.source, []).append(chunk)
-    waiting = deque(_prompts(config, pairs, chunks) for chunks in by_set.values())
-    found, seen = list[Prompt](), set[bytes]()
-    while waiting and len(found) < config.evaluation.prompts:
+    originals = Originals(config, pairs.uri) if config.data.chat_template == "tokenizer" else None
+    waiting = deque(_prompts(config, pairs, chunks, originals) for chunks in by_set.values())
+    found, seen, wanted = list[Prompt](), set[bytes](), config.evaluation.prompts
+    while waiting and len(found) < wanted:
         of_set = waiting.popleft()
         for tokens, prompt in of_set:
             if tokens not in seen:
                 seen.add(tokens)
                 found.append(prompt)
                 waiting.append(of_set)
+                watcher.progress("choosing prompts", len(found), wanted)
                 break
     if not found:
         raise ConfigError(
             "evaluation.prompts: no held-out prompt can be asked: their files are gone or have changed, or all of "
-            "them are tokens, raw texts, or have tools; set evaluation.prompts: 0"
+            "them are tokens, raw texts, too long, or have tools; set evaluation.prompts: 0"
         )
     return found
 
 
-def _prompts(config: Config, pairs: PairStore, chunks: Sequence[Chunk]) -> Iterator[tuple[bytes, Prompt]]:
-    """What can be asked of some chunks, each with its tokens."""
-    templated = config.data.chat_template == "tokenizer"
-    tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
-    for chunk in chunks:
-        its_pairs, sources = read_chunk(pairs.uri, chunk), sources_of(pairs.uri, chunk)
-        # No more at a time than may be asked: a chunk's rows stand in as many files as it has pairs.
-        for start in range(0, len(its_pairs), config.evaluation.prompts):
-            some = its_pairs[start : start + config.evaluation.prompts]
-            turns = turns_at(config, pairs.uri, [sources[pair.pair_id] for pair in some]) if templated else {}
-            for pair in some:
-                if templated:
-                    asked = turns.get(sources[pair.pair_id])
-                else:
-                    asked = [{"role": "user", "content": str(tokenizer.decode(pair.prompt, skip_special_tokens=True))}]
-                if asked:
-                    yield pair.prompt.tobytes(), Prompt(pair.pair_id.hex(), asked)
+def _prompts(
+    config: Config, pairs: PairStore, chunks: Sequence[Chunk], originals: Originals | None
+) -> Iterator[tuple[bytes, Prompt]]:
+    """What can be asked of some chunks, each with its tokens.
+
+    Args:
+        config: The run.
+        pairs: Its pair store.
+        chunks: Which.
+        originals: Where turns are read; None: a prompt is its own text.
+    """
+    from dpo_ray.model.sample import Template  # With torch.
+
+    tokenizer, data = load_tokenizer(config.model.tokenizer or config.model.path), config.data
+    longest = min((each for each in (data.max_prompt_length, data.max_length) if each), default=None)
+    template = Template(tokenizer, data.chat_template_kwargs)
+    candidates = (
+        (pair, place)
+        for chunk in chunks
+        for places in (sources_of(pairs.uri, chunk) if originals else {},)
+        for pair in read_chunk(pairs.uri, chunk)
+        for place in (places.get(pair.pair_id, ""),)
+        if originals is None or originals.has_turns(place)
+    )
+    # A look reads whole files: where few of the prompts can be asked, or many are the same, it takes more each time.
+    size = config.evaluation.prompts
+    while some := list(itertools.islice(candidates, size)):
+        turns = originals.turns([place for _, place in some]) if originals else {}
+        for pair, place in some:
+            if originals is None:
+                asked = [{"role": "user", "content": str(tokenizer.decode(pair.prompt, skip_special_tokens=True))}]
+            elif place in turns:
+                asked = turns[place]
+                text = template.text(asked, ask=True)
+                if longest and len(tokenizer(text, add_special_tokens=False)["input_ids"]) > longest:
+                    continue
+            else:
+                continue
+            yield pair.prompt.tobytes(), Prompt(pair.pair_id.hex(), asked)
+        size = min(2 * size, MOST_LOOKED_AT)
 
 
 def answers_of(
@@ -128,6 +161,7 @@ def answers_of(
         ConfigError: A model cannot be loaded.
     """
     options, folders = config.evaluation, list[str]()
+    _check_templates(config, prompts, models)
     for model in models:
         digests = storage.join(config.store_uri, "digests")
         about = {
@@ -151,6 +185,24 @@ def answers_of(
     return _parts(
         config, folders, items, prompts, _Answers, (config, list(models), list(prompts)), "answering", watcher
     )
+
+
+def _check_templates(config: Config, prompts: Sequence[Prompt], models: Sequence[Model]) -> None:
+    """Refuses models that the prompts cannot be put to."""
+    from dpo_ray.model.sample import Template
+
+    if config.data.chat_template != "tokenizer":
+        return
+    for uri in dict.fromkeys(model.tokenizer for model in models):
+        template = Template(load_tokenizer(uri), config.data.chat_template_kwargs)
+        for prompt in prompts:
+            try:
+                template.text(prompt.turns, ask=True)
+            except Exception as error:
+                raise ConfigError(
+                    f"{uri}: its chat template cannot ask the prompt of pair {prompt.pair_id} ({first_line(error)}): "
+                    "leave the model out of evaluation.models, or give its tokenizer another template"
+                ) from None
 
 
 def rewards_of(
@@ -196,21 +248,8 @@ def _parts(
     """Has the parts made that are not there, and reads all of them: the lines of each folder."""
     missing = [item for item in items if not storage.exists(_place(item))]
     if missing:
-        options = config.evaluation
-        if reason := no_room({"CPU": options.cpus_per_actor, "GPU": options.gpus_per_actor}):
-            watcher.warning(f"evaluation: {reason}")
-        made = ray.data.from_items(
-            [json.dumps(item) for item in missing], override_num_blocks=len(missing)
-        ).map_batches(
-            actor,
-            fn_constructor_args=arguments,
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=min(options.actors, len(missing))),
-            num_cpus=options.cpus_per_actor,
-            num_gpus=options.gpus_per_actor,
-        )
-        for done, _ in enumerate(made.iter_rows(), start=1):
-            watcher.progress(f"{doing} (parts)", done, len(missing))
+        about = config, config.evaluation, [json.dumps(item) for item in missing]
+        make_parts(*about, actor, arguments, doing, watcher)
     by_folder = {folder: [item for item in items if item["uri"] == folder] for folder in folders}
     return [
         [

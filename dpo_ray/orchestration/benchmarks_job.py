@@ -23,7 +23,7 @@ from dpo_ray.extensions import check_installed
 from dpo_ray.model.files import load_tokenizer, localize
 from dpo_ray.model.weights import weights_digest
 from dpo_ray.orchestration.answers_job import Model
-from dpo_ray.orchestration.resources import no_room
+from dpo_ray.orchestration.resources import check_actor_room
 from dpo_ray.orchestration.trainer import start_ray
 from dpo_ray.orchestration.watch import Watcher
 from dpo_ray.pairs.tokenize import tokenizer_digest
@@ -61,8 +61,7 @@ def benchmarks_of(config: Config, models: Sequence[Model], watcher: Watcher) -> 
     if missing:
         start_ray(config)
         options = config.evaluation
-        if reason := no_room({"CPU": options.cpus_per_actor, "GPU": options.gpus_per_actor}):
-            watcher.warning(f"evaluation.lm_eval: {reason}")
+        check_actor_room("evaluation", options.cpus_per_actor, options.gpus_per_actor, watcher)
         task = ray.remote(_run).options(num_cpus=options.cpus_per_actor, num_gpus=options.gpus_per_actor)
         waiting, failed = {task.remote(config, model): model for model in missing}, ""
         while waiting:

@@ -37,7 +37,7 @@ from dpo_ray.evaluation.statistics import (
 from dpo_ray.model.card import write_card
 from dpo_ray.orchestration.answers_job import Model, Prompt, answers_of, held_out_prompts, rewards_of
 from dpo_ray.orchestration.benchmarks_job import benchmarks_of, check_benchmarks
-from dpo_ray.orchestration.prepare import values_at
+from dpo_ray.orchestration.originals import Originals
 from dpo_ray.orchestration.reference_filler import LOOK_S, ReferenceFiller, open_reference_store
 from dpo_ray.orchestration.resources import ensure_resources
 from dpo_ray.orchestration.trainer import final_errors, start_ray
@@ -177,29 +177,37 @@ def open_run(target: str, overrides: Sequence[str] | None = None) -> Run:
     return Run(config, pairs, export_uri, there["step"])
 
 
-def evaluate(target: str, overrides: Sequence[str] | None = None, watcher: Watcher | None = None) -> Evaluation:
+def evaluate(
+    target: str,
+    overrides: Sequence[str] | None = None,
+    watcher: Watcher | None = None,
+    judge: EndpointJudge | None = None,
+) -> Evaluation:
     """Evaluates a run's export; writes `<run>/evaluation/summary.json`, the run's report and the export's model card.
 
     Args:
         target: The run's URI, or its configuration.
         overrides: Each `section.key=value`.
         watcher: Told what happens; None for silence.
+        judge: One that is shared with other evaluations, and with it what it may cost; None: one is made.
 
     Raises:
         UserError: See `open_run`.
         ReferenceFillError: Pairs could not be scored.
+        JudgeError: The judge does not answer, or may not be asked any more.
+        ActorsLostError: Actors that answer died too often.
     """
     watcher = watcher or Watcher()
     run = open_run(target, overrides)
     config, warnings = run.config, list[str]()
     # A key that is not there is better known before anything is computed.
-    judge = _endpoint(config) if config.evaluation.judge == "endpoint" else None
+    judge = judge or judge_of(config)
     check_benchmarks(config)
     with warnings_to(watcher.warning), final_errors():
         columns = dict[str, dict[bytes, str | float | None]]()
         if by := config.evaluation.group_columns:
             start_ray(_scoring(config, run.export_uri))
-            columns = values_at(config, run.pairs, by, watcher)
+            columns = Originals(config, run.pairs.uri).columns(run.pairs, by, watcher)
         policy = _score(run, run.export_uri, "the policy", watcher)
         reference = _score(run, config.reference_path, "the reference", watcher)
         held_out = evaluate_pairs(
@@ -211,11 +219,13 @@ def evaluate(target: str, overrides: Sequence[str] | None = None, watcher: Watch
             columns,
         )
         warnings += warnings_of(held_out)
-        answers = _answers(run, judge, warnings, watcher) if config.evaluation.prompts else None
         about = config.run_uri, run.step, run.export_uri, config.reference_path
-        found = Evaluation(*about, held_out, answers, {}, warnings)
-        # Benchmarks take long, and their command may fail.
+        # What comes next takes long, and may fail: each part of the evaluation is written when it is there.
+        found = Evaluation(*about, held_out, None, {}, warnings)
         _write(run, found)
+        if config.evaluation.prompts:
+            found = replace(found, answers=_answers(run, judge, warnings, watcher))
+            _write(run, found)
         if config.evaluation.lm_eval:
             found = replace(found, benchmarks=benchmarks_of(config, _models(run), watcher))
             _write(run, found)
@@ -230,7 +240,14 @@ def _write(run: Run, found: Evaluation) -> None:
     write_report(run.config.run_uri)
 
 
-def _endpoint(config: Config) -> EndpointJudge:
+def judge_of(config: Config) -> EndpointJudge | None:
+    """The judge behind an endpoint that the configuration names, if it does.
+
+    Raises:
+        ConfigError: Its key is not in the environment.
+    """
+    if config.evaluation.judge != "endpoint":
+        return None
     return EndpointJudge(config.evaluation, storage.join(config.store_uri, "judgements"))
 
 
@@ -249,7 +266,7 @@ def _answers(run: Run, judge: EndpointJudge | None, warnings: list[str], watcher
     config, options = run.config, run.config.evaluation
     models, drawn = _models(run), options.samples_are_plain
     start_ray(config)
-    prompts = held_out_prompts(config, run.pairs)
+    prompts = held_out_prompts(config, run.pairs, watcher)
     lines = answers_of(config, prompts, models, watcher)
     texts = np.array([[line["answer"] for line in each] for each in lines], dtype=object)
     outcomes, disagreed = dict[tuple[int, int], list[float | None]](), 0

@@ -14,16 +14,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import ray
-
 from dpo_ray import storage
 from dpo_ray.config import Config
 from dpo_ray.errors import ConfigError, DataError, RowError
 from dpo_ray.model.files import load_tokenizer
 from dpo_ray.model.weights import weights_digest
-from dpo_ray.orchestration.resources import no_room
+from dpo_ray.orchestration.parts import make_parts
 from dpo_ray.orchestration.rows import SUFFIXES, json_object, open_rows
-from dpo_ray.orchestration.trainer import final_errors, start_ray
 from dpo_ray.orchestration.watch import Watcher
 from dpo_ray.pairs.formats import prompt_column
 from dpo_ray.pairs.parsers import Fields, prompt_turns
@@ -77,21 +74,8 @@ def make_pairs(config: Config, watcher: Watcher | None = None) -> Made:
         f"{len(prompts):,} prompts in {len(parts):,} parts, {len(parts) - len(missing):,} of them done before"
     )
     if missing:
-        start_ray(config)
-        if reason := no_room({"CPU": options.cpus_per_actor, "GPU": options.gpus_per_actor}):
-            watcher.warning(f"pairs: {reason}")
         items = [json.dumps({"index": index, "prompts": parts[index]}) for index in missing]
-        made = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-            _Part,
-            fn_constructor_args=(config, uri),
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=min(options.actors, len(items))),
-            num_cpus=options.cpus_per_actor,
-            num_gpus=options.gpus_per_actor,
-        )
-        with final_errors():
-            for done, _ in enumerate(made.iter_rows(), start=1):
-                watcher.progress("sampling and judging (parts)", done, len(missing))
+        make_parts(config, options, items, _Part, (config, uri), "sampling and judging", watcher)
     rows = sum(len(storage.read_json_lines(storage.join(uri, _name(index)))) for index in range(len(parts)))
     return Made(uri, len(prompts), rows, len(prompts) - rows)
 

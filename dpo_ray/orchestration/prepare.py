@@ -9,11 +9,11 @@ store and its aggregators. What pass 1 has finished is on storage, so that a `pr
 
 from __future__ import annotations
 
-import contextlib
 import json
 import pickle
-from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -23,7 +23,6 @@ import ray
 from dpo_ray import storage
 from dpo_ray.config import Config
 from dpo_ray.errors import ConfigError, DataError, RowError, TiedError
-from dpo_ray.evaluation.statistics import groups_of
 from dpo_ray.extensions import code_digest
 from dpo_ray.model.files import check_vocabulary, load_tokenizer, vocabulary_size
 from dpo_ray.orchestration import rows
@@ -34,9 +33,7 @@ from dpo_ray.pairs.formats import RANKING, Reading, parse_row, recognise
 from dpo_ray.pairs.runs import Run
 from dpo_ray.pairs.store import Chunk, PairStore
 from dpo_ray.pairs.tokenize import Limits, PairTokenizer, Tokenized, tokenizer_digest
-from dpo_ray.pairs.turns import kind, read_number
 from dpo_ray.storage import FileInfo
-from dpo_ray.types import PreferencePair, TokenRow
 
 # Raw text of a block, and token data of a range: what one task holds, several times over, while it works.
 BLOCK_BYTES = 8 * 2**20
@@ -53,6 +50,7 @@ READ_BYTES = 2**20
 SAMPLE_ROWS = 100
 EXAMPLES_SHOWN = 3
 REJECTS_SHOWN = 5
+COPIED_TOGETHER = 8
 
 
 # Of the data's options those that decide no pair, or that are said with what they are about.
@@ -207,131 +205,6 @@ def prepared(config: Config) -> PairStore:
     if made is None:
         raise ConfigError(f"{config.name}: the pairs are not prepared: run `dpo-ray prepare` first")
     return made
-
-
-def turns_at(config: Config, pairs_uri: str, places: Collection[str]) -> dict[str, list[dict[str, str]]]:
-    """The prompts of rows, as turns.
-
-    Args:
-        config: The run that they were prepared for.
-        pairs_uri: The pair store that was made of them.
-        places: File and row of each, as `store.sources_of` gives them.
-
-    Returns:
-        By place; without those that have no turns, or tools or calls in them, or whose file is gone or has changed.
-    """
-    sources, found = _sources(config), dict[str, list[dict[str, str]]]()
-    readings = dict[str, Reading]()
-    for uri, number, row in _rows_at(config, sources, pairs_uri, places):
-        if uri not in readings:
-            source = next(each for each in sources if uri in {file.uri for file in each.files})
-            reading = _recognised(config, source, _sample(source))
-            readings |= {file.uri: reading for file in source.files}
-        with contextlib.suppress(RowError):
-            if turns := _plain_turns(parse_row(row, readings[uri])):
-                found[f"{uri} row {number}"] = turns
-    return found
-
-
-def values_at(
-    config: Config, pairs: PairStore, columns: Sequence[str], watcher: Watcher
-) -> dict[str, dict[bytes, str | float | None]]:
-    """What columns of the data hold of the held-out pairs; of a pair that stands in several rows, one of them.
-
-    Args:
-        config: The run that they were prepared for.
-        pairs: The pair store that was made of them.
-        columns: Their names.
-        watcher: Told how many rows are read.
-
-    Returns:
-        By column and pair id: a text (also `true` and `false`), a number, or None where there is nothing.
-
-    Raises:
-        ConfigError: No held-out row has the column, or it has more different texts than there can be groups.
-        DataError: A file is gone or has changed since; or a value is a list or an object.
-    """
-    pair_ids = {place: each for chunk in pairs.eval for each, place in store.sources_of(pairs.uri, chunk).items()}
-    sources, found = _sources(config), {column: dict[bytes, str | float | None]() for column in columns}
-    read = _rows_at(config, sources, pairs.uri, pair_ids, columns)
-    for done, (uri, number, row) in enumerate(read, start=1):
-        place = f"{uri} row {number}"
-        for column in columns:
-            found[column][pair_ids[place]] = _group_value(row.get(column), column, place)
-        watcher.progress("reading columns (rows)", done, len(pair_ids))
-    for column, values in found.items():
-        if lost := next((place for place, pair_id in pair_ids.items() if pair_id not in values), None):
-            raise DataError(
-                f"{lost.rpartition(' row ')[0]}: gone, or changed since pairs were made of it, so that "
-                "evaluation.group_columns has nothing to read there: restore the file, or leave the option out"
-            )
-        if all(value is None for value in values.values()):
-            there = {name for each in sources for _, row in _sample(each) if isinstance(row, dict) for name in row}
-            raise ConfigError(
-                f"evaluation.group_columns: no held-out pair has a {column!r}; the rows have {', '.join(sorted(there))}"
-            )
-        try:
-            groups_of(list(values.values()))
-        except ValueError as error:
-            raise ConfigError(
-                f"evaluation.group_columns: {column} {error}: name columns whose values many pairs share"
-            ) from None
-    return found
-
-
-def _group_value(value: Any, column: str, place: str) -> str | float | None:
-    if isinstance(value, bool):
-        return json.dumps(value)
-    if isinstance(value, int | float):
-        return read_number(value)
-    if value is None or isinstance(value, str):
-        return value
-    raise DataError(
-        f"{place}: {column} is {kind(value)}: evaluation.group_columns takes columns of texts, numbers, true and false"
-    )
-
-
-def _rows_at(
-    config: Config,
-    sources: Sequence[_Source],
-    pairs_uri: str,
-    places: Collection[str],
-    columns: Sequence[str] | None = None,
-) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    """File, number and content of the rows at places; without those whose file is gone or has changed since.
-
-    Args:
-        config: The run that they were prepared for.
-        sources: Its sources.
-        pairs_uri: The pair store that was made of them.
-        places: File and row of each, as `store.sources_of` gives them.
-        columns: All when None.
-    """
-    numbers = defaultdict[str, list[int]](list)
-    for place in places:
-        uri, _, row = place.rpartition(" row ")
-        numbers[uri].append(int(row))
-    made_of = store.files_of(pairs_uri)
-    files = {file.uri: file.identity for source in sources for file in source.files if file.uri in numbers}
-    items = [json.dumps([uri, numbers[uri]]) for uri, identity in files.items() if identity == made_of.get(uri)]
-    if not items:
-        return
-    # A row may stand anywhere in its file: all of a file is read, on the cluster.
-    picked = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-        rows.pick, batch_size=1, num_cpus=1, fn_args=(columns,)
-    )
-    picked.context.execution_options.label_selector = config.data.label_selector or None
-    for each in picked.iter_rows():
-        yield each["uri"], each["row"], json.loads(each["content"])
-
-
-def _plain_turns(row: PreferencePair | TokenRow) -> list[dict[str, str]]:
-    """The turns of a row's prompt; none where it has others than of a role and a text."""
-    if isinstance(row, TokenRow) or row.layout == "raw" or row.tools:
-        return []
-    if any(turn.extra or turn.content is None for turn in row.prompt):
-        return []
-    return [{"role": turn.role, "content": str(turn.content)} for turn in row.prompt]
 
 
 def prepare(config: Config, watcher: Watcher | None = None, found: Survey | None = None) -> PairStore:
@@ -590,13 +463,27 @@ def _write_chunks(
 
 
 def _show_rejects(config: Config, uri: str) -> list[dict[str, Any]]:
-    """Copies the rejects beside the run, and returns the first of them."""
-    storage.remove(storage.join(config.run_uri, "rejects"))
-    shown = list[dict[str, Any]]()
-    for name in storage.list_names(storage.join(uri, "rejects")):
-        part = storage.read_bytes(storage.join(uri, "rejects", name))
-        storage.write_bytes(storage.join(config.run_uri, "rejects", name), part)
-        shown += [json.loads(line) for line in part.splitlines()[: REJECTS_SHOWN - len(shown)]]
+    """Copies the rejects beside the run, unless they are there, and returns the first of them."""
+    own, place = storage.join(config.run_uri, "rejects"), storage.join(uri, "rejects")
+    # Written last.
+    made_of = f"{own}.json"
+    names, of = storage.list_names(place), {"pairs": storage.name_of(uri)}
+    if not storage.exists(made_of) or storage.read_json(made_of) != of:
+        storage.remove_file(made_of)
+        storage.remove(own)
+
+        def copy(name: str) -> None:
+            storage.write_bytes(storage.join(own, name), storage.read_bytes(storage.join(place, name)))
+
+        with ThreadPoolExecutor(COPIED_TOGETHER) as pool:
+            list(pool.map(copy, names))
+        storage.write_json(made_of, of)
+    shown: list[dict[str, Any]] = []
+    for name in names:
+        if len(shown) == REJECTS_SHOWN:
+            break
+        lines = storage.read_bytes(storage.join(place, name)).splitlines()
+        shown += [json.loads(line) for line in lines[: REJECTS_SHOWN - len(shown)]]
     return shown
 
 

@@ -25,6 +25,7 @@ from dpo_ray.orchestration.nodes import (
     resources_of,
     usable_nodes,
 )
+from dpo_ray.orchestration.watch import Watcher
 
 CONNECT_TIMEOUT_S = 10.0
 NODE_GROUP = "ray.io/node-group"
@@ -321,12 +322,28 @@ def _is_group(name: str) -> bool:
     return name.startswith(f"{LABEL}{NODE_GROUP}=")
 
 
-def no_room(wanted: Resources) -> str | None:
-    """Says so where no node of now could hold an actor that wants so much."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if any(all(node.get(name, 0) >= amount for name, amount in wanted.items()) for node in nodes):
-        return None
-    return f"no node has room for an actor ({as_text(wanted)}): waiting for one"
+def check_actor_room(section: str, cpus: float, gpus: float, watcher: Watcher) -> None:
+    """Warns where an actor must wait for a node to come.
+
+    Args:
+        section: Of the configuration, which asks for it.
+        cpus: What it takes.
+        gpus: Likewise.
+        watcher: Who is warned.
+
+    Raises:
+        ConfigError: No node could ever hold it.
+    """
+    each = {name: amount for name, amount in (("CPU", cpus), ("GPU", gpus)) if amount}
+    if any(_how_often(each, node["Resources"]) >= 1 for node in ray.nodes() if node["Alive"]):
+        return
+    nodes = possible_nodes(each)
+    if nodes is not None and not any(_how_often(each, resources) >= 1 for resources, _ in nodes):
+        raise ConfigError(
+            f"{section}.cpus_per_actor and gpus_per_actor: no node has {as_text(each)}, or can have; ask for less, or "
+            f"add nodes ({_describe(nodes, each)})"
+        )
+    watcher.warning(f"{section}: no node has room for an actor ({as_text(each)}): waiting for one")
 
 
 def _has_autoscaler() -> bool:

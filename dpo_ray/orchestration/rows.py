@@ -32,7 +32,6 @@ ROWS_PER_READ = 1000
 RAW_SCHEMA = pa.schema(
     [("file", pa.int64()), ("row", pa.int64()), ("text", pa.large_binary()), ("num_bytes", pa.int64())]
 )
-PICKED_SCHEMA = pa.schema([("uri", pa.string()), ("row", pa.int64()), ("content", pa.large_string())])
 
 
 class _Brought(NamedTuple):
@@ -170,29 +169,6 @@ def _raw(file: int, before: int, texts: list[bytes], num_bytes: int) -> pa.Table
     sizes = [num_bytes] + [0] * (len(found) - 1)
     numbers = range(before + 1, before + 1 + len(found))
     return pa.table({"file": [file] * len(found), "row": numbers, "text": found, "num_bytes": sizes}, RAW_SCHEMA)
-
-
-def pick(batch: Mapping[str, Any], columns: Sequence[str] | None) -> Iterator[pa.Table]:
-    """Some rows of files.
-
-    Args:
-        batch: Under `item`, as JSON, a file's URI and the numbers of its rows, from 1.
-        columns: Of the rows; all when None.
-
-    Yields:
-        Tables of `PICKED_SCHEMA`; `content` is the row's object, as JSON.
-    """
-    for uri, numbers in map(json.loads, batch["item"]):
-        wanted, last, number = set(numbers), max(numbers), 0
-        for texts, _ in open_rows(uri, columns):
-            found = {each: json_object(text) for each, text in enumerate(texts, start=number + 1) if each in wanted}
-            number += len(texts)
-            if columns is not None:
-                found = {each: {name: row.get(name) for name in columns} for each, row in found.items()}
-            contents = list(map(json.dumps, found.values()))
-            yield pa.table({"uri": [uri] * len(found), "row": [*found], "content": contents}, PICKED_SCHEMA)
-            if number >= last:
-                break
 
 
 def make_runs(block: pa.Table, job: Job) -> pa.Table:

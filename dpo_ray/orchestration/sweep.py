@@ -19,14 +19,19 @@ import yaml
 from dpo_ray import storage
 from dpo_ray.config import Config, load_config
 from dpo_ray.errors import (
+    ActorsLostError,
     ConfigError,
     FirstStepError,
+    JudgeError,
     NonFiniteLossError,
     RecoveryError,
+    ReferenceFillError,
     StoppedError,
     first_line,
 )
+from dpo_ray.evaluation.judge import EndpointJudge
 from dpo_ray.orchestration import evaluate_job
+from dpo_ray.orchestration.benchmarks_job import check_benchmarks
 from dpo_ray.orchestration.early_stop import Behind, Race, check_metric, read_stopped, write_stopped
 from dpo_ray.orchestration.stop import Stop
 from dpo_ray.orchestration.trainer import Result, cpus_wanted, finished_run, start_ray, train
@@ -58,7 +63,7 @@ class Outcome:
     Attributes:
         point: Which.
         result: None where it failed or was stopped.
-        error: Why it failed, in a line.
+        error: Why it failed, or was not evaluated, in a line.
         stopped: Why it was stopped.
         evaluated: What `dpo-ray evaluate` found; None where it was not asked for, or there is no model.
     """
@@ -137,8 +142,8 @@ def sweep(
     watcher = watcher or Watcher()
     if stop_early is not None:
         check_metric(stop_early, found[0].values, [point.config for point in found])
-    if evaluated:
-        _check_evaluation([point.config for point in found])
+    # One for all, for `evaluation.max_requests` and `max_tokens` are a command's.
+    judge = _check_evaluation([point.config for point in found]) if evaluated else None
     if any(finished_run(point.config) is None for point in found):
         # Ray on this machine shall have room for the largest.
         start_ray(max((point.config for point in found), key=cpus_wanted))
@@ -147,7 +152,12 @@ def sweep(
         before = [each.config.run_uri for each in found[:number]]
         outcome = _outcome(point, before, stop_early, watcher)
         if evaluated and outcome.result is not None:
-            outcome = replace(outcome, evaluated=_evaluate(point.config, outcome.result.steps, watcher))
+            try:
+                outcome = replace(outcome, evaluated=_evaluate(point.config, outcome.result.steps, judge, watcher))
+            except (JudgeError, ReferenceFillError, ActorsLostError) as error:
+                # Models take longer to train than to evaluate: `dpo-ray evaluate` can be given again.
+                watcher.warning(f"{point.config.name} is trained, but not evaluated: {error}")
+                outcome = replace(outcome, error=f"not evaluated: {first_line(error)}")
         yield outcome
 
 
@@ -212,14 +222,16 @@ def _outcome(point: Point, before: Sequence[str], stop_early: str | None, watche
         return Outcome(point, None, stopped=race.lost)
 
 
-def _check_evaluation(configs: Sequence[Config]) -> None:
-    """Refuses what would be known only when the first run has been trained.
+def _check_evaluation(configs: Sequence[Config]) -> EndpointJudge | None:
+    """Refuses what would be known only when the first run has been trained; returns the judge, if there is one.
 
     Raises:
-        ConfigError: Nothing is held out, there will be no whole model, or no KL.
+        ConfigError: Nothing is held out, there will be no whole model, or no KL; or judge or benchmarks lack something.
     """
     for config in configs:
         options = config.evaluation
+        if options != configs[0].evaluation:
+            raise ConfigError("--grid: with --evaluate all runs are evaluated alike: leave keys of evaluation out")
         if not config.data.eval and not config.data.eval_fraction:
             raise ConfigError("--evaluate: nothing is held out: set data.eval or data.eval_fraction")
         if not config.adapter.merge:
@@ -232,12 +244,20 @@ def _check_evaluation(configs: Sequence[Config]) -> None:
                 "--evaluate: the KL is estimated on answers drawn from the policy as it is: set evaluation.prompts "
                 "above 0, and evaluation.temperature and evaluation.top_p to 1"
             )
+        if config.adapter.quantize and config.train.eval_every_steps is None:
+            raise ConfigError(
+                "--evaluate: with adapter.quantize held-out pairs have scores of the reference only where training "
+                "evaluates them: set train.eval_every_steps"
+            )
+        check_benchmarks(config)
+    return evaluate_job.judge_of(configs[0])
 
 
-def _evaluate(config: Config, step: int, watcher: Watcher) -> Evaluated | None:
+def _evaluate(config: Config, step: int, judge: EndpointJudge | None, watcher: Watcher) -> Evaluated | None:
     watcher.phase(f"evaluating {config.name}")
     # A run that was finished before has the options on record that it was trained with.
-    found = evaluate_job.evaluate(config.run_uri, [f"evaluation={config.evaluation.model_dump_json()}"], watcher)
+    options = [f"evaluation={config.evaluation.model_dump_json()}"]
+    found = evaluate_job.evaluate(config.run_uri, options, watcher, judge)
     return evaluated_of(evaluate_job.as_json(found), config.objective.beta, step)
 
 
@@ -245,7 +265,8 @@ def _axis(text: str) -> tuple[str, list[Any]]:
     key, separator, value = text.partition("=")
     try:
         values = yaml.safe_load(value)
-    except yaml.YAMLError:
+        json.dumps(values)
+    except (yaml.YAMLError, TypeError):  # YAML has dates, which no key takes.
         values = None
     if not separator or not key or not isinstance(values, list) or not values:
         raise ConfigError(f"--grid {text!r}: write section.key=[value, value, ...]")

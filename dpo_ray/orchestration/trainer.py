@@ -109,7 +109,8 @@ def cpus_wanted(config: Config) -> float:
     scaling, reference = config.scaling, config.reference
     needed = config.needs_reference and reference.place == "actors"
     replicas = (reference.least_replicas if needed else 0) + (config.train.eval_place == "actors")
-    return scaling.max_workers * scaling.cpus_per_worker + replicas * reference.cpus_per_replica + 1
+    trains = scaling.max_workers * scaling.cpus_per_worker + replicas * reference.cpus_per_replica
+    return max(trains, config.evaluation.cpus_per_actor, config.pairs.cpus_per_actor) + 1
 
 
 def train(config: Config, watcher: Watcher | None = None, stop: Stop | None = None) -> Result:

@@ -90,7 +90,7 @@ def _failure(error: BaseException) -> Failure:
     elif isinstance(error, errors.OutOfMemoryError):
         kind = "memory"
     text = without_secrets("".join(traceback.format_exception(error)))
-    if lost := _behind(error, errors.ScoresLostError):
+    if lost := behind(error, errors.ScoresLostError):
         # The last line is the reason that people see; Ray's advice stands there.
         text += str(lost).splitlines()[0]
     return Failure(final, kind, text)
@@ -98,10 +98,11 @@ def _failure(error: BaseException) -> Failure:
 
 def final_error(error: BaseException | None) -> errors.FinalError | None:
     """The error that would come again behind an exception, through the layers that Ray wraps around it."""
-    return _behind(error, errors.FinalError)
+    return behind(error, errors.FinalError)
 
 
-def _behind(error: BaseException | None, kind: type[E]) -> E | None:
+def behind(error: BaseException | None, kind: type[E]) -> E | None:
+    """The first error of a kind behind an exception, through the layers that Ray wraps around it."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import re
 from collections import Counter
@@ -18,6 +17,8 @@ from dpo_ray.types import TokenizedPair
 
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99, 100)
 REASONS_SHOWN, REASON_CHARS = 20, 160
+# A store may have gigabytes of rejects: of so many files at most, and so many bytes of all, the reasons are counted.
+REJECT_FILES, REJECT_BYTES = 64, 2**24
 # What differs from row to row in the reason of a reject.
 _OWN = re.compile(r"(?<!\w)'[^']*'|\"[^\"]*\"|0x[0-9a-f]+|\b\d+(\.\d+)?\b")
 
@@ -68,6 +69,7 @@ class Statistics:
         prompts: How many prompts there are.
         score_gaps: Of the pairs whose answers have scores; None where none have.
         rejects: Reason -> rows, what differs from row to row left out; the most frequent ones.
+        rejects_read: Of how many rejects these are; of fewer than `counts` has where there are many.
     """
 
     store_uri: str
@@ -81,10 +83,13 @@ class Statistics:
     prompts: int
     score_gaps: ScoreGaps | None
     rejects: dict[str, int]
+    rejects_read: int
 
 
 def describe(pairs: PairStore, progress: Callable[[int, int], None] = lambda done, total: None) -> Statistics:
     """Reads all chunks of a store, a few at a time; of each prompt 8 bytes are kept, of each gap of scores 4.
+
+    Of rejects no more than a sample is read.
 
     Args:
         pairs: The store; training and held-out pairs count alike.
@@ -114,6 +119,7 @@ def describe(pairs: PairStore, progress: Callable[[int, int], None] = lambda don
         scores.append(its_scores[np.isfinite(its_scores)])
         progress(done, len(chunks))
     comparisons = int(lengths["rejected"].sum())
+    reasons = _rejects(pairs.uri)
     return Statistics(
         store_uri=pairs.uri,
         counts=pairs.counts,
@@ -125,7 +131,8 @@ def describe(pairs: PairStore, progress: Callable[[int, int], None] = lambda don
         answers=dict(sorted(answers.items())),
         prompts=len(np.unique(np.concatenate(prompts))),
         score_gaps=_score_gaps(np.sort(np.concatenate(scores))),
-        rejects=_rejects(pairs.uri),
+        rejects=dict(reasons.most_common(REASONS_SHOWN)),
+        rejects_read=reasons.total(),
     )
 
 
@@ -161,12 +168,17 @@ def _score_gaps(gaps: np.ndarray) -> ScoreGaps | None:
     return ScoreGaps(len(gaps), at.tolist(), gaps.searchsorted(at, side="right").tolist())
 
 
-def _rejects(uri: str) -> dict[str, int]:
+def _rejects(uri: str) -> Counter[str]:
+    """Reasons of the rejects, or of a sample: the first ones of files that are evenly chosen."""
     reasons, folder = Counter[str](), storage.join(uri, "rejects")
-    for name in storage.list_names(folder):
-        for line in io.BytesIO(storage.read_bytes(storage.join(folder, name))):
-            reasons[_OWN.sub("_", json.loads(line)["reason"])[:REASON_CHARS]] += 1
-    return dict(reasons.most_common(REASONS_SHOWN))
+    names = storage.list_names(folder)
+    some = names[:: max(1, -(-len(names) // REJECT_FILES))]
+    for name in some:
+        data = storage.read_bytes(storage.join(folder, name), 0, REJECT_BYTES // len(some))
+        # Where the file goes on, the last line is cut; where it ends, this is empty.
+        *lines, _ = data.split(b"\n")
+        reasons.update(_OWN.sub("_", json.loads(line)["reason"])[:REASON_CHARS] for line in lines)
+    return reasons
 
 
 def bars(histogram: Sequence[int], width: int) -> list[tuple[int, int, int]]:

@@ -156,10 +156,10 @@ def sources_of(uri: str, chunk: Chunk) -> dict[bytes, str]:
     return {row["pair_id"]: f"{row['source']} row {row['row']}" for row in table.to_pylist()}
 
 
-def files_of(uri: str) -> dict[str, str]:
-    """The files that a store was made from, each with its `FileInfo.identity` at that time."""
+def files_of(uri: str) -> dict[str, tuple[str, dict[str, Any]]]:
+    """The files that a store was made from, each with its `FileInfo.identity` at that time, and its `Reading`."""
     manifest = storage.read_json(storage.join(uri, "manifest.json"))
-    return {file: identity for file, identity, *_ in manifest["about"]["files"]}
+    return {file: (identity, reading) for file, identity, _, reading in manifest["about"]["files"]}
 
 
 def brought_scores(uri: str, chunk: Chunk, pair_ids: Sequence[bytes]) -> list[np.ndarray]:

@@ -20,6 +20,10 @@ WIDTH, HEIGHT = 360.0, 210.0
 LEFT, RIGHT, TOP, BOTTOM = 48.0, 8.0, 10.0, 30.0
 COLUMNS, MEANS = 160, 60
 PROBES, TABLE_ROWS = 40, 20
+# With more curves than this each gets its share of these four, and at least so many: a page of many runs stays small.
+WHOLE_SERIES, LEAST_SHARE = 16, 4
+# A circle takes as much of a page as so many points of a line.
+DOT_POINTS = 4
 # Of the page's colours, the grey one.
 FRONTIER_SLOT = 7
 # A scale that ends at this quantile is used where the largest value is so many times that.
@@ -184,21 +188,22 @@ def line_chart(
     low, top = min(low, y_at[0]), max(top, y_at[-1])
     x_at = [tick for tick in ticks(first, max(last, first + 1), 5) if first <= tick <= last and tick == int(tick)]
     scale = _Scale(first, max(last, first + 1), low, top)
-    edges = np.linspace(first, last + 1, PROBES + 1)
+    columns, means, probes, rows = (_share(each, len(there)) for each in (COLUMNS, MEANS, PROBES, TABLE_ROWS))
+    edges = np.linspace(first, last + 1, probes + 1)
     notes = []
     most = max(len(each.x) for each in there if not each.dots) if any(not each.dots for each in there) else 0
-    if most > COLUMNS:
-        notes.append(f"Thin: least and greatest of every {math.ceil(most / COLUMNS):,} steps; thick: means")
+    if most > columns:
+        notes.append(f"Thin: least and greatest of every {math.ceil(most / columns):,} steps; thick: means")
     if beyond := int((values > top).sum()):
         notes.append(f"▲ {beyond:,} of {len(values):,} values lie beyond the scale, up to {number(high)}")
-    table = np.linspace(first, last + 1, TABLE_ROWS + 1)
+    table = np.linspace(first, last + 1, rows + 1)
     return Chart(
         title,
         unit,
         caption="Means, with the least and greatest of several values",
         summary="; ".join(_in_words(each, x_name) for each in there),
         notes=tuple(notes),
-        series=tuple(scale.drawn(each) for each in there),
+        series=tuple(scale.drawn(each, columns, means) for each in there),
         x_name=x_name,
         x_ticks=tuple(Tick(scale.x(tick), _steps(tick, last)) for tick in x_at),
         y_ticks=tuple(Tick(scale.y(tick), number(tick)) for tick in y_at),
@@ -326,6 +331,11 @@ def _steps(step: float, last: float) -> str:
     return f"{step / 1000:,g}k" if last >= 10_000 and step else number(step)
 
 
+def _share(most: int, series: int) -> int:
+    """Of what a curve may take of a page, how much each of so many may take."""
+    return most if series <= WHOLE_SERIES else max(LEAST_SHARE, most * WHOLE_SERIES // series)
+
+
 def _columns(length: int, columns: int) -> list[tuple[int, int]]:
     bounds = [length * at // columns for at in range(columns + 1)]
     return list(zip(bounds[:-1], bounds[1:], strict=True))
@@ -348,14 +358,14 @@ class _Scale:
         share = (min(value, self.high) - self.low) / (self.high - self.low)
         return round(HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM), 1)
 
-    def drawn(self, each: Series) -> Drawn:
-        x, y = extremes(each.x, each.y, COLUMNS)
+    def drawn(self, each: Series, columns: int, means: int) -> Drawn:
+        x, y = extremes(each.x, each.y, columns // DOT_POINTS if each.dots and columns < COLUMNS else columns)
         cut = tuple(sorted({self.x(step) for step in each.x[each.y > self.high].tolist()}))
         if each.dots or len(x) == 1:
             return Drawn(each.name, each.slot, "", "", tuple(map(self._point, x.tolist(), y.tolist())), cut)
         thick = ""
-        if len(each.x) > COLUMNS:
-            parts = _columns(len(each.x), MEANS)
+        if len(each.x) > columns:
+            parts = _columns(len(each.x), means)
             thick = self.path(*zip(*((each.x[a:b].mean(), each.y[a:b].mean()) for a, b in parts), strict=True))
         return Drawn(each.name, each.slot, self.path(x.tolist(), y.tolist()), thick, (), cut)
 

@@ -151,7 +151,8 @@ class DataFacts:
         tokens: In the store; None where that is gone.
         chunks: Chunks in the store.
         sampled: How many of them `statistics` is of.
-        statistics: Of these; its counts and rejects are of all pairs. None where the store is gone or damaged.
+        statistics: Of these; its counts are of all pairs, its rejects of the whole store or of a sample of their
+            own. None where the store is gone or damaged.
         problem: Why there are none.
     """
 

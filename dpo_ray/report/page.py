@@ -27,8 +27,11 @@ from dpo_ray.report.charts import Chart, Series, Spot, Tick, frontier_chart, lin
 from dpo_ray.report.facts import Facts, HeldOut, SideBySide, eval_prefixes, read_facts, step_parts
 
 FILE_NAME = "report.html"
-# Of a prompt's turn or an answer; of a histogram of lengths.
+# Of a prompt or an answer; of a histogram of lengths.
 SHOWN_CHARS, LENGTH_BINS = 3000, 40
+# A run may have thousands of attempts: how many a chart marks, how many lists and the time axis have, the newest, and
+# how much of a reason is told wherever one points at it.
+SHOWN_MARKS, SHOWN_NEWEST, MARK_CHARS = 100, 500, 100
 # Of the page's colours; more curves than that share them.
 SLOTS = 8
 NAMES = {
@@ -139,6 +142,8 @@ def run_page(facts: Facts) -> str:
         side_by_side=[_answers(each) for each in facts.side_by_side],
         verdicts=VERDICTS,
         data_charts=_data_charts(facts.data.statistics) if facts.data else [],
+        most_marks=SHOWN_MARKS,
+        newest=SHOWN_NEWEST,
         bars=timeline,
         time_ticks=time_ticks,
         counts=_counts(facts.data.counts, facts.data.tokens) if facts.data else [],
@@ -284,9 +289,15 @@ def _before_after(held: HeldOut, metric: str) -> str:
 
 
 def _charts(facts: Facts) -> list[Chart]:
+    again = facts.attempts[1:]
+    if len(again) > SHOWN_MARKS:
+        again = tuple(again[len(again) * number // SHOWN_MARKS - 1] for number in range(1, SHOWN_MARKS + 1))
     marks = [
-        (each.position, f"attempt {each.attempt} began after step {each.position:,}: {each.reason}")
-        for each in facts.attempts[1:]
+        (
+            each.position,
+            f"attempt {each.attempt} began after step {each.position:,}: {_clipped(each.reason, MARK_CHARS)}",
+        )
+        for each in again
     ]
     steps = facts.steps.step
 
@@ -343,7 +354,8 @@ def _parts(facts: Facts) -> list[Part]:
 
 def _timeline(facts: Facts) -> tuple[list[Bar], list[Tick]]:
     """Attempts and faults on the time axis, and its marks; at in percent."""
-    known, ended = [each for each in facts.attempts if each.began is not None], facts.status.ended
+    known = [each for each in facts.attempts[-SHOWN_NEWEST:] if each.began is not None]
+    ended = facts.status.ended
     if not known:
         return [], []
     starts = [each.began.timestamp() for each in known if each.began is not None]
@@ -354,15 +366,21 @@ def _timeline(facts: Facts) -> tuple[list[Bar], list[Tick]]:
     ]
     stops.append(max(starts[-1], ended.timestamp()) if ended is not None else starts[-1] + known[-1].steps_s)
     total = max(1.0, stops[-1] - starts[0])
-    faults = [(when.timestamp(), reason) for when, reason in facts.faults if when is not None]
+    faults = [
+        (when.timestamp(), _clipped(reason, MARK_CHARS))
+        for when, reason in facts.faults[-SHOWN_NEWEST:]
+        if when is not None
+    ]
     # Replicas may be lost before the first group began, and after one has ended.
-    since, until = [-math.inf, *starts[1:]], [*starts[1:], math.inf]
+    earliest = -math.inf if len(facts.attempts) <= SHOWN_NEWEST else starts[0]
+    since, until = [earliest, *starts[1:]], [*starts[1:], math.inf]
     bars = [
         Bar(
             each.attempt,
             round(100 * (start - starts[0]) / total, 2),
             round(max(0.4, 100 * (stop - start) / total), 2),
-            f"attempt {each.attempt}, {duration(stop - start)}, {each.steps:,} steps: {each.reason}",
+            f"attempt {each.attempt}, {duration(stop - start)}, {each.steps:,} steps: "
+            f"{_clipped(each.reason, MARK_CHARS)}",
             tuple(
                 (round(min(100.0, max(0.0, 100 * (when - starts[0]) / total)), 2), reason)
                 for when, reason in faults
@@ -422,13 +440,22 @@ def _answers(each: SideBySide) -> dict[str, Any]:
     one, two, *_ = texts
     stretches = {name: [(text, False)] for name, text in texts.items()}
     stretches |= {one: marked(texts[one], texts[two]), two: marked(texts[two], texts[one])}
-    turns = [{"role": turn["role"], "content": turn.get("content") or ""} for turn in each.prompt]
-    return {"prompt": turns, "answers": stretches, "outcomes": each.outcomes}
+    turns = list[tuple[str, str]]()
+    room = SHOWN_CHARS
+    # The last turn is what is answered.
+    for turn in reversed(each.prompt):
+        if room <= 0:
+            break
+        content = turn.get("content") or ""
+        turns.insert(0, (turn["role"], _clipped(content, room)))
+        room -= len(turn["role"]) + len(content)
+    left_out = len(each.prompt) - len(turns)
+    return {"turns": turns, "left_out": left_out, "answers": stretches, "outcomes": each.outcomes}
 
 
-def _clipped(text: str) -> str:
-    left = len(text) - SHOWN_CHARS
-    return text if left <= 0 else f"{text[:SHOWN_CHARS]} … ({left:,} characters more)"
+def _clipped(text: str, most: int = SHOWN_CHARS) -> str:
+    left = len(text) - most
+    return text if left <= 0 else f"{text[:most]} … ({left:,} characters more)"
 
 
 def _distinct_names(runs: Iterable[Facts]) -> list[str]:

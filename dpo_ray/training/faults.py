@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import threading
 from dataclasses import asdict, dataclass
 
 from dpo_ray import storage
@@ -11,6 +12,8 @@ from dpo_ray.errors import StorageError
 
 # Training does not wait for this record.
 PATIENCE_S = 5.0
+# Replicas of the reference and of the evaluation are looked after in threads of their own.
+_LOCK = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +37,7 @@ def read_faults(run_uri: str) -> list[Fault]:
 def record_fault(run_uri: str, reason: str) -> None:
     """Adds one; where the storage does not answer it is left out. For the driver that holds the run's lease alone."""
     fault = Fault(datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"), reason)
-    with contextlib.suppress(StorageError), storage.patience(PATIENCE_S):
+    with _LOCK, contextlib.suppress(StorageError), storage.patience(PATIENCE_S):
         storage.write_json_lines(_uri(run_uri), [asdict(each) for each in [*read_faults(run_uri), fault]])
 
 

@@ -221,8 +221,12 @@ def resumed(rank: int, world: int, model: str, adapter: AdapterConfig, folder: s
 
 @pytest.mark.parametrize(
     ("world", "others", "kind"),
-    [(1, [2, 3], {}), (2, [1, 3], {}), (2, [1], {"rslora": True, "dora": True})],
-    ids=["1", "2", "rslora-dora"],
+    [
+        # With the long tests: what it shows of one worker, the next shows in passing.
+        pytest.param(1, [2, 3], {}, id="1", marks=[pytest.mark.slow, pytest.mark.faults]),
+        pytest.param(2, [1, 3], {}, id="2"),
+        pytest.param(2, [1], {"rslora": True, "dora": True}, id="rslora-dora"),
+    ],
 )
 def test_only_the_adapter_is_trained_and_kept(
     tmp_path: Path, tiny_model: Path, world: int, others: list[int], kind: dict[str, bool]

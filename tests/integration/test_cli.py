@@ -6,19 +6,28 @@ from pathlib import Path
 import pytest
 import yaml
 from helpers import dpo_ray_command, tiny_config, write_pairs
+from typer.testing import CliRunner
 
+from dpo_ray.cli import app
 from dpo_ray.config import to_yaml
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
 
 def test_help_template_and_schema() -> None:
+    def said(*arguments: str) -> str:
+        found = CliRunner(env={"COLUMNS": "120"}).invoke(app, arguments)
+        assert found.exit_code == 0
+        return found.output
+
     shown = dpo_ray_command("--help").stdout
-    for command in ("train", "prepare", "plan", "reference", "config", "demo"):
-        assert command in shown
-        assert "Example: dpo-ray" in dpo_ray_command(command, "--help").stdout
-    assert yaml.safe_load(dpo_ray_command("config", "--template").stdout)["objective"]["loss"] == "sigmoid"
-    assert "properties" in json.loads(dpo_ray_command("config", "--schema").stdout)
+    for command in app.registered_commands:
+        assert command.callback is not None
+        name = command.name or command.callback.__name__
+        assert f" {name} " in shown
+        assert "Example: dpo-ray" in said(name, "--help")
+    assert yaml.safe_load(said("config", "--template"))["objective"]["loss"] == "sigmoid"
+    assert "properties" in json.loads(said("config", "--schema"))
 
 
 def test_the_wrong_reference_is_noticed_at_the_first_step(tmp_path: Path, tiny_model: Path) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import re
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,12 @@ from dpo_ray import train
 from dpo_ray.cli import app
 from dpo_ray.config import Config, parse_config
 from dpo_ray.demo_data import byte_tokenizer, tiny_llama_config
-from dpo_ray.errors import ConfigError, DataError, JudgeError
+from dpo_ray.errors import ActorsLostError, ConfigError, DataError, JudgeError
 from dpo_ray.evaluation import statistics
 from dpo_ray.orchestration import evaluate_job
 from dpo_ray.orchestration.evaluate_job import evaluate, open_run
+from dpo_ray.orchestration.parts import make_parts
+from dpo_ray.orchestration.watch import Watcher
 from dpo_ray.pairs.store import read_chunk
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(300)]
@@ -144,6 +148,7 @@ def test_columns_that_no_pairs_can_be_grouped_by(trained: Config, monkeypatch: p
     pairs = Path(trained.data.train[0])
     as_it_was = pairs.rename(pairs.with_suffix(".before"))
     try:
+        refused("language", DataError, r"pairs.jsonl: gone, or changed since pairs were made of it")
         pairs.write_text(as_it_was.read_text() + "\n")
         refused("language", DataError, r"pairs.jsonl: gone, or changed since pairs were made of it.*restore the file")
         monkeypatch.undo()
@@ -151,6 +156,34 @@ def test_columns_that_no_pairs_can_be_grouped_by(trained: Config, monkeypatch: p
             evaluate(trained.run_uri)
     finally:
         as_it_was.replace(pairs)
+
+
+class Dies:
+    """An actor whose process ends over its second part."""
+
+    def __call__(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        if batch["item"][0] == "b":
+            os._exit(1)
+        return batch
+
+
+def test_an_actor_that_dies_again_and_again(trained: Config) -> None:
+    """It is started again as often as the limit says, not for ever."""
+    recovery = trained.recovery.model_copy(update={"max_reference_failures": 1})
+    config = trained.model_copy(update={"recovery": recovery})
+    message = (
+        r"answering: an actor's process died 2 times, .* is 1\. .* lower evaluation.actors, or raise evaluation.cpus"
+    )
+    with pytest.raises(ActorsLostError, match=message):
+        make_parts(config, config.evaluation, ["a", "b"], Dies, (), "answering", Watcher())
+
+
+def test_an_actor_that_no_node_can_hold(trained: Config) -> None:
+    for key, text in (("cpus_per_actor=999", r"\{CPU: 999\}"), ("gpus_per_actor=1", r"\{CPU: 1, GPU: 1\}")):
+        with pytest.raises(
+            ConfigError, match=rf"evaluation.cpus_per_actor and gpus_per_actor: no node has {text}, or can"
+        ):
+            evaluate(trained.run_uri, [f"evaluation.{key}"])
 
 
 def test_what_cannot_be_evaluated(trained: Config, tmp_path: Path) -> None:

@@ -95,6 +95,7 @@ def test_rejects(tmp_path: Path, tiny_model: Path, local_ray: None) -> None:
     assert made.counts["rejects"] == 3
     assert made.counts["identical"] == 1
     (rejected,) = (tmp_path / "run" / "rejects").iterdir()
+    copied = rejected.stat().st_mtime_ns
     rejects = storage.read_json_lines(str(rejected))
     assert [(reject["source"], reject["row"]) for reject in rejects] == [
         (str(path), 11),
@@ -106,12 +107,22 @@ def test_rejects(tmp_path: Path, tiny_model: Path, local_ray: None) -> None:
     assert "max_length" in rejects[1]["reason"]
     assert "chosen" in rejects[2]["reason"]
 
+    # They are copied once, and again where the pairs are other ones.
+    prepare(tiny_config(str(tmp_path), "run", tiny_model, str(path), **sections))
+    assert rejected.stat().st_mtime_ns == copied
+    path.write_text("\n".join(lines) + "\n{another\n")
+    prepare(tiny_config(str(tmp_path), "run", tiny_model, str(path), **sections))
+    (rejected,) = (tmp_path / "run" / "rejects").iterdir()
+    assert [reject["row"] for reject in storage.read_json_lines(str(rejected))] == [11, 14, 101, 102]
+    path.write_text("\n".join(lines) + "\n")
+
     # More than the limit: one message, and no store.
+    before = set((tmp_path / "store" / "pairs").iterdir())
     with pytest.raises(DataError, match=r"(?s)3 of 100 rows .* row 11: not valid JSON.* row 14: .* row 101: "):
         prepare(tiny_config(str(tmp_path), "strict", tiny_model, str(path), data={"max_length": 256}))
     (rejected,) = (tmp_path / "strict" / "rejects").iterdir()
     assert len(storage.read_json_lines(str(rejected))) == 3
-    (refused,) = set((tmp_path / "store" / "pairs").iterdir()) - {Path(made.uri)}
+    (refused,) = set((tmp_path / "store" / "pairs").iterdir()) - before
     assert [path.name for path in refused.iterdir()] == ["rejects"]
 
 

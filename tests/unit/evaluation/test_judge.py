@@ -106,6 +106,17 @@ def test_an_outage_is_reported_and_nothing_is_lost(server: JudgeServer, tmp_path
         judge_of("http://127.0.0.1:9", tmp_path / "other").judge(many[:1])
 
 
+def test_a_server_that_says_when_is_not_waited_for_that_long(
+    server: JudgeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A day's quota is used up: an hour is not slept through, six times."""
+    monkeypatch.setattr(judging, "LONGEST_WAIT_S", 0)
+    server.faults({"kind": "status", "status": 429, "after": 3600, "times": 1000})
+    with pytest.raises(JudgeError, match="says 429 again and again"):
+        judge_of(server.url, tmp_path).judge(QUESTIONS[:1])
+    assert len(server.seen()) == 2 * 6
+
+
 def test_the_limits_hold(server: JudgeServer, tmp_path: Path) -> None:
     with pytest.raises(JudgeError, match=r"sent 3 requests for 30 tokens.*: 3 of 8 replies are there and kept; raise"):
         judge_of(server.url, tmp_path, max_requests=3).judge(QUESTIONS)

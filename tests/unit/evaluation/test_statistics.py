@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -10,6 +11,7 @@ from scipy.special import expit
 
 from dpo_ray.errors import ComparisonError
 from dpo_ray.evaluation.statistics import (
+    MOST_RESAMPLED,
     Comparison,
     Estimate,
     bradley_terry,
@@ -37,6 +39,15 @@ def test_intervals_of_means_cover_the_truth_in_95_of_100() -> None:
     assert mean_estimate(np.arange(9.0), seed=3) == mean_estimate(np.arange(9.0), seed=3)
     assert mean_estimate(np.arange(9.0), seed=3) != mean_estimate(np.arange(9.0), seed=4)
     assert mean_estimate(np.full(5, 2.0)) == Estimate(2.0, 2.0, 2.0, 5)
+
+
+def test_many_values_are_not_resampled() -> None:
+    """One value more than are: the interval is a normal distribution's, and as wide within 5 %."""
+    values = np.random.default_rng(0).gamma(4, size=MOST_RESAMPLED + 1)
+    few, many = mean_estimate(values[:-1], resamples=1000), mean_estimate(values, resamples=0)
+    assert many.high - many.value == pytest.approx(1.959964 * values.std() / math.sqrt(len(values)))
+    assert many.high - many.low == pytest.approx(few.high - few.low, rel=0.05)
+    assert many.value - many.low == pytest.approx(many.high - many.value)
 
 
 def test_intervals_of_shares() -> None:

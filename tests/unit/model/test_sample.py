@@ -3,11 +3,13 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, LlamaForCausalLM
 
 from dpo_ray.demo_data import byte_tokenizer, tiny_llama_config
-from dpo_ray.model.sample import Sampler, Template
+from dpo_ray.errors import ConfigError
+from dpo_ray.model.sample import RewardModel, Sampled, Sampler, Template
 
 OTHER_END = 65
 
@@ -45,3 +47,29 @@ def test_an_answer_ends_with_the_model_s_end_or_the_template_s(tmp_path: Path) -
     for tokens, kept, ended in (([70, end, 71], 2, True), ([70, OTHER_END, 71], 2, True), ([70, 71], 2, False)):
         found = made._answer(nothing, np.array(tokens))
         assert (len(found.tokens), found.ended) == (kept, ended)
+
+
+@pytest.mark.parametrize(("kind", "positions"), [("bert", 30), ("roberta", 28), ("llama", None)])
+def test_a_judge_reads_no_more_than_it_has_positions_for(tmp_path: Path, kind: str, positions: int | None) -> None:
+    """RoBERTa's first position comes after that of padding, which is 1 here; rotary positions have no end."""
+    tokenizer = byte_tokenizer()
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 16}
+    options = {"vocab_size": len(tokenizer), "max_position_embeddings": 30, "pad_token_id": 1, "num_labels": 1}
+    config = AutoConfig.for_model(kind, **sizes, **options)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path)
+    judge, nothing = RewardModel(str(tmp_path), "float32", torch.device("cpu")), np.zeros(0, np.int32)
+    prompt = [{"role": "user", "content": "a" * 20}]
+
+    def tokens(size: int) -> list[float]:
+        return judge.scores(prompt, [Sampled("b" * (size - 20), nothing, nothing)])
+
+    assert len(tokens(positions or 30)) == 1
+    if positions is None:
+        assert len(tokens(60)) == 1
+        return
+    with pytest.raises(
+        ConfigError, match=rf"has positions for {positions} tokens, .* have {positions + 1}: name a judge"
+    ):
+        tokens(positions + 1)

@@ -10,7 +10,8 @@ from run_folders import make_run
 
 from dpo_ray.config import to_yaml
 from dpo_ray.display import sweep_table
-from dpo_ray.errors import ConfigError, NonFiniteLossError, StoppedError
+from dpo_ray.errors import ConfigError, JudgeError, NonFiniteLossError, StoppedError
+from dpo_ray.evaluation.judge import EndpointJudge
 from dpo_ray.orchestration import sweep as sweeping
 from dpo_ray.orchestration.early_stop import Behind
 from dpo_ray.orchestration.stop import Stop
@@ -18,6 +19,8 @@ from dpo_ray.orchestration.sweep import Outcome, as_json, frontiers, points, swe
 from dpo_ray.orchestration.trainer import Result
 from dpo_ray.report.charts import Interval
 from dpo_ray.report.facts import Evaluated
+
+RESULT = Result("uri", "export", 3, {"loss": 0.4}, {}, {})
 
 
 @pytest.fixture
@@ -56,6 +59,7 @@ def test_keys_that_end_alike_are_told_apart(file: str) -> None:
     [
         (["objective.beta"], r"write section\.key=\[value, value, \.\.\.\]"),
         (["objective.beta=0.1"], r"write section\.key=\[value, value, \.\.\.\]"),
+        (["objective.beta=[2026-01-01]"], r"write section\.key=\[value, value, \.\.\.\]"),
         (["objective.beta=[]"], r"write section\.key=\[value, value, \.\.\.\]"),
         (["objective.beta=[0.1", "seed=[1]"], r"write section\.key"),
         (["seed=[1]", "seed=[2]"], "names seed twice"),
@@ -68,6 +72,31 @@ def test_keys_that_end_alike_are_told_apart(file: str) -> None:
 def test_what_is_no_grid(file: str, grid: list[str], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         points(file, grid)
+
+
+def test_models_are_evaluated_alike_by_one_judge(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it may cost is the command's. It fails for the first run, and the second is evaluated."""
+    options = ["data.eval_fraction=0.1", "evaluation.judge=endpoint", "evaluation.endpoint=http://127.0.0.1:9/v1"]
+    options.append("evaluation.endpoint_model=judge")
+    with pytest.raises(ConfigError, match="with --evaluate all runs are evaluated alike: leave keys of evaluation out"):
+        list(sweep(points(file, ["evaluation.max_requests=[1, 2]"], options), evaluated=True))
+    judges = list[object]()
+
+    def evaluate(uri: str, overrides: object, watcher: object, judge: object) -> object:
+        judges.append(judge)
+        if len(judges) == 1:
+            raise JudgeError("it does not answer: 2 of 40 replies are there\nand kept")
+        return None
+
+    monkeypatch.setattr(sweeping, "finished_run", lambda *_: RESULT)
+    monkeypatch.setattr(sweeping, "train", lambda *_: RESULT)
+    monkeypatch.setattr(sweeping.evaluate_job, "evaluate", evaluate)
+    monkeypatch.setattr(sweeping.evaluate_job, "as_json", lambda _: {})
+    first, second = sweep(points(file, ["seed=[1, 2]"], options), evaluated=True)
+    assert first.error == "not evaluated: it does not answer: 2 of 40 replies are there"
+    assert (first.result, second.result, second.error) == (RESULT, RESULT, None)
+    assert judges[0] is judges[1]
+    assert isinstance(judges[0], EndpointJudge)
 
 
 def test_a_start_of_each_run_is_refused(file: str) -> None:

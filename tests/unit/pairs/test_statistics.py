@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
+import json
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from helpers import chunk_table
+from rich.console import Console
 
 from dpo_ray import storage
+from dpo_ray.display import statistics_tables
 from dpo_ray.errors import DataError
-from dpo_ray.pairs import store
+from dpo_ray.pairs import statistics, store
 from dpo_ray.pairs.statistics import PERCENTILES, bars, describe
 from dpo_ray.pairs.tokenize import pair_id
+from dpo_ray.report.page import write_data_page
 from dpo_ray.types import TokenizedPair
 
 
@@ -45,6 +51,34 @@ def test_numbers_of_a_store(tmp_path: Path) -> None:
     at = dict(zip(PERCENTILES, found.lengths["rejected"].percentiles, strict=True))
     assert (at[1], at[25], at[50], at[75], at[95], at[100]) == (1, 1, 2, 3, 6, 6)
     assert found.rejects == {"column _ is null, at _": 2, "not UTF-_": 1}
+    assert found.rejects_read == 3
+
+
+def test_of_many_rejects_a_sample_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """200 files: every fourth one; of each no more than its share of the bytes, which here is two lines and a half."""
+    chunk = store.write_chunk(str(tmp_path), store.chunk_name("train", 0), chunk_table([pair(1, 3, 5, 3)]))
+    made = store.PairStore(str(tmp_path), (chunk,), (), dict.fromkeys(store.COUNTS, 0) | {"rejects": 2000})
+    line = {"reason": "not UTF-8"}
+    for number in range(200):
+        reasons = [line, {"reason": "late"}] if number % 4 else [line] * 10
+        storage.write_json_lines(str(tmp_path / "rejects" / f"part-{number:03d}.jsonl"), reasons)
+    found = describe(made)
+    assert (found.rejects_read, found.rejects) == (500, {"not UTF-_": 500})
+    assert "in a sample of 500 of 2,000" in page_of(found, tmp_path)
+    monkeypatch.setattr(statistics, "REJECT_BYTES", 50 * 5 * (len(json.dumps(line)) + 1) // 2)
+    assert describe(made).rejects_read == 100
+    all_read = dataclasses.replace(found, counts=found.counts | {"rejects": 500})
+    assert "in a sample" not in page_of(all_read, tmp_path)
+
+
+def page_of(found: statistics.Statistics, folder: Path) -> str:
+    """What the page and the terminal's tables say, which is the same."""
+    write_data_page(found, str(folder / "data.html"))
+    page, console = (folder / "data.html").read_text(), Console(width=200, record=True, file=io.StringIO())
+    for table in statistics_tables(found):
+        console.print(table)
+    assert ("in a sample" in page) == ("in a sample" in console.export_text())
+    return page
 
 
 def test_gaps_of_scores(tmp_path: Path) -> None:

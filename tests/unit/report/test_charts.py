@@ -9,7 +9,10 @@ from dpo_ray.report.charts import (
     BOTTOM,
     COLUMNS,
     HEIGHT,
+    PROBES,
+    TABLE_ROWS,
     TOP,
+    WHOLE_SERIES,
     Interval,
     Series,
     Spot,
@@ -88,6 +91,30 @@ def test_a_slow_first_step_does_not_flatten_the_rest() -> None:
     assert cut.notes == ("▲ 1 of 100 values lie beyond the scale, up to 60",)
     assert whole.series[0].cut == ()
     assert float(whole.y_ticks[-1].label) >= 60
+
+
+def test_many_curves_share_what_a_page_holds() -> None:
+    """Few are drawn as one is; of many each has fewer points, and the spike is still there."""
+    x = np.arange(1, 1001)
+    y = np.sin(x / 100.0)
+    y[314] = 7.0
+    one, few, many = (
+        line_chart("t", "", [Series(str(number), 0, x, y, dots=number == 1) for number in range(num)])
+        for num in (1, WHOLE_SERIES, 6 * WHOLE_SERIES)
+    )
+    assert one is not None
+    assert few is not None
+    assert many is not None
+    assert (few.series[0].thin, few.series[0].thick) == (one.series[0].thin, one.series[0].thick)
+    assert (len(few.probes), len(few.rows)) == (len(one.probes), len(one.rows)) == (PROBES, TABLE_ROWS)
+    assert (len(many.probes), len(many.rows)) == (PROBES // 6, 4)  # No fewer than four.
+    assert len(many.series[0].thin) < len(one.series[0].thin) / 5
+    assert len(many.series[1].dots) < COLUMNS // 6
+    for each in (*many.series[0].thin.split("L"), *(f"{x:g} {y:g}" for x, y in many.series[1].dots)):
+        assert float(each.split()[1]) >= TOP
+    assert min(y for _, y in many.series[1].dots) == min(y for _, y in few.series[1].dots)
+    assert "least −1, greatest 7" in many.summary
+    assert many.notes == ("Thin: least and greatest of every 39 steps; thick: means",)
 
 
 def test_nothing_to_draw() -> None:

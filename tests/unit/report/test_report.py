@@ -3,7 +3,8 @@
 import json
 import os
 import re
-from dataclasses import asdict
+import time
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -22,6 +23,9 @@ from dpo_ray.report.charts import number
 from dpo_ray.report.facts import read_facts, step_parts
 from dpo_ray.report.page import (
     LENGTH_BINS,
+    SHOWN_CHARS,
+    SHOWN_MARKS,
+    SHOWN_NEWEST,
     comparison_page,
     duration,
     run_page,
@@ -237,6 +241,47 @@ def test_a_hundred_thousand_steps_make_a_small_page(tmp_path: Path) -> None:
     assert "greatest 50" in page
 
 
+def test_thousands_of_attempts_make_a_small_page(tmp_path: Path) -> None:
+    """5000, one after each step, with reasons and faults of 180 characters: the newest are shown, and how many not."""
+    num, word = 5000, "y" * 180
+    began = [Began(at, f"{at} {word}") for at in range(num)]
+    run = make_run(tmp_path, steps=num, total=num, began=began, ended=False)
+    lost = [Fault(f"2026-01-0{1 + at // 1440}T{at // 60 % 24:02d}:{at % 60:02d}:30Z", word) for at in range(num)]
+    (Path(run) / "faults.jsonl").write_text("".join(json.dumps(asdict(each)) + "\n" for each in lost))
+    facts = read_facts(run)
+    html = run_page(facts)
+    assert len(html.encode()) < 3_000_000
+    page = Page(html)
+    assert f"{SHOWN_MARKS} of 4,999 are drawn, evenly chosen" in page.text
+    assert html.count('class="mark"') == SHOWN_MARKS * (html.count('class="chart"') - 1)
+    assert "attempt 4999 began after step 4,999: 4999 yyy" in html  # The newest has its mark.
+    assert "The newest 500 of 5,000, on the time axis too; the 4,500 older ones are in attempts.jsonl" in page.text
+    assert "The newest 500 of 5,000; the 4,500 older ones are in faults.jsonl" in page.text
+    # Whole in the table alone.
+    assert html.count(f"4999 {word}") == html.count(f"4500 {word}") == 1
+    assert f"4499 {word}" not in html
+    bars = html.partition('<div class="timeline"')[2].partition('<div class="axis">')[0]
+    assert bars.count('class="row"') == SHOWN_NEWEST
+    assert bars.count("<i ") == SHOWN_NEWEST
+    # None of what fell before the axis begins.
+    assert '<i style="left: 0.0%' not in bars
+
+
+def test_many_runs_make_a_small_page(tmp_path: Path) -> None:
+    """48 of 1000 steps each with long names, all with evaluations; of two as much is drawn as of each by itself."""
+    facts = read_facts(make_run(tmp_path, steps=1000, total=1000))
+    runs = [
+        replace(facts, name=f"my-run-beta-0.{at}-learning_rate-1e-{at}", config={**facts.config, "seed": at})
+        for at in range(48)
+    ]
+    html = comparison_page(runs)
+    assert len(html.encode()) < 3_000_000
+    text = Page(html).text
+    assert all(each.name in text for each in runs)
+    curve = re.compile(r'<path class="curve s0 thin" d="([^"]*)"')
+    assert curve.findall(comparison_page(runs[:2]))[0] == curve.findall(run_page(facts))[0]
+
+
 def test_comparison(tmp_path: Path) -> None:
     runs = [make_run(tmp_path, "a"), make_run(tmp_path, "b", chosen_falls=False, objective={"beta": 0.2})]
     write_comparison(runs, str(tmp_path / "both.html"))
@@ -302,7 +347,7 @@ def test_an_evaluation_and_answers_side_by_side(tmp_path: Path) -> None:
     assert f"win rate against models/other 100.0 % ({100 * 14 / (14 + 1.959964**2):.1f} to 100.0)" in page.text
     # Twelve prompts of fourteen are shown, of each answer what the other one does not have.
     assert page.tags.count("mark") == 12 * 3
-    assert "<mark>cat</mark> sat<mark> &lt;b&gt;here&lt;/b&gt;</mark>." in html
+    assert "<mark>cat</mark> sat <mark>&lt;b&gt;here&lt;/b&gt;</mark>." in html
     assert "The <mark>dog</mark> sat." in html
     assert "zzz … (1,000 characters more)" in page.text
     assert "policy against reference: the first one's is better; policy against models/other: no verdict." in page.text
@@ -321,8 +366,36 @@ def test_an_evaluation_of_fewer_steps_is_no_figure(tmp_path: Path) -> None:
 def test_marks_are_words_in_their_order() -> None:
     assert marked("a b c", "a b c") == [("a b c", False)]
     assert marked("a b c", "") == [("a b c", True)]
-    assert marked("one two three four", "one four") == [("one ", False), ("two three ", True), ("four", False)]
+    assert marked("one two three four", "one four") == [("one ", False), ("two three", True), (" four", False)]
     assert marked("", "x") == []
+    # The word that both have, not the spaces that they have too.
+    assert marked("w x y z", "p q r w") == [("w ", False), ("x y z", True)]
+
+
+def test_marks_of_an_answer_that_repeats_itself() -> None:
+    """By longest blocks, as `difflib` has them, each of these took seconds or minutes."""
+    began = time.process_time()
+    assert marked("!" * 3000, "!" * 3000) == [("!" * 3000, False)]
+    assert marked("!" * 3000, "! " * 1000) == [("!" * 1000, False), ("!" * 2000, True)]
+    assert marked("!?" * 1500, "!" * 3000)[:3] == [("!", False), ("?", True), ("!", False)]
+    assert time.process_time() - began < 1.0
+
+
+def test_a_prompt_of_many_turns_is_clipped_as_a_whole(tmp_path: Path) -> None:
+    """From its end, which is what is answered: two turns of a thousand characters, and the last words of none."""
+    run = make_run(tmp_path)
+    add_evaluation(run)
+    place = storage.join(run, "evaluation", "side_by_side.jsonl")
+    line, *_ = storage.read_json_lines(place)
+    turns = [{"role": "user", "content": f"turn {at} " + "z" * SHOWN_CHARS} for at in range(500)]
+    last = {"role": "user", "content": "the question"}
+    storage.write_json_lines(place, [{**line, "prompt": [*turns, last]}])
+    html = run_page(read_facts(run))
+    (shown,) = re.findall('<div class="prompt">(.*?)</div>', html)
+    assert len(shown) < SHOWN_CHARS + 300
+    text = Page(shown).text
+    assert text.startswith("… (499 earlier turns) user: turn 499 zzz")
+    assert re.search(r"zzz … \(\d+ characters more\) user: the question$", text)
 
 
 def test_a_page_of_pairs(tmp_path: Path) -> None:
