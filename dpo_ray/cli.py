@@ -407,6 +407,29 @@ def evaluate(
 
 
 @app.command()
+def export(
+    run: Annotated[str, typer.Argument(metavar="RUN_URI", help="A run's directory: <storage_path>/<name>.")],
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Such as step-00000050; else the best one by train.keep_best, or the newest."
+        ),
+    ] = None,
+    output: Annotated[str | None, typer.Option(help="Where to; else RUN_URI/exports/NAME.")] = None,
+) -> None:
+    """Writes a checkpoint that a run keeps as a model, whether the run has ended or not; needs no Ray.
+
+    What a run ends with is in RUN_URI/export by itself.
+
+    Example: dpo-ray export s3://bucket/dpo/my-run
+    """
+    from dpo_ray.training.kept import export_kept
+
+    place, step = export_kept(run.rstrip("/"), checkpoint, output)
+    console.print(f"model    {place}\nsteps    {step}")
+
+
+@app.command()
 def verify(
     run: Annotated[str, typer.Argument(metavar="RUN_URI", help="A run's directory: <storage_path>/<name>.")],
     as_json: Annotated[bool, typer.Option("--json", help="Prints the verdict as JSON.")] = False,

@@ -48,7 +48,7 @@ def model_card(config: Config, step: int) -> str:
     summary_uri = storage.join(config.run_uri, "evaluation", "summary.json")
     summary: dict[str, Any] = storage.read_json(summary_uri) if storage.exists(summary_uri) else {}
     lines = storage.read_json_lines(storage.join(config.run_uri, "metrics.jsonl"))
-    held_out = [line for line in lines if "eval_loss" in line]
+    held_out = [line for line in lines if "eval_loss" in line and line["step"] <= step]
     evaluation: dict[str, Any] = max(held_out, key=lambda line: line["step"], default={})
     if summary.get("step") != step:
         summary = {}

@@ -27,8 +27,10 @@ from dpo_ray.model.shard import gathered_state_dict
 _KINDS = ("config.json", ".safetensors", ".safetensors.index.json")
 
 
-def export(model: nn.Module, config: Config, step: int, rank: int, fence: Callable[[], None]) -> None:
-    """Writes `<run>/export`; `exported.json`, written last, says of which step the model is.
+def export(
+    model: nn.Module, config: Config, step: int, rank: int, fence: Callable[[], None], target: str | None = None
+) -> None:
+    """Writes the model; `exported.json`, written last, says of which step it is.
 
     Args:
         model: The sharded policy.
@@ -36,6 +38,7 @@ def export(model: nn.Module, config: Config, step: int, rank: int, fence: Callab
         step: Optimizer steps done.
         rank: Rank 0 writes.
         fence: Raises when another attempt has begun.
+        target: Where to; None: `<run>/export`.
 
     Collective: all ranks.
     """
@@ -46,7 +49,7 @@ def export(model: nn.Module, config: Config, step: int, rank: int, fence: Callab
             load_tokenizer(config.model.tokenizer or config.model.path).save_pretrained(folder)
             with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as card:
                 card.write(model_card(config, step))
-            target = storage.join(config.run_uri, "export")
+            target = target or storage.join(config.run_uri, "export")
             fence()
             storage.remove(storage.join(target, "exported.json"))
             for name in storage.list_names(target):

@@ -387,6 +387,8 @@ def clip_grad_norm(model: nn.Module, max_norm: float | None) -> torch.Tensor:
 def gathered_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """The whole state on rank 0, on the CPU, with an adapter without what is frozen; empty on the other ranks.
 
+    Names of a tied weight have one tensor, so that it is written once.
+
     Collective: all ranks.
     """
     adapted = any(
@@ -394,4 +396,8 @@ def gathered_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     )  # Some models freeze weights by themselves.
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapted)
     state = get_model_state_dict(model, options=options)
+    first = dict[torch.Tensor, str]()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if (known := first.setdefault(tensor, name)) != name and known in state and name in state:
+            state[name] = state[known]
     return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}

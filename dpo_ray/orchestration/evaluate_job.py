@@ -6,7 +6,6 @@ scored already is found there, and the same command goes on where it stood.
 
 from __future__ import annotations
 
-import copy
 import itertools
 import json
 import math
@@ -17,10 +16,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-import yaml
 
 from dpo_ray import storage
-from dpo_ray.config import AdapterConfig, Config, apply_overrides, changed_keys, load_config, parse_config
+from dpo_ray.config import AdapterConfig, Config, changed_keys, load_config
 from dpo_ray.errors import ComparisonError, ConfigError, DataError
 from dpo_ray.evaluation.held_out import HeldOut, evaluate_pairs, warnings_of
 from dpo_ray.evaluation.judge import EndpointJudge, Question
@@ -46,6 +44,7 @@ from dpo_ray.pairs.store import PairStore, open_store
 from dpo_ray.reference.store import ReferenceStore
 from dpo_ray.reference.usage import note_use
 from dpo_ray.report.page import write_report
+from dpo_ray.training.kept import read_run
 
 POLICY, REFERENCE = "policy", "reference"
 
@@ -131,20 +130,7 @@ def open_run(target: str, overrides: Sequence[str] | None = None) -> Run:
     """
     given = load_config(target, list(overrides or [])) if target.endswith((".yaml", ".yml")) else None
     run_uri = given.run_uri if given else target.rstrip("/")
-    try:
-        described = yaml.safe_load(storage.read_bytes(storage.join(run_uri, "config.yaml")))
-        stored, about = described["config"], described["about"]
-    except FileNotFoundError:
-        raise DataError(
-            f"{run_uri}: not the directory of a run: it has no config.yaml; give <storage_path>/<name>, or train first"
-        ) from None
-    # Runs and stores may have been moved together.
-    place, _, name = run_uri.rpartition("/")
-    stored |= {"storage_path": place, "name": name}
-    raw = copy.deepcopy(stored)
-    if given is None:
-        apply_overrides(raw, overrides or [])
-    config = parse_config(raw, source=storage.join(run_uri, "config.yaml"))
+    config, stored, about = read_run(run_uri, () if given else overrides or ())
     if given is not None:
         # With a start by likelihood the run's model is that start.
         expected = given if given.sft.epochs is None else given.after_start()
@@ -220,12 +206,13 @@ def evaluate(
         )
         warnings += warnings_of(held_out)
         about = config.run_uri, run.step, run.export_uri, config.reference_path
-        # What comes next takes long, and may fail: each part of the evaluation is written when it is there.
         found = Evaluation(*about, held_out, None, {}, warnings)
-        _write(run, found)
+        # What comes next takes long, and may fail. What an earlier command has found besides is not given up for it.
+        if not storage.exists(_summary_uri(run)):
+            _write(run, found)
         if config.evaluation.prompts:
             found = replace(found, answers=_answers(run, judge, warnings, watcher))
-            _write(run, found)
+        _write(run, found)
         if config.evaluation.lm_eval:
             found = replace(found, benchmarks=benchmarks_of(config, _models(run), watcher))
             _write(run, found)
@@ -235,9 +222,13 @@ def evaluate(
 def _write(run: Run, found: Evaluation) -> None:
     # Groups have an order that is not their names'.
     text = json.dumps(as_json(found), indent=1)
-    storage.write_bytes(storage.join(run.config.run_uri, "evaluation", "summary.json"), f"{text}\n".encode())
+    storage.write_bytes(_summary_uri(run), f"{text}\n".encode())
     write_card(run.config, run.step)
     write_report(run.config.run_uri)
+
+
+def _summary_uri(run: Run) -> str:
+    return storage.join(run.config.run_uri, "evaluation", "summary.json")
 
 
 def judge_of(config: Config) -> EndpointJudge | None:

@@ -308,9 +308,14 @@ def test_an_endpoint_judges(trained: Config, tmp_path: Path) -> None:
         options = {"prompts": 6, "max_new_tokens": 12, "judge": "endpoint", "endpoint": f"{server.url}/v1"}
         sets = [f"evaluation.{key}={value}" for key, value in {**options, "endpoint_model": "judge"}.items()]
         command = ["evaluate", trained.run_uri, *(part for each in sets for part in ("--set", each))]
+        summary = Path(trained.run_uri, "evaluation", "summary.json")
+        summary.unlink(missing_ok=True)
         limited = CliRunner().invoke(app, [*command, "--set", "evaluation.max_requests=3"])
         assert isinstance(limited.exception, JudgeError)
         assert len(server.seen()) == 3
+        # What was found before the judge was asked is there.
+        assert json.loads(summary.read_text())["held_out"]["pairs"]
+        assert json.loads(summary.read_text())["answers"] is None
         shown = CliRunner().invoke(app, command)
         assert shown.exit_code == 0, (shown.output, shown.exception)
         assert "length-controlled" in shown.output
@@ -318,10 +323,14 @@ def test_an_endpoint_judges(trained: Config, tmp_path: Path) -> None:
         assert seen <= 12
         found = evaluate(trained.run_uri, sets).answers
         assert len(server.seen()) == seen
+        assert len(list(Path(trained.store_uri, "judgements").iterdir())) == seen
+        # Another judge that fails takes nothing away.
+        with pytest.raises(JudgeError):
+            evaluate(trained.run_uri, [*sets, "evaluation.endpoint_model=other", "evaluation.max_requests=1"])
     assert found is not None
     rate = found.win_rates["reference"]
     assert rate.wins + rate.ties + rate.losses == 6
-    assert len(list(Path(trained.store_uri, "judgements").iterdir())) == seen
+    assert json.loads(summary.read_text())["answers"]["win_rates"]["reference"]["ties"] == rate.ties
 
 
 @pytest.mark.faults  # Not for what fails: the harness is large and takes half a minute to start.

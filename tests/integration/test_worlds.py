@@ -5,11 +5,16 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import read_lines, steps_of, tiny_config, write_pairs
+from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from dpo_ray import train
+from dpo_ray.cli import app
 from dpo_ray.pairs.store import open_store, read_chunk
 from dpo_ray.storage import read_json_lines
+from dpo_ray.training.kept import export_kept
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
@@ -60,3 +65,21 @@ def test_worlds(tmp_path: Path, tiny_model: Path, local_ray: None) -> None:
     sizes = sorted(about["size"] for name, about in shards.items() if "/rank-" in name)
     assert len(sizes) == 2
     assert sizes[0] > 0.8 * sizes[1]
+
+    # The newest checkpoint, of two workers, makes the very model that the run has exported, in one process.
+    shown = CliRunner(env={"COLUMNS": "300"}).invoke(app, ["export", str(tmp_path / "w2")])
+    assert shown.exit_code == 0, (shown.output, shown.exception)
+    kept, ended = (tmp_path / "w2" / each for each in ("exports/step-00000020", "export"))
+    assert str(kept) in shown.output
+    one, other = (load_file(folder / "model.safetensors") for folder in (kept, ended))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert json.loads((kept / "exported.json").read_text()) == {"step": 20, "merged": True}
+    # An earlier one is another model, in the folder that is asked for.
+    (earlier, _) = sorted(path.name for path in (tmp_path / "w2" / "checkpoints").iterdir())
+    assert export_kept(str(tmp_path / "w2"), earlier, str(tmp_path / "mine")) == (
+        str(tmp_path / "mine"),
+        int(earlier[5:]),
+    )
+    before = load_file(tmp_path / "mine" / "model.safetensors")
+    assert not all(torch.equal(one[name], before[name]) for name in one)

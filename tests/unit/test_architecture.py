@@ -66,6 +66,7 @@ ORDER = [
     "training.evaluations",
     "training.evaluate",
     "training.checkpoint",
+    "training.kept",
     "training.moving",
     "training.trackers",
     "training.record",
