@@ -73,7 +73,8 @@ def export_kept(run_uri: str, name: str | None = None, output: str | None = None
     with tempfile.TemporaryDirectory(prefix="dpo_ray-export-") as folder:
         dist.init_process_group("gloo", init_method=f"file://{folder}/alone", rank=0, world_size=1)
         try:
-            model = sharded_policy(config.model, torch.device("cpu"), config.adapter, config.seed)
+            plain = config.model.model_copy(update={"cpu_offload": False, "compile": False})
+            model = sharded_policy(plain, torch.device("cpu"), config.adapter, config.seed)
             state = read_policy(run_uri, name, read_manifest(run_uri, name).attempt, model)
             export(model, config, state.step, 0, lambda: None, target)
         finally:
