@@ -250,7 +250,8 @@ def test_a_reference_that_moves(place: Place, drivers: Any) -> None:
         *(f"the process of rank {at} died" for at in (0, 1)),
     ]
     report = storage.read_bytes(storage.join(place.uri("moving"), "report.html")).decode()
-    assert all(report.count(text) >= 2 for text in (replica, *told[1:]))
+    # In a list, and at a mark, where long ones are cut.
+    assert all(text in report and report.count(text[:80]) >= 2 for text in (replica, *told[1:]))
     # Each version by the attempt that made it; the second had nothing of its own before step 10.
     stores = storage.list_names(storage.join(place.uri("moving"), "reference"))
     made = [(1, 0), (2, 1), (3, 1), (4, 2)]

@@ -30,8 +30,10 @@ from helpers import (
     write_pairs,
 )
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from typer.testing import CliRunner
 
 from dpo_ray import storage, train
+from dpo_ray.cli import app
 from dpo_ray.config import Config, to_yaml
 from dpo_ray.demo_data import byte_tokenizer, tiny_llama_config
 from dpo_ray.errors import ConfigError, DataError, ReferenceFillError
@@ -373,24 +375,26 @@ def test_status_and_gc(local_ray: None, tmp_path: Path, tiny_model: Path, pairs_
     done = dpo_ray_command("reference", str(files["kept"]), "--status")
     assert done.returncode == 2
     assert "the pairs are not prepared" in done.stderr
+
+    def said(*options: str) -> str:
+        shown = CliRunner().invoke(app, ["reference", str(files["kept"]), *options])
+        assert shown.exit_code == 0, shown.output
+        return shown.output
+
     fill_reference(kept)
     filled, _ = fill_reference(gone)
-    done = dpo_ray_command("reference", str(files["kept"]), "--status")
-    assert done.returncode == 0, done.stderr
-    assert f"{NUM_PAIRS} of {NUM_PAIRS}" in done.stdout
-    done = dpo_ray_command("reference", str(files["kept"]), "--gc", "--yes")
-    assert "nothing to remove" in done.stdout, done.stdout + done.stderr
+    assert f"{NUM_PAIRS} of {NUM_PAIRS}" in said("--status")
+    assert "nothing to remove" in said("--gc", "--yes")
     storage.remove(gone.run_uri)
     folder = Path(reference_of(kept).uri)
     before = len(list(folder.glob("*.parquet")))
-    done = dpo_ray_command("reference", str(files["kept"]), "--gc", "--yes")
-    assert "removed" in done.stdout, done.stdout + done.stderr
+    assert "removed" in said("--gc", "--yes")
     assert 0 < len(list(folder.glob("*.parquet"))) < before
     assert fill_reference(kept)[0].hit_pairs == NUM_PAIRS
     assert fill_reference(gone)[0].scored_pairs == filled.scored_pairs
-    done = dpo_ray_command("reference", str(files["kept"]), "--yes")
-    assert done.returncode == 2
-    assert "give --status, or --gc" in done.stderr
+    refused = CliRunner().invoke(app, ["reference", str(files["kept"]), "--yes"])
+    assert isinstance(refused.exception, ConfigError)
+    assert "give --status, or --gc" in str(refused.exception)
 
 
 def _within_memory(

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from helpers import read_lines, steps_of, tiny_config, write_pairs
+from helpers import dpo_ray_command, read_lines, steps_of, tiny_config, write_pairs
+from typer.testing import CliRunner
 
+from dpo_ray import train
+from dpo_ray.cli import app
 from dpo_ray.config import to_yaml
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
@@ -36,16 +39,17 @@ def finish(process: subprocess.Popen[bytes]) -> str:
     return output.decode()
 
 
-def test_kill_the_driver(tmp_path: Path, tiny_model: Path) -> None:
+def test_kill_the_driver(tmp_path: Path, tiny_model: Path, local_ray: None) -> None:
     pairs = write_pairs(tmp_path / "pairs.jsonl", 200)
-    files = {}
-    for name in ("undisturbed", "killed"):
-        config = tiny_config(str(tmp_path), name, tiny_model, pairs, scaling={"workers": 2}, train={"epochs": 2})
-        files[name] = tmp_path / f"{name}.yaml"
-        files[name].write_text(to_yaml(config))
-    finish(start(files["undisturbed"]))
+    undisturbed, killed = (
+        tiny_config(str(tmp_path), name, tiny_model, pairs, scaling={"workers": 2}, train={"epochs": 2})
+        for name in ("undisturbed", "killed")
+    )
+    file = tmp_path / "killed.yaml"
+    file.write_text(to_yaml(killed))
+    train(undisturbed)
 
-    process = start(files["killed"])
+    process = start(file)
     manifest = tmp_path / "killed" / "checkpoints" / "step-00000005" / "manifest.json"
     deadline = time.monotonic() + 240
     while not manifest.exists() and time.monotonic() < deadline:
@@ -54,7 +58,7 @@ def test_kill_the_driver(tmp_path: Path, tiny_model: Path) -> None:
     assert manifest.exists()
     assert not (tmp_path / "killed" / "export" / "exported.json").exists()
 
-    finish(start(files["killed"]))
+    finish(start(file))
     expected, found = steps_of(tmp_path / "undisturbed"), steps_of(tmp_path / "killed")
     assert [line["step"] for line in found] == list(range(1, 21))
     for name in ("loss", "grad_norm", "rewards/margins", "num_tokens", "learning_rate"):
@@ -70,10 +74,9 @@ def test_kill_the_driver(tmp_path: Path, tiny_model: Path) -> None:
     weights = [(tmp_path / run / "export" / "model.safetensors").read_bytes() for run in ("undisturbed", "killed")]
     assert weights[0] == weights[1]
 
-    assert "nothing to do" in finish(start(files["killed"]))
-    files["killed"].write_text(files["killed"].read_text().replace("beta: 0.1", "beta: 0.2"))
-    refused = start(files["killed"])
-    output, _ = refused.communicate(timeout=120)
+    assert "nothing to do" in CliRunner().invoke(app, ["train", str(file)]).output
+    file.write_text(file.read_text().replace("beta: 0.1", "beta: 0.2"))
+    refused = dpo_ray_command("train", str(file))
     assert refused.returncode == 2
-    assert "objective.beta: 0.1 -> 0.2" in output.decode()
-    assert "Traceback" not in output.decode()
+    assert "objective.beta: 0.1 -> 0.2" in refused.stderr
+    assert "Traceback" not in refused.stderr
