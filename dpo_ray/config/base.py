@@ -1,0 +1,86 @@
+"""What the sections of a configuration have in common."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+def absolute(uri: str) -> str:
+    # Tasks and actors have working directories of their own.
+    return uri if "://" in uri else os.path.abspath(os.path.expanduser(uri))
+
+
+Uri = Annotated[str, AfterValidator(absolute)]
+
+
+# A label's value, its name, and the name's prefix, as Ray and Kubernetes have them.
+_LABEL = re.compile(r"[a-zA-Z0-9]([a-zA-Z0-9_.-]{0,61}[a-zA-Z0-9])?")
+
+
+class Section(BaseModel):
+    """Base of all sections."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+def checked_range(key: str, value: Any) -> Any:
+    """A number or a range, else one message in place of pydantic's for each of the two."""
+    number = isinstance(value, int) and not isinstance(value, bool) and value != 0
+    if number or isinstance(value, Section) or isinstance(value, dict) and set(value) == {"min", "max"}:
+        return value
+    raise ValueError(f"{key} is {value!r}: write a number of 1 or more, or {{min: 2, max: 8}}")
+
+
+def checked_labels(key: str, labels: dict[str, str]) -> dict[str, str]:
+    """Labels by their one value each, or one message.
+
+    Raises:
+        ValueError: Ray would take a value for an operator, or refuse a name.
+    """
+    for name, value in labels.items():
+        if not _LABEL.fullmatch(value):
+            raise ValueError(
+                f"{key}.{name} is {value!r}: write the one value that the label must have, of letters, digits, -, _ "
+                "and .; Ray's operators, such as !x and in(x, y), are not taken"
+            )
+        if not all(_LABEL.fullmatch(part) for part in name.split("/", 1)):
+            raise ValueError(
+                f"{key}: {name!r} cannot be the name of a label: write names such as pool or ray.io/accelerator-type"
+            )
+    return labels
+
+
+def refuse_set(section: Section, but: str, prefix: str, why: str) -> None:
+    """Refuses whatever is set in a section, but for one key.
+
+    Raises:
+        ValueError: Something is.
+    """
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if name != but and value != field.default:
+            raise ValueError(f"{prefix}.{name} is {value!r}, which {why} leave {prefix}.{name} out")
+
+
+def two_columns(key: str, columns: list[str] | None, example: str) -> list[str] | None:
+    if columns is not None and (len(columns) != 2 or len(set(columns)) != 2):
+        raise ValueError(
+            f"{key} is {columns}: name two columns, of the chosen answer's and of the rejected one's score, e.g. "
+            f"{example}"
+        )
+    return columns
+
+
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
