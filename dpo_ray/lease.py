@@ -164,6 +164,16 @@ class RunLease:
                 f"{self._watch_s:g} s; it goes on there, this one stops"
             )
 
+    def confirm(self) -> None:
+        """Like `check`, by a look at the storage.
+
+        Raises:
+            LeaseLostError: Another driver has taken the run over.
+        """
+        if self._highest() > self.generation:
+            self._lost.set()
+        self.check()
+
     def _highest(self) -> int:
         return _highest(self._folder)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import fcntl
 import gzip
 import hashlib
 import io
@@ -15,11 +16,12 @@ import json
 import math
 import os
 import re
+import shutil
 import tempfile
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
@@ -42,9 +44,12 @@ from dpo_ray.storage_requests import patience as patience
 # A listing or a deletion is as many requests as there are thousands of objects.
 MANY_REQUESTS_S = 1800.0
 STREAM_BLOCK_BYTES = 8 << 20
-# A download whose last part came this long ago stands still.
-FETCH_PAUSE_S = 30.0
-_part_came_at = -math.inf
+_PIECE_BYTES = 8 << 20
+# A transfer whose last part came or went this long ago stands still.
+TRANSFER_PAUSE_S = 30.0
+_part_went_at = -math.inf
+# Folders of this name, not locked, and as old as this, are nobody's any more.
+_SCRATCH, SCRATCH_S = "dpo_ray-scratch-", 60.0
 # What a local file is called until it is whole; on an object store it is not there before.
 _UNFINISHED = ".writing-"
 
@@ -142,9 +147,7 @@ def write_bytes(uri: str, data: bytes) -> None:
     if not isinstance(fs, LocalFileSystem):
         call(fs, "pipe_file", path, data, within_s=time_limit_s(len(data)))
         return
-    with _written_beside(path, data) as written:
-        os.replace(written, path)
-        sync_folder(path)
+    _write_local(path, [data])
 
 
 @asked_again(writes=True)
@@ -164,7 +167,7 @@ def create(uri: str, data: bytes) -> bool:
     """
     fs, path = filesystem(uri)
     if isinstance(fs, LocalFileSystem):
-        with _written_beside(path, data) as written, contextlib.suppress(FileExistsError):
+        with _written_beside(path, [data]) as written, contextlib.suppress(FileExistsError):
             os.link(written, path)
             return True
     else:
@@ -189,13 +192,20 @@ def sync_folder(path: str) -> None:
         os.close(folder)
 
 
+def _write_local(path: str, pieces: Iterable[bytes]) -> None:
+    with _written_beside(path, pieces) as written:
+        os.replace(written, path)
+        sync_folder(path)
+
+
 @contextlib.contextmanager
-def _written_beside(path: str, data: bytes) -> Iterator[str]:
+def _written_beside(path: str, pieces: Iterable[bytes]) -> Iterator[str]:
     """A durable file with this content in the folder of `path`, which goes at the end where it was not renamed."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=os.path.dirname(path), prefix=_UNFINISHED, delete=False) as file:
         try:
-            file.write(data)
+            for piece in pieces:
+                file.write(piece)
             file.flush()
             os.fsync(file.fileno())
             os.chmod(file.name, 0o644)
@@ -303,11 +313,20 @@ def _read_range(uri: str, start: int, stop: int, etag: str | None) -> bytes:
 
 @asked_again(writes=True)
 def upload(local_path: str, uri: str) -> None:
-    """Copies a local file to an object, which appears only when it is whole, unless it is a local file too."""
+    """Copies a local file to an object, which appears only when it is whole."""
     fs, path = filesystem(uri)
     if isinstance(fs, LocalFileSystem):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-    call(fs, "put_file", local_path, path, within_s=time_limit_s(os.path.getsize(local_path)))
+        _write_local(path, _pieces(local_path))
+        return
+    limit_s = time_limit_s(os.path.getsize(local_path))
+    call(fs, "put_file", local_path, path, callback=Callback(hooks={"part": part_went}), within_s=limit_s)
+
+
+def _pieces(path: str) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        while piece := file.read(_PIECE_BYTES):
+            yield piece
+            part_went()
 
 
 @asked_again()
@@ -323,7 +342,7 @@ def download(uri: str, local_path: str) -> None:
             "get_file",
             path,
             partial,
-            callback=Callback(hooks={"part": part_came}),
+            callback=Callback(hooks={"part": part_went}),
             within_s=time_limit_s(num_bytes or 0),
         )
         if num_bytes is not None and os.path.getsize(partial) != num_bytes:
@@ -334,15 +353,68 @@ def download(uri: str, local_path: str) -> None:
             os.unlink(partial)
 
 
-def part_came(*_: Any, **__: Any) -> None:
-    """Takes note that a large download goes on."""
-    global _part_came_at
-    _part_came_at = time.monotonic()
+def part_went(*_: Any, **__: Any) -> None:
+    """Takes note that a large transfer goes on."""
+    global _part_went_at
+    _part_went_at = time.monotonic()
 
 
-def fetching() -> bool:
-    """Whether a download of this process goes on, however long it takes."""
-    return time.monotonic() - _part_came_at < FETCH_PAUSE_S
+def transferring() -> bool:
+    """Whether a large transfer of this process goes on, however long it takes."""
+    return time.monotonic() - _part_went_at < TRANSFER_PAUSE_S
+
+
+@contextlib.contextmanager
+def scratch(purpose: str) -> Iterator[str]:
+    """A local folder for large files, which goes at the end; those that killed processes have left go before.
+
+    Args:
+        purpose: Part of its name.
+    """
+    _remove_left_scratch()
+    with tempfile.TemporaryDirectory(prefix=f"{_SCRATCH}{purpose}-") as folder:
+        # The system gives the lock back when the process dies, and shows it to other containers too.
+        held = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            yield folder
+        finally:
+            os.close(held)
+
+
+def _remove_left_scratch() -> None:
+    for entry in os.scandir(tempfile.gettempdir()):
+        # Of one that was made just now the lock may still be to come; another user's cannot be opened.
+        with contextlib.suppress(OSError):
+            if entry.name.startswith(_SCRATCH) and time.time() - entry.stat().st_mtime > SCRATCH_S:
+                held = os.open(entry.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
+                try:
+                    fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(entry.path, ignore_errors=True)
+                finally:
+                    os.close(held)
+
+
+@contextlib.contextmanager
+def while_it_grows(folder: str, look_s: float = 5.0) -> Iterator[None]:
+    """Takes what a library writes into a local folder, as long as the folder grows, for a transfer that goes on."""
+    done = threading.Event()
+
+    def look() -> None:
+        known = 0
+        while not done.wait(look_s):
+            with contextlib.suppress(FileNotFoundError):
+                if (size := sum(each.stat().st_size for each in os.scandir(folder))) > known:
+                    known = size
+                    part_went()
+
+    thread = threading.Thread(target=look, name="growth", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 @asked_again()
@@ -491,7 +563,12 @@ def read_json_lines(uri: str) -> list[dict[str, Any]]:
 
 def write_json_lines(uri: str, lines: list[dict[str, Any]]) -> None:
     """Writes a JSON Lines object as a whole."""
-    write_bytes(uri, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    write_bytes(uri, b"".join(map(json_line, lines)))
+
+
+def json_line(value: Any) -> bytes:
+    """A line of a JSON Lines object."""
+    return json.dumps(value).encode() + b"\n"
 
 
 def fingerprint(value: Any) -> str:

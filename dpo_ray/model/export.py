@@ -7,11 +7,9 @@ model is the one at `model.path` also where the adapter was trained beside its q
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from transformers import GenerationConfig
 
@@ -32,6 +30,8 @@ def export(
 ) -> None:
     """Writes the model; `exported.json`, written last, says of which step it is.
 
+    The other ranks return when rank 0 has their parts: what it writes may take longer than any collective waits.
+
     Args:
         model: The sharded policy.
         config: The run.
@@ -44,8 +44,9 @@ def export(
     """
     state = gathered_state_dict(model)
     if rank == 0:
-        with tempfile.TemporaryDirectory(prefix="dpo_ray-export-") as folder:
-            _write_model(folder, model, config, state)
+        with storage.scratch("export") as folder:
+            with storage.while_it_grows(folder):
+                _write_model(folder, model, config, state)
             load_tokenizer(config.model.tokenizer or config.model.path).save_pretrained(folder)
             with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as card:
                 card.write(model_card(config, step))
@@ -59,7 +60,6 @@ def export(
                 storage.upload(os.path.join(folder, name), storage.join(target, name))
             fence()
             storage.write_json(storage.join(target, "exported.json"), {"step": step, "merged": config.adapter.merge})
-    dist.barrier()
 
 
 def _write_model(folder: str, model: nn.Module, config: Config, state: dict[str, torch.Tensor]) -> None:
@@ -74,7 +74,7 @@ def _write_model(folder: str, model: nn.Module, config: Config, state: dict[str,
     else:
         # In bfloat16 most of what an adapter adds to a weight would round to nothing. One that was trained beside
         # quantized weights goes into those that they were made of.
-        with tempfile.TemporaryDirectory(prefix="dpo_ray-adapter-") as alone:
+        with storage.scratch("adapter") as alone:
             save_adapter(alone, model, path, state)
             merged(load_pretrained(path, "float32", attention), alone).save_pretrained(folder)
     source = localize(path, weights=False)

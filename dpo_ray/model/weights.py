@@ -53,7 +53,7 @@ class StoredTensor:
         row = (self.stop - self.start) // max(1, self.shape[0]) if self.shape else self.stop - self.start
         last = (self.shape[0] if self.shape else 1) if last is None else last
         data = storage.read_bytes(self.uri, self.start + first * row, self.start + last * row)
-        storage.part_came()
+        storage.part_went()
         shape = [last - first, *self.shape[1:]] if self.shape else []
         about = {self.name: {"dtype": self.dtype, "shape": shape, "data_offsets": [0, (last - first) * row]}}
         header = json.dumps(about).encode()
@@ -187,5 +187,5 @@ def _sha256(uri: str) -> str:
     digest, size = hashlib.sha256(), storage.size(uri)
     for start in range(0, size, READ_BYTES):
         digest.update(storage.read_bytes(uri, start, min(size, start + READ_BYTES)))
-        storage.part_came()
+        storage.part_went()
     return digest.hexdigest()

@@ -271,7 +271,7 @@ class Reporter:
             last = self._done.wait(BEAT_S)
             taken = [self._lines.popleft() for _ in range(len(self._lines))]
             stacks = _stacks() if self._orders.dump else None
-            doing = STORAGE if (storage.failing() or storage.fetching()) and not last else self._doing
+            doing = STORAGE if (storage.failing() or storage.transferring()) and not last else self._doing
             since_s = time.monotonic() - self._since
             beat = Beat(self._rank, self._place, doing, since_s, taken, stacks, self._failure)
             try:

@@ -105,7 +105,7 @@ class Replica:
     @ray.method(concurrency_group="asked")
     def still_s(self) -> float:
         """For how long the model has not moved, though the storage answers and nothing comes from it."""
-        if storage.failing() or storage.fetching():
+        if storage.failing() or storage.transferring():
             self._moved()
         return time.monotonic() - self._moved_at
 

@@ -153,14 +153,31 @@ def _parquet_rows(uri: str, columns: Sequence[str] | None) -> Iterator[tuple[lis
 
 
 def read(batch: Mapping[str, Any], job: Job) -> Iterator[pa.Table]:
-    """Rows of files, some at a time, numbered from 1; the size of the file is shared out among them."""
+    """Rows of files, some at a time, numbered from 1; the size of the file is shared out among them.
+
+    Raises:
+        DataError: A file is not the one any more that the store is named after.
+    """
     for index in map(int, batch["item"]):
         file = job.files[index]
+        # Hosts may have copies of a local file, of other times.
+        meant = storage.identity(file.uri) if storage.is_local(file.uri) else file.identity
+        _refuse_changed(file, meant)
         number = told = 0
         for texts, share in open_rows(file.uri, job.columns(file.reading)):
             now = int(share * file.num_bytes)
             yield _raw(index, number, texts, now - told)
             number, told = number + len(texts), now
+        _refuse_changed(file, meant)
+
+
+def _refuse_changed(file: SourceFile, meant: str) -> None:
+    now = storage.identity(file.uri)
+    if now != meant or now.partition(":")[0] != str(file.num_bytes):
+        raise DataError(
+            f"{file.uri} has changed since this command began (size and mark were {file.identity}, are {now}): give "
+            "the same command again, and leave the file alone meanwhile"
+        )
 
 
 def _raw(file: int, before: int, texts: list[bytes], num_bytes: int) -> pa.Table:

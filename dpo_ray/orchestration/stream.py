@@ -16,11 +16,10 @@ import ray
 from ray.exceptions import RayError
 
 from dpo_ray.config import Config
-from dpo_ray.errors import DataError
 from dpo_ray.orchestration.forget import ForgetBlocks
 from dpo_ray.pairs import pack
 from dpo_ray.pairs.plan import Plan, plan_of, source_weights
-from dpo_ray.pairs.store import PairStore, open_store
+from dpo_ray.pairs.store import PairStore, not_seen, open_store
 from dpo_ray.reference.store import ReferenceStore, fill_check
 from dpo_ray.reference.versions import References
 from dpo_ray.training.feed import Feed
@@ -62,11 +61,11 @@ def make_feed(config: Config, places: Places, attempt: Attempt) -> tuple[Feed, P
     """Where batches come from.
 
     Raises:
-        DataError: The pair store is gone.
+        StorageError: Nothing of the pair store is to be seen from here.
     """
     pairs = open_store(places.pairs_uri)
     if pairs is None:
-        raise DataError(f"{places.pairs_uri}: the pair store is gone; run `dpo-ray prepare`")
+        raise not_seen(places.pairs_uri)
     references = None
     if places.reference_uri:
         start = ReferenceStore(places.reference_uri, filled_beside=config.reference.place != "adapter_off")

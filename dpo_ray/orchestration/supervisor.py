@@ -110,6 +110,8 @@ def supervise(
             while not _finished(config, evaluator, lease, watcher, stop, finished):
                 num_workers, node_ids = _wait_for_room(config, references, lease, watcher, stop, wish)
                 attempt = attempts.begin(config.run_uri, lease.generation, num_workers, reason)
+                # What was recorded after an outage may be late.
+                lease.confirm()
                 manifest.collect_orphans(config.run_uri, attempt.attempt)
                 if references is not None:
                     references.begins(attempt)

@@ -21,6 +21,7 @@ from dpo_ray.extensions import code_digest
 from dpo_ray.lease import RunLease
 from dpo_ray.model.card import write_card
 from dpo_ray.model.files import check_quantize, refuse_auxiliary_loss, relative_costs
+from dpo_ray.model.weights import weights_digest
 from dpo_ray.orchestration.evaluator import Evaluator
 from dpo_ray.orchestration.gauges import Gauges
 from dpo_ray.orchestration.moving_filler import MovingFiller
@@ -233,7 +234,9 @@ def _train(config: Config, watcher: Watcher, found: Survey, lease: RunLease, sto
         plan = make_plan(config, pairs)
         lease.check()
         _refuse_other_pairs(config, pairs)
-        _write_config(config, plan, pairs)
+        weights = _weights(config)
+        _refuse_other_weights(config, weights)
+        _write_config(config, plan, pairs, weights)
         newest = manifest.newest(config.run_uri)
         position = newest[1].state.step if newest else 0
         reference = open_reference_store(config, pairs.uri) if config.needs_reference else None
@@ -396,10 +399,10 @@ def planned_steps(config: Config) -> int | None:
     return min(per_epoch * config.train.epochs, config.train.max_steps or 2**62)
 
 
-def _write_config(config: Config, plan: Plan, pairs: PairStore) -> None:
+def _write_config(config: Config, plan: Plan, pairs: PairStore, weights: dict[str, str]) -> None:
     versions = {name: importlib.metadata.version(name) for name in ("dpo_ray", "torch", "transformers", "ray")}
     about = {"versions": versions, "pairs": pairs.uri, "steps_per_epoch": plan.steps_per_epoch, "counts": pairs.counts}
-    about["code"], about["revision"] = _code(config), _revision()
+    about["code"], about["revision"], about["weights"] = _code(config), _revision(), weights
     described = {"config": config.model_dump(mode="json"), "about": about}
     text = yaml.safe_dump(described, sort_keys=False, allow_unicode=True)
     storage.write_bytes(storage.join(config.run_uri, "config.yaml"), text.encode())
@@ -424,6 +427,32 @@ def _revision() -> str | None:
 def _code(config: Config) -> dict[str, str]:
     """Digests of what the run uses of the user's own code."""
     return {name: code_digest(name) for name in config.own_code}
+
+
+def _weights(config: Config) -> dict[str, str]:
+    """Digests, by path, of the models that are read again when the run goes on: no checkpoint holds them."""
+    paths = {config.reference_path} if config.needs_reference and config.reference.sync_steps is None else set()
+    if config.adapter.rank is not None:
+        paths.add(config.model.path)
+    return {path: weights_digest(path, storage.join(config.store_uri, "digests")) for path in sorted(paths)}
+
+
+def _refuse_other_weights(config: Config, weights: dict[str, str]) -> None:
+    """Refuses to go on, in the middle of a training, with another reference, or below the adapter another model.
+
+    Raises:
+        ConfigError: The files at a model's path have changed.
+    """
+    place = storage.join(config.run_uri, "config.yaml")
+    if manifest.newest(config.run_uri) is None or not storage.exists(place):
+        return
+    before = yaml.safe_load(storage.read_bytes(place))["about"].get("weights", {})
+    for path in sorted(weights):
+        if before.get(path, weights[path]) != weights[path]:
+            raise ConfigError(
+                f"{path}: its weights are others than when {config.run_uri} began; going on would not be the same "
+                "training. Put them back as they were, or choose another name for a new run"
+            )
 
 
 def _refuse_other_pairs(config: Config, pairs: PairStore) -> None:

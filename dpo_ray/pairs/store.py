@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import socket
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dpo_ray import storage
-from dpo_ray.errors import DataError
+from dpo_ray.errors import DataError, StorageError
 from dpo_ray.types import TokenizedPair
 
 FORMAT_VERSION = 2
@@ -212,18 +213,38 @@ def read_chunk(uri: str, chunk: Chunk) -> list[TokenizedPair]:
 
     Raises:
         DataError: The file is missing or is not the one that the manifest describes.
+        StorageError: Nothing of the store is to be seen from this host.
     """
     place = storage.join(uri, chunk.name)
-    try:
-        data = storage.read_bytes(place)
-    except FileNotFoundError:
-        data = b""
-    if hashlib.sha256(data).hexdigest() != chunk.sha256:
+    # What was damaged on its way, once, is no damaged file.
+    data = next((data for data in (_content(place) for _ in range(2)) if _is_chunk(data, chunk)), None)
+    if data is None:
+        if not storage.exists(storage.join(uri, "manifest.json")):
+            raise not_seen(uri)
         raise DataError(
             f"{place}: the chunk is missing or damaged (its SHA-256 is not the manifest's); remove "
             f"{storage.join(uri, 'manifest.json')} and run `dpo-ray prepare` to make the store anew"
         )
     return pairs_of(pq.read_table(io.BytesIO(data)))
+
+
+def not_seen(uri: str) -> StorageError:
+    """Says that a pair store which others have read cannot be seen from here."""
+    return StorageError(
+        f"{uri}: {socket.gethostname()} sees nothing of this pair store, which others have read: is the file system "
+        "mounted there? If somebody has removed the store, `dpo-ray prepare` makes it anew"
+    )
+
+
+def _content(place: str) -> bytes:
+    try:
+        return storage.read_bytes(place)
+    except FileNotFoundError:
+        return b""
+
+
+def _is_chunk(data: bytes, chunk: Chunk) -> bool:
+    return hashlib.sha256(data).hexdigest() == chunk.sha256
 
 
 def read_ahead(read: Callable[[Chunk], _T], chunks: Iterable[Chunk]) -> Iterator[_T]:

@@ -63,7 +63,9 @@ class ReferenceStore:
         self.uri, self._filled_beside = uri, filled_beside
 
     def put(self, chunk: Chunk, pair_ids: Sequence[bytes], ref_logps: Sequence[np.ndarray]) -> None:
-        """Commits the scores of a chunk.
+        """Commits the scores of a chunk, where there are none yet: of several that score it, all use the first one's.
+
+        Scores that cannot be read, or that a reader has refused, are replaced.
 
         Args:
             chunk: The chunk.
@@ -73,8 +75,19 @@ class ReferenceStore:
         table = pa.table({"pair_id": list(pair_ids), "ref_logps": list(ref_logps)}, schema=_SCHEMA)
         sink = io.BytesIO()
         pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
-        storage.write_bytes(self.place(chunk.key), sink.getvalue())
-        storage.remove_file(self._refusal(chunk.key))
+        place, data, refusal = self.place(chunk.key), sink.getvalue(), self._refusal(chunk.key)
+        refused = storage.exists(refusal)
+        if refused or not (storage.create(place, data) or self._is_readable(chunk, pair_ids)):
+            storage.write_bytes(place, data)
+        if refused:
+            storage.remove_file(refusal)
+
+    def _is_readable(self, chunk: Chunk, pair_ids: Sequence[bytes]) -> bool:
+        try:
+            self.get(chunk, pair_ids)
+        except (FileNotFoundError, ReferenceMismatchError):
+            return False
+        return True
 
     def get(self, chunk: Chunk, pair_ids: Sequence[bytes]) -> list[np.ndarray]:
         """The scores of a chunk's pairs, in the order of `pair_ids`.

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from dpo_ray import storage
-from dpo_ray.errors import FencedError
+from dpo_ray.errors import FencedError, FinalError
 from dpo_ray.training import manifest
 from dpo_ray.types import Attempt
 
@@ -36,6 +36,9 @@ def begin(run_uri: str, generation: int, world_size: int, reason: str) -> Attemp
         generation: Of the lease that the caller holds.
         world_size: Policy workers.
         reason: Why the group is started.
+
+    Raises:
+        FinalError: Of a run that had checkpoints none is left: it does not begin anew by itself.
     """
     past = read_attempts(run_uri)
     while found := manifest.newest(run_uri):
@@ -46,6 +49,14 @@ def begin(run_uri: str, generation: int, world_size: int, reason: str) -> Attemp
         # Its fence let it pass just before the next attempt began: the ledger is that one's.
         late = f"attempt {about.attempt} committed it after attempt {overtaken[0].attempt} had begun before it"
         manifest.set_aside(run_uri, name, late)
+    reached = max((each.position for each in past), default=0)
+    if found is None and reached:
+        reasons = "".join(f"\n  {name}: {reason}" for name, reason in manifest.set_aside_records(run_uri))
+        raise FinalError(
+            f"{run_uri}: an attempt went on from step {reached}, and no checkpoint is left to go on from:{reasons}\n"
+            "Look at the storage, and at memory and disks of the hosts that read it. What was set aside is still "
+            "there; to train from the first step again, choose another name, or remove this folder"
+        )
     attempt = Attempt(
         attempt=past[-1].attempt + 1 if past else 0,
         generation=generation,

@@ -13,7 +13,6 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -204,7 +203,7 @@ class Checkpointer:
             if isinstance(cause, _DamagedError):
                 try:
                     if self._rank == 0:
-                        set_aside(self._run_uri, name, str(cause))
+                        _set_aside_if_damaged(self._run_uri, name, cause)
                 finally:
                     # The first rank to leave ends the others, rank 0 too.
                     dist.barrier(self._group)
@@ -281,7 +280,29 @@ class Checkpointer:
 
 
 class _DamagedError(CheckpointError):
-    """What is on storage is not what was written: the checkpoint must be set aside."""
+    """What is on storage is not what was written: the checkpoint must be set aside.
+
+    Attributes:
+        file: Below the checkpoint, where it is not what the manifest says.
+    """
+
+    file: str | None = None
+
+    @classmethod
+    def of(cls, place: str, file: str, problem: str) -> _DamagedError:
+        error = cls(f"{storage.join(place, file)}: {problem}")
+        error.file = file
+        return error
+
+
+def _set_aside_if_damaged(run_uri: str, name: str, error: _DamagedError) -> None:
+    """Sets a checkpoint aside, unless the file that another rank could not use is sound when this one reads it."""
+    if error.file is not None:
+        with suppress(_DamagedError, FileNotFoundError), storage.scratch("load") as local:
+            _verified(checkpoint_uri(run_uri, name), error.file, read_manifest(run_uri, name), local)
+            _log.error("%s; but rank 0 reads it well: memory or disk of that rank's host may be faulty", error)
+            return
+    set_aside(run_uri, name, str(error))
 
 
 class _Background(Thread):
@@ -515,7 +536,7 @@ class _Writer(StorageWriter):
         try:
             if storage.is_local(place):
                 return write_safetensors(storage.filesystem(place)[1], tensors)
-            with tempfile.TemporaryDirectory(prefix="dpo_ray-save-") as local:
+            with storage.scratch("save") as local:
                 path = os.path.join(local, name)
                 record = write_safetensors(path, tensors)
                 storage.upload(path, place)
@@ -576,14 +597,14 @@ class _Reader(StorageReader):
         for item in plan.items:
             by_file.setdefault(self._layout.storage_data[item.storage_index][0], []).append(item)
         for file, items in sorted(by_file.items()):
-            with tempfile.TemporaryDirectory(prefix="dpo_ray-load-") as local:
+            with storage.scratch("load") as local:
                 path = _verified(self._place, file, self._manifest, local)
-                self._copy(path, storage.join(self._place, file), items, planner)
+                self._copy(path, file, items, planner)
         read: Future[None] = Future()
         read.set_result(None)
         return read
 
-    def _copy(self, path: str, place: str, items: list[ReadItem], planner: LoadPlanner) -> None:
+    def _copy(self, path: str, file: str, items: list[ReadItem], planner: LoadPlanner) -> None:
         try:
             with safe_open(path, framework="pt") as shard:
                 for item in items:
@@ -594,7 +615,8 @@ class _Reader(StorageReader):
                     target.copy_(part)
                     planner.commit_tensor(item, target)
         except (SafetensorError, OSError) as error:
-            raise _DamagedError(f"{place}: damaged: {error}") from error
+            # What was written, as far as the digest goes: whoever reads it finds the same.
+            raise _DamagedError(f"{storage.join(self._place, file)}: damaged: {error}") from error
 
 
 def write_safetensors(path: str, tensors: dict[str, torch.Tensor]) -> FileRecord:
@@ -656,7 +678,7 @@ def _read_layout(run_uri: str, name: str) -> tuple[Manifest, Metadata]:
     except (CheckpointError, FileNotFoundError) as error:
         raise _DamagedError(str(error)) from error
     within = attempt_folder(manifest.attempt)
-    with tempfile.TemporaryDirectory(prefix="dpo_ray-load-") as local:
+    with storage.scratch("load") as local:
         path = _verified(place, f"{within}/{_LAYOUT}", manifest, local)
         with open(path, "rb") as file:
             raw = file.read()
@@ -686,23 +708,25 @@ def _verified(place: str, file: str, manifest: Manifest, local: str) -> str:
     """
     uri = storage.join(place, file)
     if file not in manifest.files:
-        raise _DamagedError(f"{uri}: the manifest does not know it")
-    record = manifest.files[file]
-    try:
-        if storage.is_local(uri):
-            path = storage.filesystem(uri)[1]
+        raise _DamagedError.of(place, file, "the manifest does not know it")
+    record, problem = manifest.files[file], ""
+    # What was damaged on its way, once, is no damaged file.
+    for _ in range(2):
+        try:
+            if storage.is_local(uri):
+                path = storage.filesystem(uri)[1]
+            else:
+                path = os.path.join(local, os.path.basename(file))
+                storage.download(uri, path)
+            size = os.stat(path).st_size
+            if size == record.size and storage.sha256_of_file(path) == record.sha256:
+                return path
+        except FileNotFoundError:
+            problem = "missing"
         else:
-            path = os.path.join(local, os.path.basename(file))
-            storage.download(uri, path)
-        size = os.stat(path).st_size
-        digest = storage.sha256_of_file(path) if size == record.size else ""
-    except FileNotFoundError:
-        raise _DamagedError(f"{uri}: missing") from None
-    if size != record.size:
-        raise _DamagedError(f"{uri}: damaged: {size} bytes instead of {record.size}")
-    if digest != record.sha256:
-        raise _DamagedError(f"{uri}: damaged: its SHA-256 differs")
-    return path
+            found = f"{size} bytes instead of {record.size}" if size != record.size else "its SHA-256 differs"
+            problem = f"damaged: {found}"
+    raise _DamagedError.of(place, file, problem)
 
 
 def _check_fit(place: str, layout: Metadata, tensors: dict[str, torch.Tensor]) -> None:

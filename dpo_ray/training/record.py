@@ -5,7 +5,9 @@ When no worker is left, the driver writes down the evaluations that are still to
 
 from __future__ import annotations
 
+import json
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from types import TracebackType
@@ -23,28 +25,32 @@ FLUSH_INTERVAL_S = 10.0
 
 
 class Lines:
-    """A growing file of JSON lines. Object storage cannot append, so `flush` puts all lines as a whole."""
+    """A growing file of JSON lines. Object storage cannot append, so `flush` puts all lines as a whole.
+
+    Each is written as text once, when it comes: a month of them takes seconds, which training would wait for.
+    """
 
     def __init__(self, uri: str, keep_until_step: int) -> None:
         """Opens the file and drops the lines of steps after `keep_until_step`: they will be done again."""
         self.uri = uri
-        self._lines = [line for line in storage.read_json_lines(uri) if line["step"] <= keep_until_step]
-        self._durable = -1
+        kept = (line for line in storage.read_json_lines(uri) if line["step"] <= keep_until_step)
+        self._text = bytearray(b"".join(map(storage.json_line, kept)))
+        self._durable_bytes = -1
         self.flush()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return iter(self._lines[:])
+        return map(json.loads, bytes(self._text).splitlines())
 
     def append(self, value: dict[str, Any]) -> None:
         """Adds a line; it is durable after the next `flush`."""
-        self._lines.append(value)
+        self._text += storage.json_line(value)
 
     def flush(self) -> None:
         """Makes durable all lines that are there when it begins."""
-        lines = self._lines[:]
-        if len(lines) > self._durable:
-            storage.write_json_lines(self.uri, lines)
-            self._durable = len(lines)
+        text = bytes(self._text)
+        if len(text) > self._durable_bytes:
+            storage.write_bytes(self.uri, text)
+            self._durable_bytes = len(text)
 
 
 class Recorder:
@@ -207,12 +213,16 @@ class Recorder:
         self._evaluated.add(line["step"])
 
     def _flush_now_and_then(self) -> None:
-        while not self._done.wait(FLUSH_INTERVAL_S):
+        took_s = 0.0
+        # A file of hundreds of megabytes is not written all the time.
+        while not self._done.wait(max(FLUSH_INTERVAL_S, 20 * took_s)):
+            began = time.monotonic()
             try:
                 self.flush()
             except Exception as error:
                 self._error = error
                 return
+            took_s = time.monotonic() - began
 
     def _links(self) -> dict[str, str]:
         """Where what the run leaves is; its driver writes the report when all else is done."""

@@ -253,6 +253,14 @@ def damaged(rank: int, world: int, model: str, run: str) -> None:
         assert same(content(policy, optimizer), first)
     assert not Path(mark).exists()
 
+    # A host that reads wrongly takes it from nobody.
+    with pytest.MonkeyPatch.context() as patched:
+        if rank == 1:
+            patched.setattr(storage, "sha256_of_file", lambda path: "wrong")
+        with pytest.raises(CheckpointError, match=r"rank-000\d\.safetensors: damaged: its SHA-256 differs"):
+            Checkpointer(run, policy, optimizer, 1, keep=99).load("step-00000001")
+    assert newest(run) == "step-00000001"
+
     # One that does not fit says so, and stays.
     other = torch.optim.RMSprop(policy.parameters())
     with pytest.raises(CheckpointError, match="of another model, adapter or optimizer: optimizer.*exp_avg"):

@@ -164,8 +164,16 @@ def test_a_start_by_likelihood_comes_first(local_ray: None, tmp_path: Path, tiny
     refused = command_here("sft", config, tmp_path).exception
     assert isinstance(refused, ConfigError)
     assert re.search("has begun with the model of .*run-sft, which is not there any more", str(refused))
-    # A row more makes another order of pairs, in the middle of which nobody goes on.
     exported.write_bytes(before)
+    # Nor does anybody with other weights of a reference, whose scores would be others from there on.
+    weights = exported.parent / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    four = tiny_config(str(tmp_path), "run", tiny_model, pairs, **{**options, "train": {"max_steps": 4}})
+    with pytest.raises(ConfigError, match="run-sft/export: its weights are others than when .*/run began"):
+        train(four)
+    weights.write_bytes(whole)
+    # A row more makes another order of pairs, in the middle of which nobody goes on.
     Path(pairs).write_text(Path(pairs).read_text() + json.dumps({"prompt": "Q", "chosen": "a", "rejected": "b"}) + "\n")
     with pytest.raises(ConfigError, match="was trained on the pairs in .*, which are not those that the data give now"):
-        train(tiny_config(str(tmp_path), "run", tiny_model, pairs, **{**options, "train": {"max_steps": 4}}))
+        train(four)

@@ -258,18 +258,18 @@ def test_a_long_download_is_no_standstill(
     proxy: FaultProxy, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At 2 MB/s, 4 MB take 2 s; all the while parts come, and soon after nothing does."""
-    monkeypatch.setattr(storage, "FETCH_PAUSE_S", 0.5)
+    monkeypatch.setattr(storage, "TRANSFER_PAUSE_S", 0.5)
     uri = storage.join(place, "object")
     storage.write_bytes(uri, bytes(4_000_000))
     proxy.inject("slow", 2_000_000, where="^GET .*object")
     thread = threading.Thread(target=storage.download, args=(uri, str(tmp_path / "object")))
-    assert not storage.fetching()
+    assert not storage.transferring()
     thread.start()
     time.sleep(1.3)
-    assert storage.fetching()
+    assert storage.transferring()
     thread.join()
     time.sleep(0.6)
-    assert not storage.fetching()
+    assert not storage.transferring()
     assert (tmp_path / "object").stat().st_size == 4_000_000
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import gzip
+import math
 import os
 import socket
 import ssl
@@ -71,6 +72,71 @@ def test_objects(place: str, tmp_path: Path) -> None:
     storage.remove(storage.join(place, "up"))
     assert not storage.exists(storage.join(place, "up", "there"))
     storage.remove(storage.join(place, "up"))
+
+
+def test_parts_of_a_long_upload_are_signs_of_life(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """120 MB are 3 of s3fs' parts of 50 MiB, which tells the size first, and 15 of our pieces of 8 MiB."""
+    gone: list[tuple[object, ...]] = []
+    monkeypatch.setattr(storage, "part_went", lambda *parts: gone.append(parts))
+    (tmp_path / "large").write_bytes(os.urandom(1000) * 120_000)
+    uri = storage.join(place, "b", "large")
+    storage.upload(str(tmp_path / "large"), uri)
+    assert len(gone) == (15 if storage.is_local(uri) else 1 + 3)
+    storage.download(uri, str(tmp_path / "back"))
+    assert (tmp_path / "back").read_bytes() == (tmp_path / "large").read_bytes()
+
+
+def test_a_local_upload_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "new").write_bytes(b"new")
+    (tmp_path / "target").write_bytes(b"old")
+
+    def power_goes(_: int) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", power_goes)
+        with pytest.raises(KeyboardInterrupt):
+            storage.upload(str(tmp_path / "new"), str(tmp_path / "target"))
+    assert (tmp_path / "target").read_bytes() == b"old"
+    storage.upload(str(tmp_path / "new"), str(tmp_path / "target"))
+    assert (tmp_path / "target").read_bytes() == b"new"
+    assert sorted(os.listdir(tmp_path)) == ["new", "target"]
+
+
+def test_what_grows_is_a_sign_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "TRANSFER_PAUSE_S", 0.3)
+    monkeypatch.setattr(storage, "_part_went_at", -math.inf)
+    with storage.while_it_grows(str(tmp_path), look_s=0.02):
+        time.sleep(0.1)
+        assert not storage.transferring()
+        (tmp_path / "a").write_bytes(b"1")
+        time.sleep(0.1)
+        assert storage.transferring()
+        time.sleep(0.5)
+        assert not storage.transferring()
+
+
+def test_folders_that_killed_processes_leave_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    # Processes of their own: one is killed, one lives.
+    hold = (
+        "import signal, sys, tempfile; tempfile.tempdir = sys.argv[1]\n"
+        "from dpo_ray import storage\n"
+        "with storage.scratch('save') as folder: print(folder, flush=True); signal.pause()"
+    )
+    command = [sys.executable, "-c", hold, str(tmp_path)]
+    killed, alive = (subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2))
+    left, used = ((each.stdout.readline() if each.stdout else "").strip() for each in (killed, alive))
+    killed.kill()
+    killed.wait()
+    (tmp_path / "dpo_ray-report").mkdir()
+    with storage.scratch("load") as new:
+        assert {left, used, new} <= set(map(str, tmp_path.iterdir()))  # Of a minute ago at the most.
+    monkeypatch.setattr(storage, "SCRATCH_S", -1.0)
+    with storage.scratch("load") as new:
+        assert set(map(str, tmp_path.iterdir())) == {used, new, str(tmp_path / "dpo_ray-report")}
+    alive.kill()
+    alive.wait()
 
 
 def test_expand_and_decompress(place: str) -> None:

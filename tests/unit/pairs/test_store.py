@@ -9,7 +9,8 @@ import pyarrow as pa
 import pytest
 from helpers import chunk_table
 
-from dpo_ray.errors import DataError
+from dpo_ray import storage
+from dpo_ray.errors import DataError, StorageError
 from dpo_ray.pairs import store
 from dpo_ray.pairs.tokenize import pair_id
 from dpo_ray.types import TokenizedPair
@@ -89,8 +90,26 @@ def test_a_damaged_chunk_is_refused(tmp_path: Path, harm: str) -> None:
         "truncate": lambda: path.write_bytes(data[:100]),
         "remove": path.unlink,
     }[harm]()
+    # Where nothing at all is to be seen, it is the host that misses the file system: others go on.
+    with pytest.raises(StorageError, match="sees nothing of this pair store, which others have read"):
+        store.read_chunk(str(tmp_path), chunk)
+    (tmp_path / "manifest.json").write_text("{}")
     with pytest.raises(DataError, match=chunk.name):
         store.read_chunk(str(tmp_path), chunk)
+
+
+def test_what_was_damaged_on_its_way_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = make_pairs(40)
+    chunk = store.write_chunk(str(tmp_path), "train-000000.parquet", chunk_table(pairs))
+    sound, reads = storage.read_bytes, list[str]()
+
+    def once_damaged(uri: str) -> bytes:
+        reads.append(uri)
+        return sound(uri)[: -1 if len(reads) == 1 else None]
+
+    monkeypatch.setattr(storage, "read_bytes", once_damaged)
+    assert len(store.read_chunk(str(tmp_path), chunk)) == 40
+    assert len(reads) == 2
 
 
 def test_chunks_hold_about_the_target() -> None:

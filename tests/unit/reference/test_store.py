@@ -87,3 +87,16 @@ def test_who_waits_for_what_nobody_mends_is_told(tmp_path: Path, monkeypatch: py
     assert reference.missing([chunk]) == [chunk]
     reference.put(chunk, ids, scores[None])
     assert not reference.damaged([chunk])
+
+
+def test_of_two_that_score_a_chunk_the_first_is_believed(tmp_path: Path) -> None:
+    """Packed otherwise the same pairs have other scores, by rounding: who reads again finds what it has found."""
+    chunk, ids = Chunk("train-000000.parquet", "key", "", 1, 1), [b"0" * 16]
+    reference, first = ReferenceStore(str(tmp_path)), np.array([-1.0, -2.0], dtype=np.float32)
+    reference.put(chunk, ids, [first])
+    reference.put(chunk, ids, [first + 1])
+    assert reference.get(chunk, ids)[0].tolist() == [-1.0, -2.0]
+    # Not what nobody can read.
+    Path(reference.place("key")).write_bytes(b"damaged")
+    reference.put(chunk, ids, [first + 1])
+    assert reference.get(chunk, ids)[0].tolist() == [0.0, -1.0]

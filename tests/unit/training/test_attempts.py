@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dpo_ray import storage
-from dpo_ray.errors import FencedError
+from dpo_ray.errors import FencedError, FinalError
 from dpo_ray.training import attempts, manifest
 from dpo_ray.training.attempts import Fence
 from dpo_ray.training.manifest import Manifest
@@ -41,6 +41,20 @@ def test_a_driver_that_lost_the_run_cannot_take_it_back(tmp_path: Path) -> None:
     for refused in (old, late):
         with pytest.raises(FencedError):
             Fence(run, refused).check()
+
+
+def test_no_run_begins_anew_by_itself(tmp_path: Path) -> None:
+    """Two attempts read step 4 wrongly, and set it aside: step 1 comes again when somebody says so."""
+    run = str(tmp_path)
+    attempts.begin(run, 1, 1, "start")
+    assert attempts.begin(run, 1, 1, "a worker died").position == 0  # Before the first checkpoint.
+    commit(run, 4, 1)
+    attempts.begin(run, 1, 1, "a worker died")
+    manifest.set_aside(run, "step-00000004", "rank-0000: its SHA-256 differs")
+    message = "went on from step 4, and no checkpoint is left to go on from:\n  step-00000004: rank-0000: its SHA-256"
+    with pytest.raises(FinalError, match=message):
+        attempts.begin(run, 1, 1, "a worker died")
+    assert len(attempts.read_attempts(run)) == 3
 
 
 def test_a_checkpoint_that_came_too_late_is_not_used(tmp_path: Path) -> None:
