@@ -20,7 +20,7 @@ from datetime import timedelta
 from functools import partial, wraps
 from threading import Thread
 from types import TracebackType
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -88,6 +88,19 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+class Listener(Protocol):
+    """Who hears of checkpoints, on rank 0 and in the background."""
+
+    def promise(self, state: TrainState) -> None:
+        """Right before one is committed; when it raises, nothing is, and its error is that of the save."""
+
+    def committed(self, line: dict[str, Any]) -> None:
+        """When one has been, with its step as `checkpoint`."""
+
+    def needs(self, step: int) -> bool:
+        """Whether the checkpoint of a step must be kept, however old."""
+
+
 class Checkpointer:
     """Saves and restores this rank's part of a model and its optimizer.
 
@@ -103,9 +116,7 @@ class Checkpointer:
         keep: int,
         keep_best: str | None = None,
         reference: Mapping[str, torch.Tensor] | None = None,
-        before_commit: Callable[[TrainState], None] | None = None,
-        publish: Callable[[dict[str, Any]], None] | None = None,
-        needed: Callable[[int], bool] | None = None,
+        listener: Listener | None = None,
     ) -> None:
         """Makes a process group for the traffic of checkpoints.
 
@@ -117,19 +128,14 @@ class Checkpointer:
             keep: Newest checkpoints kept.
             keep_best: The metric whose best step's checkpoint is kept too.
             reference: This rank's part of a reference that moves, by the names of the policy's parameters.
-            before_commit: Called on rank 0, in the background, with the state that was saved, right before it is
-                committed; when it raises, nothing is committed, and its error is that of the save.
-            publish: Called on rank 0, in the background, with `{"checkpoint": step}` when one has been committed.
-            needed: Whether the checkpoint of a step must be kept, however old; asked on rank 0, in the background.
+            listener: Who hears of checkpoints, on rank 0.
 
         Collective: all ranks.
         """
         self._run_uri, self._model, self._optimizer = run_uri, model, optimizer
         self._reference = {f"{REFERENCE}{name}": tensor for name, tensor in (reference or {}).items()}
         self._attempt, self._keep, self._keep_best = attempt, keep, keep_best
-        self._before_commit = before_commit or (lambda _: None)
-        self._publish = publish or (lambda _: None)
-        self._needed = needed or (lambda _: False)
+        self._listener = listener
         # Its own: a save must not meet the train step's collectives. And of the CPU, where the copies are.
         self._group = patient_group()
         self._rank = dist.get_rank()
@@ -147,7 +153,7 @@ class Checkpointer:
             self.wait()
             dist.destroy_process_group(self._group)
 
-    def is_best(self, state: TrainState, line: dict[str, Any]) -> bool:
+    def take_best(self, state: TrainState, line: dict[str, Any]) -> bool:
         """Whether an evaluation is the best so far, and its step's checkpoint to be kept; the state then says so."""
         return self._keep_best is not None and take_best(self._keep_best, line, state)
 
@@ -179,13 +185,9 @@ class Checkpointer:
         """
         if self._writing is not None:
             self._writing.join()
-            self.check()
+            if self._writing.error is not None:
+                raise _cause(self._writing.error) from self._writing.error
             self._writing = None
-
-    def check(self) -> None:
-        """Raises the error of a save that has failed, without waiting for one that is in flight."""
-        if self._writing is not None and not self._writing.is_alive() and self._writing.error is not None:
-            raise _cause(self._writing.error) from self._writing.error
 
     def load(self, name: str) -> TrainState:
         """Restores model and optimizer, at any world size.
@@ -226,7 +228,7 @@ class Checkpointer:
         return self._buffers
 
     def _write(self, staged: dict[str, torch.Tensor], state: TrainState) -> None:
-        writer = _Writer(self._run_uri, state, self._attempt, partial(self._before_commit, state))
+        writer = _Writer(self._run_uri, state, self._attempt, self._listener)
         try:
             # What all ranks have stands in one rank's file: at loading each reads that one and its own, not all.
             planner = DefaultSavePlanner(
@@ -240,14 +242,16 @@ class Checkpointer:
                     storage.remove(writer.folder)
             raise
         if self._rank == 0:
-            self._publish({"checkpoint": state.step})
+            if self._listener is not None:
+                self._listener.committed({"checkpoint": state.step})
             _log.info("the checkpoint of step %d is committed", state.step)
             best = state.best_step if self._keep_best and self._keep_best == state.best_metric else None
             try:
                 newest = read_attempts(self._run_uri)[-1:]
                 # An attempt that has begun meanwhile loads it.
                 spared = {each.checkpoint for each in newest if each.attempt != self._attempt}
-                prune(self._run_uri, self._keep, self._attempt, best, spared, self._needed)
+                needed = self._listener.needs if self._listener is not None else lambda step: False
+                prune(self._run_uri, self._keep, self._attempt, best, spared, needed)
             except (DpoRayError, OSError) as error:  # The checkpoint is there: old ones are nothing to fail for.
                 _log.warning("old checkpoints were not removed: %s", error)
 
@@ -491,8 +495,8 @@ class _Chunk:
 class _Writer(StorageWriter):
     """Writes the files of each rank; the coordinator adds the layout, and commits."""
 
-    def __init__(self, run_uri: str, state: TrainState, attempt: int, before_commit: Callable[[], None]) -> None:
-        self._run_uri, self._state, self._attempt, self._before_commit = run_uri, state, attempt, before_commit
+    def __init__(self, run_uri: str, state: TrainState, attempt: int, listener: Listener | None) -> None:
+        self._run_uri, self._state, self._attempt, self._listener = run_uri, state, attempt, listener
         self.folder = storage.join(checkpoint_uri(run_uri, checkpoint_name(state.step)), attempt_folder(attempt))
         self.committing = False
 
@@ -562,7 +566,8 @@ class _Writer(StorageWriter):
         commit(self._run_uri, manifest, self._begin_commit)
 
     def _begin_commit(self) -> None:
-        self._before_commit()
+        if self._listener is not None:
+            self._listener.promise(self._state)
         self.committing = True
 
 

@@ -39,19 +39,19 @@ def train(config: Config, context: WorkerContext) -> None:
 
 
 def _train(config: Config, context: WorkerContext, recorder: Recorder | None) -> None:
-    doing, attempt = context.control.doing, context.attempt
+    doing, attempt, total_steps = context.control.doing, context.attempt, context.total_steps
     doing("loading the model")
     model = sharded_policy(config.model, context.device, config.adapter, config.seed, context.group)
     budget = Budget(config, context)
     tokens_per_microbatch = budget.settle(model)
     optimizer = build_optimizer(model, config.optimizer, config.model.compute_dtype)
-    learning_rate = learning_rate_at(config.optimizer, context.total_steps)
+    learning_rate = learning_rate_at(config.optimizer, total_steps)
     objective = objective_of(config.objective)
-    about = attempt.attempt, config.train.keep_checkpoints, config.train.keep_best
+    keep, keep_best = config.train.keep_checkpoints, config.train.keep_best
     reference = MovingReference(model, config.reference, attempt.attempt)
-    # A checkpoint promises the lines up to its step.
-    heard = recorder.of_checkpoints if recorder is not None else {}
-    with Checkpointer(config.run_uri, model, optimizer, *about, reference.tensors, **heard) as checkpoints:
+    with Checkpointer(
+        config.run_uri, model, optimizer, attempt.attempt, keep, keep_best, reference.tensors, recorder
+    ) as checkpoints:
         doing("loading the checkpoint")
         state = checkpoints.load(attempt.checkpoint) if attempt.checkpoint else TrainState()
         context = with_own_reference(config, context, model, tokens_per_microbatch, budget)
@@ -64,10 +64,9 @@ def _train(config: Config, context: WorkerContext, recorder: Recorder | None) ->
             doing(f"step {batch.step}")
             rate = learning_rate(state.step)
             set_learning_rate(optimizer, rate)
-            leaving = context.control.leaving()
+            clip, leave = config.optimizer.max_grad_norm, context.control.leaving()
             with budget.watched(batch):
-                clip = config.optimizer.max_grad_norm
-                result = train_step(model, optimizer, batch, objective.at(state), clip, leaving, budget.reduce_each)
+                result = train_step(model, optimizer, batch, objective.at(state), clip, leave, budget.reduce_each)
             state.step, state.num_tokens = batch.step, state.num_tokens + int(result.num_tokens)
             line = step_line(context, state, batch, result, rate)
             count_pairs(state, batch, line)
@@ -76,24 +75,25 @@ def _train(config: Config, context: WorkerContext, recorder: Recorder | None) ->
             speed = watch.step(batch, result)
             if recorder is not None:
                 recorder.step({**line, **speed}, batch.pair_ids)
-            last, leaving, best = state.step == context.total_steps, bool(result.leaving), False
-            evaluated = is_due(config.train, state.step, context.total_steps)
-            beside = evaluated and config.train.eval_place == "actors"
-            if evaluated and not beside:
+            last, someone_leaves = state.step == total_steps, bool(result.leaving)
+            evaluation_due, best = is_due(config.train, state.step, total_steps), False
+            by_actors = evaluation_due and config.train.eval_place == "actors"  # They read a checkpoint.
+            if evaluation_due and not by_actors:
                 with budget.watched():
                     line = evaluate(model, context, objective.at(state), state.step, tokens_per_microbatch)
-                best = checkpoints.is_best(state, line)
+                best = checkpoints.take_best(state, line)
                 if recorder is not None:
                     recorder.line(line)
             moved = reference.follow(state)
-            if last or state.step % config.train.checkpoint_every_steps == 0 or leaving or best or beside or moved:
+            scheduled = state.step % config.train.checkpoint_every_steps == 0
+            if scheduled or last or someone_leaves or best or by_actors or moved:
                 doing(f"checkpoint of step {state.step}")
                 checkpoints.save(state, wait=moved)  # Whoever scores for the next steps reads it.
-            if leaving and not last:
+            if someone_leaves and not last:
                 break
             doing(WAITING)
             watch.asked()
         doing("the last checkpoint")
-    if state.step >= context.total_steps:  # More, where a run was given less to do than it had done.
+    if state.step >= total_steps:  # More, where a run was given less to do than it had done.
         doing("export")
         export(model, config, state.step, context.rank, context.fence)

@@ -121,7 +121,8 @@ def read_manifest(run_uri: str, name: str) -> Manifest:
         raw = storage.read_json(place)
         if int(raw["format"]) not in READ_VERSIONS:
             raise VersionError(
-                f"{place}: a checkpoint of format {raw['format']}, this version of dpo_ray reads {FORMAT_VERSION}: "
+                f"{place}: a checkpoint of format {raw['format']}, this version of dpo_ray reads "
+                f"{', '.join(map(str, READ_VERSIONS))}: "
                 "go on with the version that wrote it, or choose another name for a new run"
             )
         files = {path: FileRecord(int(about["size"]), str(about["sha256"])) for path, about in raw["files"].items()}
@@ -233,25 +234,21 @@ def collect_orphans(run_uri: str, live_attempt: int) -> list[str]:
     return removed
 
 
-def is_new_best(metric: str, line: dict[str, Any], state: TrainState) -> bool:
-    """Whether an evaluation is better than every one before it; the first of equals stays the best.
+def take_best(metric: str, line: dict[str, Any], state: TrainState) -> bool:
+    """Notes an evaluation that is better than every one before it; the first of equals stays the best.
 
     Args:
         metric: `train.keep_best`.
         line: The evaluation.
         state: With the best one so far. A best of another metric does not count.
+
+    Returns:
+        Whether it is; the state then says so.
     """
-    value = float(line[metric])
+    value, best = float(line[metric]), state.best_value if state.best_metric == metric else None
     if not math.isfinite(value):
         return False
-    if state.best_metric != metric or state.best_value is None:
-        return True
-    return value < state.best_value if metric == "eval_loss" else value > state.best_value
-
-
-def take_best(metric: str, line: dict[str, Any], state: TrainState) -> bool:
-    """Whether an evaluation `is_new_best`; the state then says so."""
-    if not is_new_best(metric, line, state):
+    if best is not None and not (value < best if metric == "eval_loss" else value > best):
         return False
     state.best_metric, state.best_step, state.best_value = metric, line["step"], line[metric]
     return True

@@ -133,11 +133,6 @@ class Recorder:
             tracker.log([Point.of(line)])
         self._publish(line)
 
-    @property
-    def of_checkpoints(self) -> dict[str, Any]:
-        """What a `Checkpointer` calls."""
-        return {"before_commit": self.promise, "publish": self.committed, "needed": self.needs}
-
     def promise(self, state: TrainState) -> None:
         """Makes durable what a checkpoint of this state says that there is; marks the best evaluation in it.
 

@@ -7,6 +7,7 @@ import resource
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,19 @@ from dpo_ray.training.optimizer import build_optimizer
 from dpo_ray.types import TrainState
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+
+
+@dataclass
+class Listening:
+    """Hears of commits alone."""
+
+    promise: Callable[[TrainState], None]
+
+    def committed(self, line: dict[str, Any]) -> None:
+        pass
+
+    def needs(self, step: int) -> bool:
+        return False
 
 
 def build(model: str) -> tuple[Any, Any]:
@@ -66,14 +80,15 @@ def background(rank: int, world: int, model: str, run: str) -> None:
 
     checkpoint.write_safetensors = gated
     committing = []
-    checkpoints = Checkpointer(run, policy, optimizer, 7, keep=5, before_commit=lambda s: committing.append(s.step))
+    checkpoints = Checkpointer(
+        run, policy, optimizer, 7, keep=5, listener=Listening(lambda state: committing.append(state.step))
+    )
     state = TrainState(1, 10)
     with checkpoints:
         checkpoints.save(state)  # Returns, though nothing can be written yet.
         first = content(policy, optimizer)
         step(policy, optimizer)  # Meanwhile training goes on.
         state.step, state.num_tokens = 2, 20
-        checkpoints.check()
         assert newest(run) is None
         gate.set()
         checkpoints.save(state)  # Waits for the one before.
@@ -155,7 +170,7 @@ def failed_writes(rank: int, world: int, model: str, run: str) -> None:
     def fence(state: TrainState) -> None:
         raise FencedError(f"step {state.step} is another's")
 
-    attempt(3, "step 2 is another's", FencedError, before_commit=fence)
+    attempt(3, "step 2 is another's", FencedError, listener=Listening(fence))
     # What cannot be stored is said before anything is written.
     optimizer.state[next(policy.parameters())]["history"] = [1]
     with pytest.raises(CheckpointError, match="history is no tensor"):
@@ -284,7 +299,7 @@ def retained(rank: int, world: int, model: str, run: str) -> None:
             for value in values:
                 step(policy, optimizer)
                 state.step += 1
-                checkpoints.is_best(state, {"step": state.step, metric: value})
+                checkpoints.take_best(state, {"step": state.step, metric: value})
                 checkpoints.save(state)
     dist.barrier()  # Rank 0 removes old ones after the commit.
     assert manifest.committed(run) == ["step-00000002", "step-00000005"]

@@ -249,12 +249,13 @@ def test_files_of_a_removal_cut_short_go(tmp_path: Path) -> None:
 def test_the_best_is_the_first_of_equals(metric: str, values: list[float], best: list[int]) -> None:
     state, found = TrainState(), []
     for step, value in enumerate(values):
-        if manifest.is_new_best(metric, {metric: value}, state):
+        if manifest.take_best(metric, {"step": step, metric: value}, state):
             found.append(step)
-            state = TrainState(best_metric=metric, best_step=step, best_value=value)
+            assert (state.best_metric, state.best_step, state.best_value) == (metric, step, value)
     assert found == best
     # Loss and accuracy cannot be compared.
-    assert manifest.is_new_best("eval_loss", {"eval_loss": 9.0}, TrainState(1, 0, "eval_rewards/margins", 1, 0.3))
+    margins = TrainState(1, 0, "eval_rewards/margins", 1, 0.3)
+    assert manifest.take_best("eval_loss", {"step": 2, "eval_loss": 9.0}, margins)
 
 
 def test_a_missing_manifest_is_said(tmp_path: Path) -> None:
