@@ -5,7 +5,7 @@ Every field's description is the comment that `dpo-ray config --template` prints
 
 from dpo_ray.config.answers import EvaluationConfig, PairsConfig
 from dpo_ray.config.base import Dtype
-from dpo_ray.config.file import apply_overrides, load_config, parse_config, template, to_yaml
+from dpo_ray.config.file import apply_overrides, load_config, parse_config, read_yaml, template, to_yaml
 from dpo_ray.config.model import AdapterConfig, ModelConfig
 from dpo_ray.config.objective import ObjectiveConfig
 from dpo_ray.config.reference import ReferenceConfig
@@ -31,6 +31,7 @@ __all__ = [
     "changed_keys",
     "load_config",
     "parse_config",
+    "read_yaml",
     "template",
     "to_yaml",
 ]

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from dpo_ray.config.base import Section, Uri
+from dpo_ray.config.base import Section, Uri, refuse_set
 
 
 class PairsConfig(Section):
@@ -135,6 +135,16 @@ class EvaluationConfig(Section):
                         f"evaluation.{key} is {value!r}, which does nothing with evaluation.judge: {self.judge}; leave "
                         f"it out, or set evaluation.judge: {judge}"
                     )
+        if self.judge != "endpoint":
+            why = f"does nothing with evaluation.judge: {self.judge}; set evaluation.judge: endpoint, or"
+            own = ["key_variable", "reply_tokens", "max_requests", "max_tokens", "timeout_s"]
+            refuse_set(self, "evaluation", why, own)
+        if self.judge == "none":
+            why = "does nothing with evaluation.judge: none, since nothing is ranked: name a judge, or"
+            refuse_set(self, "evaluation", why, ["prior_std"])
+        if not self.prompts:
+            why = "does nothing with evaluation.prompts: 0, since nothing is answered: raise that, or"
+            refuse_set(self, "evaluation", why, ["max_new_tokens", "temperature", "top_p", "prompts_per_part"])
         if len(set(self.models)) < len(self.models):
             raise ValueError(f"evaluation.models names a model twice: {', '.join(self.models)}; name it once")
         if len(set(self.group_columns)) < len(self.group_columns):

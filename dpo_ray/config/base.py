@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
@@ -57,15 +57,23 @@ def checked_labels(key: str, labels: dict[str, str]) -> dict[str, str]:
     return labels
 
 
-def refuse_set(section: Section, but: str, prefix: str, why: str) -> None:
-    """Refuses whatever is set in a section, but for one key.
+def refuse_set(section: Section, prefix: str, why: str, keys: Iterable[str] | None = None, but: str = "") -> None:
+    """Refuses what is set though nothing would use it.
+
+    Args:
+        section: Where.
+        prefix: Its key.
+        why: Why nothing would, and what to do instead: `NAME is VALUE, which WHY leave NAME out`.
+        keys: Which may not be set; None: all.
+        but: One of all that may be.
 
     Raises:
-        ValueError: Something is.
+        ValueError: One is.
     """
-    for name, field in type(section).model_fields.items():
+    fields = type(section).model_fields
+    for name in fields if keys is None else keys:
         value = getattr(section, name)
-        if name != but and value != field.default:
+        if name != but and value != fields[name].default:
             raise ValueError(f"{prefix}.{name} is {value!r}, which {why} leave {prefix}.{name} out")
 
 

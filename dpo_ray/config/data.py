@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from dpo_ray.config.base import Section, Uri, absolute, checked_labels, two_columns
+from dpo_ray.config.base import Section, Uri, absolute, checked_labels, refuse_set, two_columns
 from dpo_ray.pairs.formats import FORMATS, Role
 
 # Arguments of transformers' apply_chat_template that a template does not see, or that the data decide.
@@ -180,6 +180,13 @@ class DataConfig(Section):
     @classmethod
     def _labels_are_plain(cls, labels: dict[str, str]) -> dict[str, str]:
         return checked_labels("data.label_selector", labels)
+
+    @model_validator(mode="after")
+    def _side_of_a_cut(self) -> DataConfig:
+        if self.max_prompt_length is None:
+            why = "does nothing without data.max_prompt_length, since no prompt is cut: set that, or"
+            refuse_set(self, "data", why, ["prompt_truncation_side"])
+        return self
 
     @model_validator(mode="after")
     def _one_held_out_source(self) -> DataConfig:

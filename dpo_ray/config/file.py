@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,34 @@ from pydantic.fields import FieldInfo
 from dpo_ray.config.base import Section
 from dpo_ray.config.run import Config
 from dpo_ray.errors import ConfigError
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people write it: 1e-6 is a number, as YAML 1.2 has it, and a key that stands twice is a mistake."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set[str]()
+        for key, _ in node.value:
+            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(
+                    problem=f"{key.value} stands twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def read_yaml(text: str) -> Any:
+    """What a text in YAML says.
+
+    Raises:
+        yaml.YAMLError: It is none, or has a key twice.
+    """
+    return yaml.load(text, _Loader)
 
 
 def load_config(path: str, overrides: list[str] | None = None) -> Config:
@@ -28,7 +57,7 @@ def load_config(path: str, overrides: list[str] | None = None) -> Config:
     """
     try:
         with open(path, encoding="utf-8") as file:
-            raw = yaml.safe_load(file)
+            raw = read_yaml(file.read())
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot read the configuration: {error}") from None
     except yaml.YAMLError as error:
@@ -77,15 +106,9 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         if not isinstance(node, dict):
             raise ConfigError(f"--set {override!r}: {section} is not a section")
     try:
-        node[last] = yaml.safe_load(value)
+        node[last] = read_yaml(value)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {override!r}: the value is not valid YAML: {error}") from None
-    # YAML 1.1 reads 1e-6 as a string; people write learning rates so.
-    if isinstance(node[last], str):
-        try:
-            node[last] = float(node[last])
-        except ValueError:
-            return
 
 
 def _explain(problem: dict[str, Any]) -> str:

@@ -93,5 +93,5 @@ class AdapterConfig(Section):
     @model_validator(mode="after")
     def _nothing_without_a_rank(self) -> AdapterConfig:
         if self.rank is None:
-            refuse_set(self, "rank", "adapter", "does nothing without adapter.rank: set that, e.g. to 16, or")
+            refuse_set(self, "adapter", "does nothing without adapter.rank: set that, e.g. to 16, or", but="rank")
         return self

@@ -127,5 +127,5 @@ class SftConfig(Section):
     @model_validator(mode="after")
     def _nothing_without_epochs(self) -> SftConfig:
         if self.epochs is None:
-            refuse_set(self, "epochs", "sft", "does nothing without sft.epochs: set that, e.g. to 1, or")
+            refuse_set(self, "sft", "does nothing without sft.epochs: set that, e.g. to 1, or", but="epochs")
         return self

@@ -93,7 +93,7 @@ class ReferenceConfig(Section):
     @model_validator(mode="after")
     def _none_has_no_options(self) -> ReferenceConfig:
         if self.place == "none":
-            refuse_set(self, "place", "reference", "does nothing with reference.place: none:")
+            refuse_set(self, "reference", "does nothing with reference.place: none:", but="place")
         return self
 
     @model_validator(mode="after")

@@ -215,11 +215,6 @@ class Config(Section):
                 "reference.place is adapter_off, but adapter.rank is null: the policy has no adapter, without which it "
                 "would be the reference; set adapter.rank, or reference.place: actors"
             )
-        if not self.needs_reference:
-            raise ValueError(
-                f"reference.place is adapter_off, but objective.loss: {self.objective.name} has no reference: leave it "
-                "out"
-            )
         if own.path not in (None, self.model.path):
             raise ValueError(
                 f"reference.path is {own.path!r}, but with reference.place: adapter_off the reference is the policy's "

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from dpo_ray.config.base import Section, checked_labels, checked_range
+from dpo_ray.config.base import Section, checked_labels, checked_range, refuse_set
 
 
 class OptimizerConfig(Section):
@@ -30,6 +30,12 @@ class OptimizerConfig(Section):
     betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's averaging constants")
     eps: PositiveFloat = Field(1e-8, description="AdamW's and RMSprop's epsilon")
     max_grad_norm: PositiveFloat | None = Field(1.0, description="clip the gradient's global norm; null: do not")
+
+    @model_validator(mode="after")
+    def _betas_are_adams(self) -> OptimizerConfig:
+        if self.name == "rmsprop":
+            refuse_set(self, "optimizer", "does nothing with optimizer.name: rmsprop, which has none:", ["betas"])
+        return self
 
     @model_validator(mode="after")
     def _warmup_needs_a_schedule(self) -> OptimizerConfig:
@@ -141,6 +147,13 @@ class ScalingConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _grows_where_it_may(self) -> ScalingConfig:
+        if self.min_workers == self.max_workers:
+            why = f"does nothing with scaling.workers: {self.max_workers}: write {{min: ..., max: ...}} there, or"
+            refuse_set(self, "scaling", why, ["grow_after_s"])
+        return self
+
+    @model_validator(mode="after")
     def _makes_groups(self) -> ScalingConfig:
         size, least, most = self.shard_over, self.min_workers, self.max_workers
         if isinstance(size, int) and most // size * size < max(least, 2 * size):
@@ -188,7 +201,8 @@ class RecoveryConfig(Section):
     max_reference_failures: int = Field(
         20,
         ge=-1,
-        description="replicas lost since the last chunk scored, or checkpoint evaluated, or over the same one",
+        description="replicas lost since the last chunk scored, or checkpoint evaluated, or over the same one; and how "
+        "often each actor of `pairs` and `evaluate` is started again",
     )
     hang_timeout_s: PositiveFloat = Field(
         900.0, description="a group stands still when no step, evaluation or load ends in this time on some worker"
@@ -226,6 +240,13 @@ class TrackingConfig(Section):
                     "of your own"
                 )
         return names
+
+    @model_validator(mode="after")
+    def _project_is_somebodys(self) -> TrackingConfig:
+        if not {"wandb", "mlflow"} & set(self.trackers) and not self.own:
+            why = f"does nothing with tracking.trackers: {self.trackers}: add wandb or mlflow there, or"
+            refuse_set(self, "tracking", why, ["project"])
+        return self
 
     @property
     def own(self) -> list[str]:

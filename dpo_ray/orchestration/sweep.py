@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from dpo_ray import storage
-from dpo_ray.config import Config, load_config
+from dpo_ray.config import Config, load_config, read_yaml
 from dpo_ray.errors import (
     ActorsLostError,
     ConfigError,
@@ -264,7 +264,7 @@ def _evaluate(config: Config, step: int, judge: EndpointJudge | None, watcher: W
 def _axis(text: str) -> tuple[str, list[Any]]:
     key, separator, value = text.partition("=")
     try:
-        values = yaml.safe_load(value)
+        values = read_yaml(value)
         json.dumps(values)
     except (yaml.YAMLError, TypeError):  # YAML has dates, which no key takes.
         values = None

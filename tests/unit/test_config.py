@@ -210,6 +210,18 @@ def with_values(**sections: dict[str, Any]) -> dict[str, Any]:
             "objective.loss: sft has no reference",
         ),
         (with_values(optimizer={"schedule": "constant", "warmup_steps": 3}), "constant_with_warmup"),
+        *(
+            (with_values(**{section: {key: value, **others}}), f"{section}.{key} is .*, which does nothing w{why}")
+            for section, key, value, others, why in (
+                ("optimizer", "betas", [0.9, 0.95], {"name": "rmsprop"}, "ith optimizer.name: rmsprop"),
+                ("scaling", "grow_after_s", 5, {"workers": 3}, "ith scaling.workers: 3: write {min: ..., max: ...}"),
+                ("data", "prompt_truncation_side", "right", {}, "ithout data.max_prompt_length"),
+                ("tracking", "project", "mine", {}, r"ith tracking.trackers: \['tensorboard'\]: add wandb"),
+                ("evaluation", "timeout_s", 5, {}, "ith evaluation.judge: none; set evaluation.judge: endpoint"),
+                ("evaluation", "prior_std", 1, {}, "ith evaluation.judge: none, since nothing is ranked"),
+                ("evaluation", "top_p", 0.5, {"prompts": 0}, "ith evaluation.prompts: 0"),
+            )
+        ),
         ({key: value for key, value in MINIMAL.items() if key != "model"}, "model is required"),
         ({**MINIMAL, "name": "a/b"}, "name is 'a/b'"),
     ],
@@ -258,7 +270,10 @@ def test_a_secret_in_a_uri_is_refused_and_not_repeated(uri: str) -> None:
 def test_a_secret_of_the_environment_is_refused_and_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_canary-0123456789")
     monkeypatch.setenv("SHORT_TOKEN", "dpo_ray-1")
-    assert parse_config({**MINIMAL, "tracking": {"project": "dpo_ray-1"}}).tracking.project == "dpo_ray-1"
+    assert (
+        parse_config({**MINIMAL, "tracking": {"project": "dpo_ray-1", "trackers": ["wandb"]}}).tracking.project
+        == "dpo_ray-1"
+    )
     for section, key in (("tracking", "project"), ("tracking", "token"), ("data", "train")):
         with pytest.raises(ConfigError, match=f"^{section}.{key}: it has the environment's HF_TOKEN in it") as raised:
             parse_config({**MINIMAL, section: {key: "of hf_canary-0123456789"}})
@@ -270,7 +285,8 @@ def test_a_key_in_place_of_its_variable_is_not_repeated() -> None:
         with pytest.raises(ConfigError, match="evaluation.key_variable is not the name of an env") as raised:
             parse_config({**MINIMAL, "evaluation": {"key_variable": key}})
         assert key not in str(raised.value)
-    assert parse_config({**MINIMAL, "evaluation": {"key_variable": "MY_KEY_2"}}).evaluation.key_variable == "MY_KEY_2"
+    judge = {"judge": "endpoint", "endpoint": "http://x/v1", "endpoint_model": "m", "key_variable": "MY_KEY_2"}
+    assert parse_config({**MINIMAL, "evaluation": judge}).evaluation.key_variable == "MY_KEY_2"
 
 
 def test_what_is_no_secret_in_a_uri() -> None:
@@ -297,6 +313,19 @@ def test_files_that_are_no_configuration(tmp_path: Path, text: str) -> None:
         load_config(str(path))
     with pytest.raises(ConfigError, match="cannot read"):
         load_config(str(tmp_path / "none.yaml"))
+
+
+def test_numbers_as_people_write_them_and_keys_that_stand_twice(tmp_path: Path) -> None:
+    """1e-1 and 1e3 are texts in YAML 1.1, which PyYAML reads; a second section would hide the first."""
+    path = tmp_path / "run.yaml"
+    text = yaml.safe_dump(MINIMAL) + "objective:\n  loss: {sigmoid: 1e-1, sft: .5e+0}\nseed: 1e3\n"
+    path.write_text(text)
+    config = load_config(str(path), ["tracking.trackers=[wandb]", "tracking.project=inf", "optimizer.eps=1E-7"])
+    assert config.objective.shares == {"sigmoid": 0.1, "sft": 0.5}
+    assert (config.seed, config.tracking.project, config.optimizer.eps) == (1000, "inf", 1e-7)
+    path.write_text(text + "train:\n  epochs: 3\nobjective:\n  beta: 0.2\n")
+    with pytest.raises(ConfigError, match=r"(?s)run.yaml: not valid YAML: objective stands twice.*line \d+, column 1"):
+        load_config(str(path))
 
 
 def test_the_template_is_a_configuration_with_all_keys_and_defaults() -> None:
