@@ -363,7 +363,7 @@ def doctor(config: ConfigPath, overrides: Overrides = None) -> None:
     with console.status("looking at storage and nodes"):
         rows = examine(parsed, lambda: start_ray(parsed))
     table = Table(title=f"{parsed.name}: before the run")
-    for column in ("check", "where", "result", "how to mend"):
+    for column in ("check", "where", "result", "how to fix"):
         table.add_column(column, overflow="fold")
     marks = {"ok": "[green]✓ ok[/green]", "note": "[yellow]! note[/yellow]", "wrong": "[red]✗ wrong[/red]"}
     for row in rows:

@@ -50,7 +50,11 @@ class ProgressBar(Watcher):
     """A bar for what takes long, with time left; a line now and then where there is no terminal."""
 
     def __init__(self, console: Console) -> None:
-        """Args: console: Where to write."""
+        """Shows nothing yet.
+
+        Args:
+            console: Where to write.
+        """
         self._console = console
         self._progress = Progress(
             TextColumn("{task.description}"),

@@ -147,9 +147,9 @@ class NonFiniteLossError(UserError):
 
 
 class ErrorsWithoutSecrets(contextlib.ContextDecorator):
-    """What an error raised in a `with` block, or a function, says holds no secret, nor what led to it.
+    """Redacts secrets from errors raised inside a `with` block or a function, and from their causes.
 
-    Ray writes all of it down.
+    Ray writes all of them down.
     """
 
     def __enter__(self) -> None:

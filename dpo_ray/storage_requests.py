@@ -44,7 +44,7 @@ REQUEST_S, LOWEST_BYTES_PER_S, MOST_DOUBLINGS = 60.0, 1 << 20, 3
 TELL_AFTER_S, TELL_EVERY_S = 10.0, 30.0
 LONGEST_PAUSE_S = 10.0
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -186,14 +186,14 @@ def _tell_failure(place: str, since: float, message: Callable[[], str]) -> None:
         if due:
             outage.told = now
     if due:
-        _log.warning(message())
+        log.warning(message())
 
 
 def _tell_answer(place: str) -> None:
     with _lock:
         outage = _outages.pop(place, None)
     if outage is not None and outage.told is not None:
-        _log.warning("%s answers again after %.0f s", place, time.monotonic() - outage.since)
+        log.warning("%s answers again after %.0f s", place, time.monotonic() - outage.since)
 
 
 def time_limit_s(num_bytes: int = 0, base_s: float | None = None) -> float:

@@ -200,7 +200,7 @@ class Attempt:
     reference_attempt: int = 0
 
 
-# What a rank does that asks for its next batch: however long it takes, it is not hung.
+# What a rank does while it waits for a batch, which never counts as a hang.
 WAITING = "waiting for pairs"
 
 
@@ -228,7 +228,7 @@ class HeldOutPairs(Protocol):
 
 
 class Recording(Protocol):
-    """What who records a run's metrics needs of the surroundings: see `WorkerContext`."""
+    """What a recorder needs from its context: see `WorkerContext`."""
 
     @property
     def attempt(self) -> Attempt: ...

@@ -4,7 +4,7 @@ Every field's description is the comment that `dpo-ray config --template` prints
 """
 
 from dpo_ray.config.answers import EvaluationConfig, PairsConfig
-from dpo_ray.config.base import Dtype
+from dpo_ray.config.base import Dtype, leaves
 from dpo_ray.config.file import apply_overrides, load_config, parse_config, read_yaml, template, to_yaml
 from dpo_ray.config.model import AdapterConfig, ModelConfig
 from dpo_ray.config.objective import ObjectiveConfig
@@ -29,6 +29,7 @@ __all__ = [
     "TrainConfig",
     "apply_overrides",
     "changed_keys",
+    "leaves",
     "load_config",
     "parse_config",
     "read_yaml",

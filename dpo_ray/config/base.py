@@ -13,6 +13,7 @@ Dtype = Literal["float32", "bfloat16"]
 
 
 def absolute(uri: str) -> str:
+    """A local path from the root; a URI as it is."""
     # Tasks and actors have working directories of their own.
     return uri if "://" in uri else os.path.abspath(os.path.expanduser(uri))
 
@@ -78,6 +79,11 @@ def refuse_set(section: Section, prefix: str, why: str, keys: Iterable[str] | No
 
 
 def two_columns(key: str, columns: list[str] | None, example: str) -> list[str] | None:
+    """Columns of the scores of a pair's two answers.
+
+    Raises:
+        ValueError: They are not two, or not different.
+    """
     if columns is not None and (len(columns) != 2 or len(set(columns)) != 2):
         raise ValueError(
             f"{key} is {columns}: name two columns, of the chosen answer's and of the rejected one's score, e.g. "
@@ -87,6 +93,7 @@ def two_columns(key: str, columns: list[str] | None, example: str) -> list[str] 
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """What nested mappings hold, by dotted key."""
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
             yield from leaves(value, f"{prefix}{key}.")

@@ -28,8 +28,8 @@ class DataConfig(Section):
 
     train: list[Uri] | dict[Uri, PositiveFloat] = Field(
         description="files, folders or globs, local or of any fsspec URI: .jsonl, .jsonl.gz, .jsonl.zst, .parquet; or "
-        "a mixture, e.g. {a.jsonl: 1.0, b/: 0.5, c/: 2.0}: how often an epoch takes each one's pairs, half of them "
-        "being another half in the next epoch",
+        "a mixture, e.g. {a.jsonl: 1.0, b/: 0.5, c/: 2.0}: how often an epoch takes each one's pairs; 0.5 takes "
+        "half of them, and the next epoch the other half",
     )
     eval: list[Uri] | dict[str, list[Uri]] = Field(
         [],

@@ -232,6 +232,11 @@ class Config(Section):
             )
 
     @property
+    def tokenizer_path(self) -> str:
+        """Where the tokenizer is."""
+        return self.model.tokenizer or self.model.path
+
+    @property
     def reference_path(self) -> str:
         """Where the reference's weights are."""
         return self.reference.path or self.model.path
@@ -270,7 +275,7 @@ class Config(Section):
 
     def after_start(self) -> Config:
         """The run that goes on from there: its model is the policy's start, and the reference where none is named."""
-        path, tokenizer = f"{self.start().run_uri}/export", self.model.tokenizer or self.model.path
+        path, tokenizer = f"{self.start().run_uri}/export", self.tokenizer_path
         model = {**self.model.model_dump(), "path": path, "tokenizer": tokenizer}
         return Config.model_validate({**self.model_dump(), "model": model})
 

@@ -47,7 +47,7 @@ def export(
         with storage.scratch("export") as folder:
             with storage.while_it_grows(folder):
                 _write_model(folder, model, config, state)
-            load_tokenizer(config.model.tokenizer or config.model.path).save_pretrained(folder)
+            load_tokenizer(config.tokenizer_path).save_pretrained(folder)
             with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as card:
                 card.write(model_card(config, step))
             target = target or storage.join(config.run_uri, "export")

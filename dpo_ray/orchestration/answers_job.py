@@ -120,7 +120,7 @@ def _prompts(
     """
     from dpo_ray.model.sample import Template  # With torch.
 
-    tokenizer, data = load_tokenizer(config.model.tokenizer or config.model.path), config.data
+    tokenizer, data = load_tokenizer(config.tokenizer_path), config.data
     longest = min((each for each in (data.max_prompt_length, data.max_length) if each), default=None)
     template = Template(tokenizer, data.chat_template_kwargs)
     candidates = (

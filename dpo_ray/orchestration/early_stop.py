@@ -75,7 +75,7 @@ def check_metric(metric: str, keys: Iterable[str], configs: Iterable[Config]) ->
 
 
 def is_behind(metric: str, own: Mapping[int, float], others: Sequence[Mapping[int, float]]) -> bool:
-    """Whether a run's best value so far is worse than the median of what others were like in the mean up to that step.
+    """Whether a run's best value so far is worse than the median of what others were like on average up to that step.
 
     Not before its second evaluation, and not against fewer than `LEAST_RUNS` others that came so far.
 
@@ -114,7 +114,13 @@ class Race:
     """
 
     def __init__(self, metric: str, config: Config, before: Sequence[str]) -> None:
-        """Args: metric: One of `METRICS`. config: The run. before: The folders of the runs before it."""
+        """Reads how the earlier runs went.
+
+        Args:
+            metric: One of `METRICS`.
+            config: The run.
+            before: The folders of the runs before it.
+        """
         self.lost: Behind | None = None
         self._metric, self._config, self._own = metric, config, dict[int, float]()
         self._others = [{line["step"]: line[metric] for line in _evaluations(uri, metric)} for uri in before]

@@ -101,7 +101,7 @@ def _mean_pair(config: Config, given: int | None) -> tuple[tuple[float, float], 
     tokens = sum(chunk.num_tokens for chunk in made.train) / sum(chunk.num_pairs for chunk in made.train)
     sample = [(sum(map(len, pair.answers)), sum(map(len, pair.parts))) for pair in read_chunk(made.uri, made.train[0])]
     answers = tokens * sum(each[0] for each in sample) / sum(each[1] for each in sample)
-    return (tokens, answers), f"a pair has {tokens:,.0f} tokens, as the prepared ones have in the mean"
+    return (tokens, answers), f"a pair has {tokens:,.0f} tokens, as the prepared ones have on average"
 
 
 def _remedies(sizing: Sizing, lengths: list[int], least: int | None) -> Iterator[tuple[str, int]]:

@@ -139,7 +139,7 @@ def open_run(target: str, overrides: Sequence[str] | None = None) -> Run:
     else:
         changed = changed_keys(stored, config)
     if changed:
-        raise ConfigError(f"{run_uri} is a run with another configuration:\n  " + "\n  ".join(changed))
+        raise ConfigError(f"{run_uri} is a run with a different configuration:\n  " + "\n  ".join(changed))
     export_uri = storage.join(run_uri, "export")
     exported = storage.join(export_uri, "exported.json")
     if not storage.exists(exported):
@@ -244,7 +244,7 @@ def judge_of(config: Config) -> EndpointJudge | None:
 
 def _models(run: Run) -> list[Model]:
     config, options = run.config, run.config.evaluation
-    tokenizer = config.model.tokenizer or config.model.path
+    tokenizer = config.tokenizer_path
     return [
         Model(POLICY, run.export_uri, tokenizer, config.reference_path if options.samples_are_plain else None),
         Model(REFERENCE, config.reference_path, tokenizer),

@@ -19,7 +19,7 @@ from typing import Any
 from dpo_ray.config import Config
 from dpo_ray.errors import ErrorsWithoutSecrets, EvaluationError
 from dpo_ray.orchestration.reference_filler import LOOK_S, STOP_S, TELL_S
-from dpo_ray.orchestration.replicas import Losses, Replica, Replicas, Scored, until_stopped
+from dpo_ray.orchestration.replicas import Replica, ReplicaFailures, Replicas, Scored, until_stopped
 from dpo_ray.orchestration.resources import needs, needs_of_device
 from dpo_ray.orchestration.stream import Places, eval_feeds, make_feed
 from dpo_ray.training import evaluations
@@ -148,7 +148,9 @@ class Evaluator:
         """
         self._config, self._total_steps = config, total_steps
         self._pool: Replicas[_Checkpoint] = Replicas(config, EvaluationReplica, places)
-        self._losses = Losses(config.recovery.max_reference_failures, EvaluationError, "evaluation", config.run_uri)
+        self._failures = ReplicaFailures(
+            config.recovery.max_reference_failures, EvaluationError, "evaluation", config.run_uri
+        )
         self._waiting = list[_Checkpoint]()
         self._looked, self._many, self._told = 0.0, MANY, False
         # When somebody first asked whether all is done, and when the last look that found nothing began.
@@ -209,16 +211,16 @@ class Evaluator:
                 self._nothing_at = now
             self._warn_of_many(found)
         # The replica stays between two checkpoints: its room is kept for it.
-        if self._waiting and not self._losses.pausing():
+        if self._waiting and not self._failures.pausing():
             self._pool.resize(1)
         if self._waiting and self._pool.idle():
             self._pool.score(self._waiting[0])
         for event in self._pool.look(LOOK_S):
             self._news.set()
             if isinstance(event, Scored):
-                self._losses.done()
+                self._failures.done()
             else:
-                self._losses.count(event)
+                self._failures.count(event)
         if self._pool.waiting_s() > TELL_S and not self._told:
             self._told = True
             count = self._config.reference.devices_per_replica

@@ -34,7 +34,7 @@ FAILURES = ("worker", "node", "hang", "storage", "memory", "ray", "final")
 GAUGES: dict[str, tuple[tuple[str, ...], str]] = {
     "dpo_step": ((), "Optimizer steps done."),
     "dpo_steps_planned": ((), "Optimizer steps at which training ends."),
-    "dpo_epoch": ((), "Epochs done, with their part."),
+    "dpo_epoch": ((), "Epochs done, including the fraction."),
     "dpo_trained_tokens": ((), "Tokens trained on so far, prompts once per pair."),
     "dpo_loss": ((), "Mean loss of the last step's pairs."),
     "dpo_loss_finite": ((), "0 when a loss or gradient that is not finite has ended the run, else 1."),
@@ -126,7 +126,12 @@ class Gauges(Watcher):
     """
 
     def __init__(self, config: Config, watcher: Watcher) -> None:
-        """Args: config: The run. watcher: Who is told too."""
+        """Makes the gauges.
+
+        Args:
+            config: The run.
+            watcher: Who is told too.
+        """
         self._config, self._watcher = config, watcher
         self.values: dict[tuple[str, str], float] = {}
         self._gauges: dict[str, Gauge] = {}

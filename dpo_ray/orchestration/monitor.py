@@ -191,7 +191,11 @@ class Monitor:
     """The actor between workers and driver; it lives as long as an attempt."""
 
     def __init__(self, about: str) -> None:
-        """Args: about: The run and the attempt, for Ray's dashboard."""
+        """Has heard nothing yet.
+
+        Args:
+            about: The run and the attempt, for Ray's dashboard.
+        """
         self._about = about
         self._beats: dict[int, Beat] = {}
         self._came: dict[int, float] = {}

@@ -119,7 +119,7 @@ def _settle(config: Config, uri: str, prompts: Sequence[Any]) -> None:
     options, judge = config.pairs, config.pairs.judge
     assert judge is not None
     digests = storage.join(config.store_uri, "digests")
-    tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
+    tokenizer = load_tokenizer(config.tokenizer_path)
     if config.data.chat_template == "tokenizer":
         require_chat_template(tokenizer)
     if options.label == "log_ratio" and tokenizer_digest(load_tokenizer(judge)) != tokenizer_digest(tokenizer):
@@ -163,7 +163,7 @@ class _Part:
         options, device = config.pairs, torch.device("cuda" if config.pairs.gpus_per_actor else "cpu")
         if device.type == "cpu":
             torch.set_num_threads(max(1, int(options.cpus_per_actor)))
-        tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
+        tokenizer = load_tokenizer(config.tokenizer_path)
         templated = config.data.chat_template == "tokenizer"
         template = Template(tokenizer, config.data.chat_template_kwargs if templated else None)
         generation = {

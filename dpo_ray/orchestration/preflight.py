@@ -205,7 +205,7 @@ class _Previews(Watcher):
 def _check_model(config: Config) -> list[Row]:
     """The policy: its weights are whole, its tokenizer loads, fits and can do what the configuration asks."""
     rows = _check_weights("model", config.model.path)
-    tokenizer_uri = config.model.tokenizer or config.model.path
+    tokenizer_uri = config.tokenizer_path
     try:
         if not any(row.level == "wrong" for row in rows):
             refuse_auxiliary_loss(config.model.path)
@@ -390,7 +390,7 @@ def _gather(tasks: dict[str, Any], where: dict[str, str]) -> tuple[dict[str, Any
 
 def _inputs(config: Config) -> list[str]:
     """One object of each thing that nodes must be able to read."""
-    models = {config.model.path, config.model.tokenizer or config.model.path, config.reference_path}
+    models = {config.model.path, config.tokenizer_path, config.reference_path}
     inputs = [storage.join(uri, "config.json") for uri in sorted(models)]
     for _, pattern in config.data.sources:
         try:

@@ -60,10 +60,6 @@ _APART = {
 }
 
 
-def _tokenizer_uri(config: Config) -> str:
-    return config.model.tokenizer or config.model.path
-
-
 def _limits(config: Config) -> Limits:
     data = config.data
     return Limits(
@@ -119,7 +115,7 @@ def check_reachable(config: Config) -> None:
     Raises:
         StorageError: Nothing answers.
     """
-    models = [config.model.path, config.model.tokenizer or config.model.path, config.reference_path]
+    models = [config.model.path, config.tokenizer_path, config.reference_path]
     for uri in dict.fromkeys([config.storage_path, *models, *(pattern for _, pattern in config.data.sources)]):
         storage.check_reachable(uri)
 
@@ -136,7 +132,7 @@ def survey(config: Config, watcher: Watcher | None = None) -> Survey:
         ConfigError: The tokenizer cannot be loaded or does not fit.
     """
     data = config.data
-    tokenizer = load_tokenizer(_tokenizer_uri(config))
+    tokenizer = load_tokenizer(config.tokenizer_path)
     check_vocabulary(config.model.path, tokenizer)
     vocab_size = vocabulary_size(config.model.path)
     template = data.chat_template, _limits(config), vocab_size, data.chat_template_kwargs
@@ -181,7 +177,7 @@ def survey(config: Config, watcher: Watcher | None = None) -> Survey:
     job = Job(
         uri=uri,
         files=files,
-        tokenizer_uri=_tokenizer_uri(config),
+        tokenizer_uri=config.tokenizer_path,
         tokenizer_digest=about["tokenizer"],
         chat_template=data.chat_template,
         limits=_limits(config),

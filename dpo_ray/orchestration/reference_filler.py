@@ -19,7 +19,7 @@ from dpo_ray import storage
 from dpo_ray.config import Config
 from dpo_ray.errors import ReferenceFillError, StorageError
 from dpo_ray.model.weights import weights_digest
-from dpo_ray.orchestration.replicas import Losses, Lost, Scored, reference_replicas, until_stopped
+from dpo_ray.orchestration.replicas import Lost, ReplicaFailures, Scored, reference_replicas, until_stopped
 from dpo_ray.orchestration.resources import ensure_resources, needs, needs_of_device
 from dpo_ray.pairs.plan import Plan
 from dpo_ray.pairs.store import Chunk, PairStore
@@ -98,7 +98,6 @@ class Filled:
         replicas: How many there are.
         started_replicas: How many were started.
         most_replicas: The most there were.
-        replica_s: Seconds that replicas had room, over all of them.
         lost_replicas: How many were lost.
     """
 
@@ -111,7 +110,6 @@ class Filled:
     replicas: int = 0
     started_replicas: int = 0
     most_replicas: int = 0
-    replica_s: float = 0.0
     lost_replicas: int = 0
 
 
@@ -162,7 +160,9 @@ class ReferenceFiller:
         self._started_before = self.filled.started_replicas
         self._demand = Demand(config.reference.least_replicas, config.reference.most_replicas)
         on_record = config.run_uri if generation else None
-        self._losses = Losses(config.recovery.max_reference_failures, ReferenceFillError, "reference", on_record)
+        self._failures = ReplicaFailures(
+            config.recovery.max_reference_failures, ReferenceFillError, "reference", on_record
+        )
         # Refused by a reader, and not scored again yet.
         self._again: set[str] = set()
         # The order of need, up to the first chunk without scores.
@@ -240,19 +240,17 @@ class ReferenceFiller:
 
     def _go_on(self) -> None:
         self._take_refused()
-        began = time.monotonic()
         if self._without:
             self._work()
         else:
             self._rest()
-        self.filled.replica_s += self.filled.replicas * (time.monotonic() - began)
         self._report()
 
     def _work(self) -> None:
         if self._claims is None:
             self._claims = Claims(self._reference.uri, *self._name)
         self._look_elsewhere()
-        if not self._losses.pausing():
+        if not self._failures.pausing():
             self._pool.resize(min(self._wanted(), len(self._without) - len(self._elsewhere)))
         self._hand_out()
         for event in self._pool.look(LOOK_S):
@@ -349,7 +347,7 @@ class ReferenceFiller:
             self._complete.clear()
 
     def _scored(self, event: Scored[Chunk]) -> None:
-        self._losses.done()
+        self._failures.done()
         self.filled.scored_pairs += event.work.num_pairs
         rate = event.work.num_pairs / max(1e-3, event.seconds)
         self.filled.pairs_per_s = _smoothed(self.filled.pairs_per_s, rate)
@@ -374,7 +372,7 @@ class ReferenceFiller:
         if event.work is not None:
             self._give_back(event.work)
             self._todo.appendleft(event.work)
-        self._losses.count(event)
+        self._failures.count(event)
 
     def _give_back(self, chunk: Chunk) -> None:
         assert self._claims is not None

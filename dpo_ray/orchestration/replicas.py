@@ -232,8 +232,8 @@ def until_stopped(go_on: Callable[[], None], stopped: threading.Event, what: str
             stopped.wait(LOST_PAUSE_S)
 
 
-class Losses:
-    """Losses of replicas since the last piece of work that was done, and over the same one."""
+class ReplicaFailures:
+    """Replicas lost since the last piece of work that was done, and over the same one."""
 
     def __init__(self, limit: int, error: type[FinalError], what: str, run_uri: str | None = None) -> None:
         """Begins to count.
@@ -246,7 +246,7 @@ class Losses:
         """
         self._limit, self._error, self._what, self._run_uri = limit, error, what, run_uri
         self._tries: Counter[str] = Counter()
-        self._losses, self._raised, self._lost_at = 0, "", -LOST_PAUSE_S
+        self._failures, self._raised, self._lost_at = 0, "", -LOST_PAUSE_S
 
     def pausing(self) -> bool:
         """Whether one has just been lost."""
@@ -254,7 +254,7 @@ class Losses:
 
     def done(self) -> None:
         """Work was done."""
-        self._losses, self._raised = 0, ""
+        self._failures, self._raised = 0, ""
 
     def count(self, event: Lost[W]) -> None:
         """Counts a loss.
@@ -270,8 +270,8 @@ class Losses:
         self._raised = event.reason if event.raised else ""
         # With a node, all that were on it are lost.
         if not self.pausing():
-            self._losses, self._lost_at = self._losses + 1, time.monotonic()
-        what, times = "", self._losses
+            self._failures, self._lost_at = self._failures + 1, time.monotonic()
+        what, times = "", self._failures
         if event.work is not None:
             self._tries[event.work.name] += 1
             what, times = f" over {event.work.name}", max(times, self._tries[event.work.name])

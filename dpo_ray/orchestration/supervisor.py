@@ -182,7 +182,11 @@ class Failures:
     """Failures since the last new checkpoint, by kind."""
 
     def __init__(self, limits: RecoveryConfig) -> None:
-        """Args: limits: How many of each kind are survived."""
+        """Counts from 0.
+
+        Args:
+            limits: How many of each kind are survived.
+        """
         self._limits, self._position = limits, -1
         self._counts: Counter[str] = Counter()
 

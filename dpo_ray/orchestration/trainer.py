@@ -38,7 +38,7 @@ from dpo_ray.orchestration.supervisor import supervise
 from dpo_ray.orchestration.watch import Watcher, warnings_to
 from dpo_ray.orchestration.worker import final_error
 from dpo_ray.pairs.pack import Costs
-from dpo_ray.pairs.plan import Plan
+from dpo_ray.pairs.plan import Plan, total_steps
 from dpo_ray.pairs.store import PairStore, open_store
 from dpo_ray.reference.store import ReferenceStore, error_place
 from dpo_ray.reference.usage import note_use
@@ -205,7 +205,7 @@ def _as_it_stands(config: Config, watcher: Watcher) -> Result | None:
     """The result of a run that is finished; None for one to begin or to go on with.
 
     Raises:
-        ConfigError: It has another configuration.
+        ConfigError: It has a different configuration.
     """
     _refuse_changed_config(config)
     finished = finished_run(config)
@@ -396,7 +396,7 @@ def planned_steps(config: Config) -> int | None:
     if not storage.exists(described):
         return None
     per_epoch: int = yaml.safe_load(storage.read_bytes(described))["about"]["steps_per_epoch"]
-    return min(per_epoch * config.train.epochs, config.train.max_steps or 2**62)
+    return total_steps(per_epoch, config.train.epochs, config.train.max_steps)
 
 
 def _write_config(config: Config, plan: Plan, pairs: PairStore, weights: dict[str, str]) -> None:
@@ -493,7 +493,7 @@ def _refuse_changed_config(config: Config) -> None:
     changed += [f"{name}: its code has changed" for name in now if before.get(name, now[name]) != now[name]]
     if changed:
         raise ConfigError(
-            f"{config.run_uri} is a run with another configuration; going on would not be the same training:\n  "
+            f"{config.run_uri} is a run with a different configuration; going on would not be the same training:\n  "
             + "\n  ".join(changed)
             + "\nChange them back, or choose another name"
         )

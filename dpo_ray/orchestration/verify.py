@@ -23,7 +23,7 @@ import yaml
 from dpo_ray import storage
 from dpo_ray.errors import CheckpointError, DataError
 from dpo_ray.orchestration.watch import Watcher
-from dpo_ray.pairs.plan import Plan, Take, batch_digest, source_weights
+from dpo_ray.pairs.plan import Plan, Take, batch_digest, source_weights, total_steps
 from dpo_ray.pairs.store import Chunk, PairStore, open_store, read_pair_ids
 from dpo_ray.training import manifest
 
@@ -189,7 +189,7 @@ def verify(run_uri: str, watcher: Watcher | None = None) -> Verdict:
     if per_epoch != run.about["steps_per_epoch"]:
         found = f"{plan.num_pairs} pairs of {pairs.uri} in batches of {batch} make {per_epoch} steps per epoch"
         findings.add(None, f"{found}, config.yaml says {run.about['steps_per_epoch']}")
-    planned = min(per_epoch * run.config["train"]["epochs"], run.config["train"]["max_steps"] or 2**62)
+    planned = total_steps(per_epoch, run.config["train"]["epochs"], run.config["train"]["max_steps"])
     # A run whose end was brought forward keeps the steps that it had done.
     total = max(planned, attempts[-1]["position"] if attempts else 0)
     newest = max(run.checkpoints, default=None)

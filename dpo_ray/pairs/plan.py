@@ -107,7 +107,8 @@ class Plan:
         """What an epoch takes from the chunks, in the order in which it reads them.
 
         A source with a weight w is gone through again and again in one order, and an epoch takes the next w-th part of
-        that: after E epochs each of its pairs has been taken E w times, rounded down or up. Whole chunks rather than a
+        that, a whole number of pairs: after E epochs each of its n pairs has been taken E round(w n) / n times, rounded
+        down or up. Whole chunks rather than a
         part of each, so that the reference scores nothing that no step needs.
         """
         found = [Take(chunk, 0, chunk.num_pairs) for chunk in self.chunks]
@@ -200,8 +201,13 @@ def plan_of(
 ) -> Plan:
     """The plan of a run: whole epochs, or up to `max_steps`."""
     plan = Plan(seed, tuple(chunks), global_batch_pairs, 0, weights)
-    total = epochs * plan.steps_per_epoch
-    return replace(plan, total_steps=min(total, max_steps or total))
+    return replace(plan, total_steps=total_steps(plan.steps_per_epoch, epochs, max_steps))
+
+
+def total_steps(steps_per_epoch: int, epochs: int, max_steps: int | None) -> int:
+    """Optimizer steps at which a run ends: whole epochs, or `max_steps`."""
+    total = epochs * steps_per_epoch
+    return min(total, max_steps or total)
 
 
 def batch_digest(pair_ids: Sequence[bytes]) -> str:

@@ -64,7 +64,7 @@ class Statistics:
         comparisons: Of a chosen answer with a rejected one.
         chosen_longer: Share of the comparisons whose chosen answer has more tokens.
         chosen_shorter: Share of them whose chosen answer has fewer.
-        more_tokens: How many tokens a chosen answer has more than a rejected one, in the mean.
+        more_tokens: How many tokens a chosen answer has more than a rejected one, on average.
         answers: How many pairs have how many answers.
         prompts: How many prompts there are.
         score_gaps: Of the pairs whose answers have scores; None where none have.

@@ -48,7 +48,7 @@ def check_brought(
     raise DataError(
         f"{place}: reference.columns brings {theirs[pair, answer]:.6g} for "
         f"answer {answer} of {lengths[pair, answer]} tokens, the reference gives {own[pair, answer]:.6g}; of "
-        f"{len(sample)} pairs they differ by {gaps.mean():.3g} nats per token in the mean, numerics explain "
+        f"{len(sample)} pairs they differ by {gaps.mean():.3g} nats per token on average, numerics explain "
         f"{TOLERANCE:g}{looks_like}: name the model that they come from as reference.path, see that template and "
         "tokenizer are the same, or leave reference.columns out"
     )

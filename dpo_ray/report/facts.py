@@ -15,6 +15,7 @@ import yaml
 from dpo_ray import storage
 from dpo_ray.errors import ConfigError, DataError
 from dpo_ray.lease import last_holder
+from dpo_ray.pairs.plan import total_steps
 from dpo_ray.pairs.statistics import Statistics, describe
 from dpo_ray.pairs.store import PairStore, open_store
 from dpo_ray.redaction import shown
@@ -290,16 +291,19 @@ def read_facts(run_uri: str) -> Facts:
     steps = columns([line for line in lines if "loss" in line])
     evaluations = columns([line for line in lines if "eval_loss" in line])
     ledger = storage.read_json_lines(storage.join(run_uri, "ledger.jsonl"))
-    total_steps = _total_steps(config, about)
+    planned = None
+    if config and "steps_per_epoch" in about:
+        train = config["train"]
+        planned = total_steps(int(about["steps_per_epoch"]), train["epochs"], train["max_steps"])
     facts = Facts(
         run_uri=run_uri,
         name=str(config.get("name") or storage.name_of(run_uri)),
-        status=_status(run_uri, ended, int(steps.step[-1]) if len(steps) else 0, total_steps),
+        status=_status(run_uri, ended, int(steps.step[-1]) if len(steps) else 0, planned),
         config=config,
         about=about,
         steps=steps,
         evaluations=evaluations,
-        total_steps=total_steps,
+        total_steps=planned,
         pairs_trained=sum(int(line.get("num_pairs", 0)) for line in ledger),
         attempts=tuple(_attempts(past, ledger, steps)),
         faults=tuple((_time(each.time), shown(each.reason)) for each in read_faults(run_uri)),
@@ -382,12 +386,6 @@ def _optional(uri: str) -> bytes | None:
 
 def _number(value: Any) -> float:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
-
-
-def _total_steps(config: dict[str, Any], about: dict[str, Any]) -> int | None:
-    if not config or "steps_per_epoch" not in about:
-        return None
-    return int(min(about["steps_per_epoch"] * config["train"]["epochs"], config["train"]["max_steps"] or 2**62))
 
 
 def _status(run_uri: str, ended: outcome.Outcome | None, steps: int, total: int | None) -> Status:

@@ -18,6 +18,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from dpo_ray import storage
+from dpo_ray.config import leaves
 from dpo_ray.errors import ConfigError
 from dpo_ray.pairs.statistics import PERCENTILES, Statistics, bars
 from dpo_ray.pairs.store import COUNTS
@@ -426,7 +427,7 @@ def _data_charts(statistics: Statistics | None) -> list[Chart]:
 
 
 def _calibration(evaluation: Mapping[str, Any]) -> Chart | None:
-    """How often the model is right where it is how sure."""
+    """Accuracy by confidence."""
     bins = evaluation["held_out"]["calibration"]["bins"] if evaluation else []
     sure, right = (np.array([100 * each[name] for each in bins]) for name in ("confidence", "accuracy"))
     even = np.array([50.0, 100.0])
@@ -467,15 +468,7 @@ def _distinct_names(runs: Iterable[Facts]) -> list[str]:
 
 def _differing(configs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
     """Keys of the configuration that are not the same in all runs, with their values."""
-    flat = [dict(_flat(each)) for each in configs]
+    flat = [dict(leaves(each)) for each in configs]
     keys = list(dict.fromkeys(key for each in flat for key in each))
     values = {key: [shown(str(each.get(key, "–"))) for each in flat] for key in keys}
     return [(key, each) for key, each in values.items() if len(set(each)) > 1]
-
-
-def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in section.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

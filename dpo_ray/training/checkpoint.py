@@ -63,7 +63,7 @@ from dpo_ray.training.manifest import (
 )
 from dpo_ray.types import TrainState
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 _LAYOUT = "layout.json"
 # Of the names of tensors. What others read who want nothing else, the policy or a moving reference, is in files of its
 # own: the optimizer's state is twice the policy's weights.
@@ -244,7 +244,7 @@ class Checkpointer:
         if self._rank == 0:
             if self._listener is not None:
                 self._listener.committed({"checkpoint": state.step})
-            _log.info("the checkpoint of step %d is committed", state.step)
+            log.info("the checkpoint of step %d is committed", state.step)
             best = state.best_step if self._keep_best and self._keep_best == state.best_metric else None
             try:
                 newest = read_attempts(self._run_uri)[-1:]
@@ -253,7 +253,7 @@ class Checkpointer:
                 needed = self._listener.needs if self._listener is not None else lambda step: False
                 prune(self._run_uri, self._keep, self._attempt, best, spared, needed)
             except (DpoRayError, OSError) as error:  # The checkpoint is there: old ones are nothing to fail for.
-                _log.warning("old checkpoints were not removed: %s", error)
+                log.warning("old checkpoints were not removed: %s", error)
 
     def _read(self, name: str) -> Manifest:
         manifest, layout = self._from_rank_0(partial(_read_layout, self._run_uri, name))
@@ -304,7 +304,7 @@ def _set_aside_if_damaged(run_uri: str, name: str, error: _DamagedError) -> None
     if error.file is not None:
         with suppress(_DamagedError, FileNotFoundError), storage.scratch("load") as local:
             _verified(checkpoint_uri(run_uri, name), error.file, read_manifest(run_uri, name), local)
-            _log.error("%s; but rank 0 reads it well: memory or disk of that rank's host may be faulty", error)
+            log.error("%s; but rank 0 reads it well: memory or disk of that rank's host may be faulty", error)
             return
     set_aside(run_uri, name, str(error))
 

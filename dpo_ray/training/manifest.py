@@ -22,7 +22,7 @@ from dpo_ray import storage
 from dpo_ray.errors import CheckpointError, FencedError, VersionError
 from dpo_ray.types import TrainState
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 FORMAT_VERSION, READ_VERSIONS = 4, (2, 3, 4)
 _STEP = re.compile(r"step-\d+")
 _MANIFEST, _ASIDE, _ATTEMPT = "manifest.json", "set-aside-", "attempt-"
@@ -171,7 +171,7 @@ def set_aside(run_uri: str, name: str, reason: str) -> None:
     # The record first: it is enough to set the checkpoint aside, should the power fail before the manifest is gone.
     storage.write_json(storage.join(place, record), {"reason": reason, "manifest": manifest.decode(errors="replace")})
     storage.remove(storage.join(place, _MANIFEST))
-    _log.warning("%s: set aside: %s", name, reason)
+    log.warning("%s: set aside: %s", name, reason)
 
 
 def prune(

@@ -28,7 +28,7 @@ from dpo_ray.training.budget import Budget
 from dpo_ray.training.checkpoint import patient_group
 from dpo_ray.types import WAITING, GlobalBatch, WorkerContext
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 # Beyond what a step needs: a task of the stream that waits for scores looks for them every few seconds only.
@@ -191,7 +191,7 @@ class OwnReference:
         except FileNotFoundError:
             return False
         except ReferenceMismatchError as error:
-            _log.warning("%s: it is scored again", error)
+            log.warning("%s: it is scored again", error)
             return False
         return True
 

@@ -38,7 +38,7 @@ from typing import Any, NamedTuple, TypeVar
 from torch.utils.tensorboard import SummaryWriter
 
 from dpo_ray import storage
-from dpo_ray.config import Config
+from dpo_ray.config import Config, leaves
 from dpo_ray.errors import ConfigError, StopTraining, TrackerError
 from dpo_ray.extensions import check_installed, imported
 from dpo_ray.redaction import without_secrets
@@ -52,7 +52,7 @@ FINISH_WAIT_S = 10.0
 # MLflow's own limits of one request and one value.
 MLFLOW_METRICS, MLFLOW_PARAMS, MLFLOW_PARAM_LENGTH = 1000, 100, 6000
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 
@@ -135,7 +135,11 @@ class TensorBoard(Tracker):
     """Event files, in `<run>/tensorboard`."""
 
     def __init__(self, run: TrackedRun) -> None:
-        """Args: run: Its events after the position are dropped: those steps are done again."""
+        """Opens the files.
+
+        Args:
+            run: Its events after the position are dropped: those steps are done again.
+        """
         self._uri = storage.join(run.config.run_uri, "tensorboard")
         self._folder = tempfile.TemporaryDirectory(prefix="dpo_ray-events-")
         self._writer = SummaryWriter(self._folder.name, purge_step=run.position + 1)
@@ -167,7 +171,11 @@ class Wandb(Tracker):
     background, package = True, "wandb"
 
     def __init__(self, run: TrackedRun) -> None:
-        """Args: run: To be tracked."""
+        """Begins.
+
+        Args:
+            run: To be tracked.
+        """
         self._about = run
         self._run: Any = None
 
@@ -219,7 +227,11 @@ class Mlflow(Tracker):
     background, package = True, "mlflow"
 
     def __init__(self, run: TrackedRun) -> None:
-        """Args: run: To be tracked."""
+        """Begins.
+
+        Args:
+            run: To be tracked.
+        """
         self._about = run
         self._client: Any = None
         self._run_id = ""
@@ -262,7 +274,10 @@ class Mlflow(Tracker):
             run = found[0] if found else client.create_run(place, run_name=config.name, tags={tag: self._about.run_id})
             if found:
                 client.update_run(run.info.run_id, status="RUNNING")
-            flat = _flat(config.model_dump(mode="json"))
+            flat = (
+                (key, value if isinstance(value, str) else json.dumps(value))
+                for key, value in leaves(config.model_dump(mode="json"))
+            )
             params = [Param(key, text[:MLFLOW_PARAM_LENGTH]) for key, text in flat if key not in run.data.params]
             for some in _chunks(params, MLFLOW_PARAMS):
                 client.log_batch(run.info.run_id, params=some)
@@ -274,7 +289,7 @@ TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": Wandb
 
 
 class _Checkpoint(NamedTuple):
-    """That one has been committed."""
+    """A committed checkpoint."""
 
     step: int
     uri: str
@@ -421,7 +436,7 @@ class Own(Tracker):
         except TrackerError as error:
             if not failed:
                 raise
-            _log.warning("%s", error)
+            log.warning("%s", error)
 
     @contextlib.contextmanager
     def _named(self) -> Iterator[None]:
@@ -483,7 +498,7 @@ def open_trackers(config: Config, position: int, publish: Callable[[dict[str, An
     """
 
     def warn(text: str) -> None:
-        _log.warning(text)
+        log.warning(text)
         publish({"warning": text})
 
     check_trackers(config)
@@ -502,15 +517,6 @@ def _run_id(config: Config) -> str:
     if not storage.exists(place):
         storage.write_json(place, {"run_id": uuid.uuid4().hex})
     return str(storage.read_json(place)["run_id"])
-
-
-def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """The leaves of nested mappings, by dotted key."""
-    for key, inner in value.items():
-        if isinstance(inner, dict) and inner:
-            yield from _flat(inner, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", inner if isinstance(inner, str) else json.dumps(inner)
 
 
 def _chunks(values: list[_T], size: int) -> Iterator[list[_T]]:

@@ -189,7 +189,7 @@ def test_an_actor_that_no_node_can_hold(trained: Config) -> None:
 def test_what_cannot_be_evaluated(trained: Config, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not the directory of a run"):
         evaluate(str(tmp_path))
-    with pytest.raises(ConfigError, match=r"is a run with another configuration:\n  objective.beta: 0.1 -> 0.2"):
+    with pytest.raises(ConfigError, match=r"is a run with a different configuration:\n  objective.beta: 0.1 -> 0.2"):
         evaluate(trained.run_uri, ["objective.beta=0.2"])
     exported = Path(trained.run_uri, "export", "exported.json")
     text = exported.read_text()

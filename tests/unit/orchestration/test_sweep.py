@@ -39,8 +39,8 @@ def test_all_combinations_have_names_and_settings(file: str) -> None:
     grid = ["optimizer.learning_rate=[1e-6, 2.5e-5]", "objective.loss=[sigmoid, {hinge: 0.5, sft: 1}]"]
     found = points(file, grid, ["seed=7"])
     assert [point.config.name for point in found] == [
-        "run-learning_rate-1e_6-loss-sigmoid",
-        "run-learning_rate-1e_6-loss-hinge_0.5_sft_1",
+        "run-learning_rate-1e_06-loss-sigmoid",
+        "run-learning_rate-1e_06-loss-hinge_0.5_sft_1",
         "run-learning_rate-2.5e-05-loss-sigmoid".replace("e-05", "e_05"),
         "run-learning_rate-2.5e_05-loss-hinge_0.5_sft_1",
     ]
