@@ -34,7 +34,8 @@ from torch.optim import AdamW
 from dpo_ray.demo_data import tiny_llama_config
 from dpo_ray.model.shard import shard
 from dpo_ray.objective.losses import sigmoid
-from dpo_ray.training.checkpoint import Checkpointer, tensors_of
+from dpo_ray.training.checkpoint import Checkpointer
+from dpo_ray.training.checkpoint_tensors import tensors_of
 from dpo_ray.training.step import Objective, train_step
 from dpo_ray.types import GlobalBatch, Microbatch, TrainState
 

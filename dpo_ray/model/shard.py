@@ -384,6 +384,11 @@ def clip_grad_norm(model: nn.Module, max_norm: float | None) -> torch.Tensor:
     return norm
 
 
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a sharded tensor; a plain one as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def gathered_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """The whole state on rank 0, on the CPU, with an adapter without what is frozen; empty on the other ranks.
 

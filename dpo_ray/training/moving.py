@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from dpo_ray.config import ReferenceConfig
-from dpo_ray.training.checkpoint import parameters_of
+from dpo_ray.model.shard import local_part
+from dpo_ray.training.checkpoint_tensors import parameters_of
 from dpo_ray.types import TrainState
 
 
@@ -31,7 +31,7 @@ class MovingReference:
         for name, parameter in parameters_of(model).items() if self._every else ():
             # In bfloat16 a small share of a small difference would round to nothing.
             self.tensors[name] = torch.empty_like(parameter, dtype=torch.float32, device="cpu", requires_grad=False)
-            _local(self.tensors[name]).copy_(_local(parameter))
+            local_part(self.tensors[name]).copy_(local_part(parameter.detach()))
 
     @torch.no_grad()
     def follow(self, state: TrainState) -> bool:
@@ -43,11 +43,7 @@ class MovingReference:
         if self._every is None or state.step % self._every:
             return False
         for name, parameter in parameters_of(self._model).items():
-            own = _local(self.tensors[name])
-            own.lerp_(_local(parameter).to(own), self._alpha)
+            own = local_part(self.tensors[name])
+            own.lerp_(local_part(parameter.detach()).to(own), self._alpha)
         state.reference_attempt = self._attempt
         return True
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()

@@ -20,7 +20,7 @@ from dpo_ray.errors import ConfigError
 from dpo_ray.extensions import check_installed
 from dpo_ray.model.linear import widens
 from dpo_ray.model.load import DTYPES
-from dpo_ray.model.shard import embeddings_of
+from dpo_ray.model.shard import embeddings_of, local_part
 
 # Of bitsandbytes' kernel: so many moments have a scale in common.
 BLOCK = 256
@@ -99,15 +99,15 @@ class AdamW8bit(_AdamWForOthers):
                     state[moment] = torch.zeros_like(parameter, dtype=torch.uint8)
                     state[f"{moment}_scale"] = torch.zeros_like(scales)
             state["step"] += 1
-            if not _local(parameter).numel():
+            if not local_part(parameter).numel():
                 continue
             unused = 0.0, 0.0  # A third beta, and alpha.
             torch.ops.bitsandbytes.optimizer_update_8bit_blockwise(
                 "adam",
-                *(_local(tensor) for tensor in (grad, parameter, state["exp_avg"], state["exp_avg_sq"])),
+                *(local_part(tensor) for tensor in (grad, parameter, state["exp_avg"], state["exp_avg_sq"])),
                 *(*group["betas"], *unused, group["eps"], int(state["step"]), group["lr"]),
                 *self._codes,
-                *(_local(state[name]).view(-1) for name in ("exp_avg_scale", "exp_avg_sq_scale")),
+                *(local_part(state[name]).view(-1) for name in ("exp_avg_scale", "exp_avg_sq_scale")),
                 group["weight_decay"],
                 1.0,  # The gradient is clipped already.
             )
@@ -143,7 +143,7 @@ class Muon(_AdamWForOthers):
             wholes = [parameter for parameter, _ in dealt]
             updates = _dealt([self._ahead(parameter) for parameter in wholes], wholes)
             for (parameter, group), update in zip(dealt, updates, strict=True):
-                local = _local(parameter)
+                local = local_part(parameter)
                 local.mul_(1 - group["lr"] * group["weight_decay"])
                 rate = 0.2 * math.sqrt(max(parameter.shape)) * group["lr"]
                 local.add_(update.view_as(local), alpha=-rate)
@@ -155,7 +155,7 @@ class Muon(_AdamWForOthers):
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
         state["momentum"].lerp_(grad, 1 - MOMENTUM)
-        return _local(grad).lerp(_local(state["momentum"]), MOMENTUM).to(self._dtype)
+        return local_part(grad).lerp(local_part(state["momentum"]), MOMENTUM).to(self._dtype)
 
 
 def _dealt(parts: list[torch.Tensor], matrices: list[nn.Parameter]) -> list[torch.Tensor]:
@@ -292,7 +292,3 @@ def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
     """Of the next step, for all parameters."""
     for group in optimizer.param_groups:
         group["lr"] = rate
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

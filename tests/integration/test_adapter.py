@@ -38,7 +38,8 @@ from dpo_ray.orchestration.watch import Watcher
 from dpo_ray.pairs import pack
 from dpo_ray.pairs.store import read_chunk
 from dpo_ray.reference.scorer import Scorer, score_pairs
-from dpo_ray.training.checkpoint import Checkpointer, tensors_of
+from dpo_ray.training.checkpoint import Checkpointer
+from dpo_ray.training.checkpoint_tensors import tensors_of
 from dpo_ray.training.optimizer import build_optimizer
 from dpo_ray.training.step import Objective, train_step
 from dpo_ray.types import ScoredPair, TokenizedPair, TrainState

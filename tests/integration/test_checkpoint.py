@@ -21,8 +21,9 @@ from dpo_ray import storage
 from dpo_ray.config import ModelConfig, OptimizerConfig
 from dpo_ray.errors import CheckpointError, FencedError
 from dpo_ray.model.shard import sharded_policy
-from dpo_ray.training import checkpoint, manifest
+from dpo_ray.training import checkpoint_files, manifest
 from dpo_ray.training.checkpoint import Checkpointer
+from dpo_ray.training.checkpoint_tensors import tensors_of
 from dpo_ray.training.optimizer import build_optimizer
 from dpo_ray.types import TrainState
 
@@ -56,7 +57,7 @@ def step(policy: Any, optimizer: Any) -> None:
 
 def content(policy: Any, optimizer: Any) -> dict[str, torch.Tensor]:
     """This rank's part, copied."""
-    tensors = checkpoint.tensors_of(policy, optimizer).items()
+    tensors = tensors_of(policy, optimizer).items()
     return {name: (t.to_local() if hasattr(t, "to_local") else t).detach().clone() for name, t in tensors}
 
 
@@ -72,13 +73,13 @@ def newest(run: str) -> str | None:
 def background(rank: int, world: int, model: str, run: str) -> None:
     policy, optimizer = build(model)
     step(policy, optimizer)
-    gate, write = threading.Event(), checkpoint.write_safetensors
+    gate, write = threading.Event(), checkpoint_files.write_safetensors
 
     def gated(path: str, tensors: dict[str, torch.Tensor]) -> Any:
         assert gate.wait(60)
         return write(path, tensors)
 
-    checkpoint.write_safetensors = gated
+    checkpoint_files.write_safetensors = gated
     committing = []
     checkpoints = Checkpointer(
         run, policy, optimizer, 7, keep=5, listener=Listening(lambda state: committing.append(state.step))
@@ -158,14 +159,14 @@ def failed_writes(rank: int, world: int, model: str, run: str) -> None:
 
     # A file that was written, and is not there.
     def lose(path: str, tensors: dict[str, torch.Tensor]) -> Any:
-        record = checkpoint.FileRecord(9, "")
+        record = manifest.FileRecord(9, "")
         if rank == 0:
             record = write(path, tensors)
         return record
 
-    write, checkpoint.write_safetensors = checkpoint.write_safetensors, lose
+    write, checkpoint_files.write_safetensors = checkpoint_files.write_safetensors, lose
     attempt(2, r"rank-0001\.safetensors: missing, 9 bytes were written", CheckpointError)
-    checkpoint.write_safetensors = write
+    checkpoint_files.write_safetensors = write
 
     def fence(state: TrainState) -> None:
         raise FencedError(f"step {state.step} is another's")

@@ -27,8 +27,9 @@ from dpo_ray.pairs import store
 from dpo_ray.pairs.pack import Costs
 from dpo_ray.reference.scorer import Scorer
 from dpo_ray.reference.store import ReferenceStore
-from dpo_ray.training import checkpoint, evaluations, manifest
+from dpo_ray.training import evaluations, manifest
 from dpo_ray.training.checkpoint import Checkpointer, read_policy
+from dpo_ray.training.checkpoint_tensors import make_state
 from dpo_ray.training.evaluate import evaluate
 from dpo_ray.training.optimizer import build_optimizer
 from dpo_ray.training.step import objective_of
@@ -210,7 +211,7 @@ def evaluated_one(rank: int, world: int, config: Config, places: Places) -> None
                 local = parameter.to_local()
                 local.add_(0.05 * torch.randn(local.shape, generator=noise))
     optimizer = build_optimizer(policy, config.optimizer, config.model.compute_dtype)
-    checkpoint._make_state(optimizer)
+    make_state(optimizer)
     state = TrainState(4, mean_reward=0.25)
     with Checkpointer(config.run_uri, policy, optimizer, attempt=3, keep=1) as checkpoints:
         checkpoints.save(state)

@@ -22,7 +22,8 @@ from dpo_ray.objective.losses import LOSSES, AnswerStats
 from dpo_ray.pairs import pack
 from dpo_ray.reference.scorer import Scorer
 from dpo_ray.training import step as step_module
-from dpo_ray.training.checkpoint import Checkpointer, tensors_of
+from dpo_ray.training.checkpoint import Checkpointer
+from dpo_ray.training.checkpoint_tensors import tensors_of
 from dpo_ray.training.metrics import slowest
 from dpo_ray.training.optimizer import build_optimizer
 from dpo_ray.training.step import Objective, train_step

@@ -76,6 +76,8 @@ ORDER = [
     "training.outcome",
     "training.evaluations",
     "training.evaluate",
+    "training.checkpoint_tensors",
+    "training.checkpoint_files",
     "training.checkpoint",
     "training.kept",
     "training.moving",
@@ -146,7 +148,7 @@ OWNERS = {
     "jinja2": ("pairs.render", "report.page"),
     "rich": ("cli", "display", "demo"),
     "torch.distributed.fsdp": ("model.shard",),
-    "torch.distributed.checkpoint": ("model.shard", "training.checkpoint"),
+    "torch.distributed.checkpoint": ("model.shard", "training.checkpoint_files", "training.checkpoint"),
 }
 
 

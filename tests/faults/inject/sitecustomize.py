@@ -122,7 +122,7 @@ def in_manifest(module: ModuleType) -> None:
 
 
 def in_checkpoint(module: ModuleType) -> None:
-    write = module._Writer._write
+    write = module.Writer._write
 
     def planted(self: Any, name: str, *arguments: Any) -> Any:
         rank = int(name.partition("-")[2][:4])
@@ -131,7 +131,7 @@ def in_checkpoint(module: ModuleType) -> None:
         happen("uploaded", self._state.step, rank)
         return record
 
-    module._Writer._write = planted
+    module.Writer._write = planted
     in_manifest(module)
 
 
@@ -169,7 +169,7 @@ def in_torch_config(module: ModuleType) -> None:
 PATCHES: dict[str, Callable[[ModuleType], None]] = {
     "dpo_ray.training.loop": in_loop,
     "dpo_ray.training.step": in_step,
-    "dpo_ray.training.checkpoint": in_checkpoint,
+    "dpo_ray.training.checkpoint_files": in_checkpoint,
     "dpo_ray.orchestration.replicas": in_replicas,
     "dpo_ray.orchestration.rows": in_rows,
     "ray.train.torch.config": in_torch_config,

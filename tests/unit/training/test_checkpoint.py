@@ -10,7 +10,8 @@ from torch import nn
 
 from dpo_ray.config import parse_config
 from dpo_ray.errors import CheckpointError, ConfigError
-from dpo_ray.training.checkpoint import tensors_of, write_safetensors
+from dpo_ray.training.checkpoint_files import write_safetensors
+from dpo_ray.training.checkpoint_tensors import tensors_of
 
 
 def test_the_library_reads_what_is_written(tmp_path: Path) -> None:
