@@ -34,7 +34,12 @@ class PairsConfig(Section):
     prompts_per_part: PositiveInt = Field(64, description="prompts of a part, which is made as a whole or not at all")
     actors: PositiveInt = Field(1, description="copies of model and judge")
     cpus_per_actor: PositiveFloat = Field(1.0, description="CPUs of one of them")
-    gpus_per_actor: float = Field(0.0, ge=0.0, le=1.0, description="GPU of one of them, or a share of one")
+    gpus_per_actor: float = Field(
+        0.0,
+        ge=0.0,
+        le=1.0,
+        description="GPU of one of them, or a share of one; as scaling.gpus_per_worker where it is left out",
+    )
 
 
 class EvaluationConfig(Section):
@@ -57,7 +62,12 @@ class EvaluationConfig(Section):
     )
     actors: PositiveInt = Field(1, description="actors that answer, each with one model and, for the KL, the reference")
     cpus_per_actor: PositiveFloat = Field(1.0, description="CPUs of one of them")
-    gpus_per_actor: float = Field(0.0, ge=0.0, le=1.0, description="GPU of one of them, or a share of one")
+    gpus_per_actor: float = Field(
+        0.0,
+        ge=0.0,
+        le=1.0,
+        description="GPU of one of them, or a share of one; as scaling.gpus_per_worker where it is left out",
+    )
     judge: Literal["none", "reward_model", "endpoint"] = Field(
         "none",
         description="none: answers and lengths alone; reward_model: the higher score wins; endpoint: a model behind an "

@@ -50,7 +50,11 @@ class ReferenceConfig(Section):
         1, description="actors over which the weights of one replica are sharded, for a model larger than one device"
     )
     cpus_per_replica: PositiveFloat = Field(1.0, description="CPUs of one replica")
-    gpus_per_replica: float = Field(0.0, ge=0.0, description="GPUs of one replica, as many as its devices, or 0")
+    gpus_per_replica: float = Field(
+        0.0,
+        ge=0.0,
+        description="GPUs of one replica, as many as its devices, or 0; to be set where scaling.gpus_per_worker is 1",
+    )
     resources_per_replica: dict[str, float] = Field({}, description="custom Ray resources, e.g. {reference: 1}")
     label_selector: dict[str, str] = Field(
         {}, description="labels that a replica's nodes must have, e.g. {ray.io/accelerator-type: A10G}"

@@ -65,6 +65,16 @@ class Config(Section):
             _refuse_secrets(raw)
         return raw
 
+    @model_validator(mode="before")
+    @classmethod
+    def _actors_have_what_workers_have(cls, raw: Any) -> Any:
+        # In plain sight: a run's configuration says what was resolved.
+        gpus = raw["scaling"].get("gpus_per_worker") if isinstance(raw, Mapping) and _is_section(raw, "scaling") else 0
+        for name in ("pairs", "evaluation") if gpus == 1 else ():
+            if _is_section(raw, name) or name not in raw:
+                raw = {**raw, name: {"gpus_per_actor": 1.0, **raw.get(name, {})}}
+        return raw
+
     @model_validator(mode="after")
     def _sections_agree(self) -> Config:
         if self.train.global_batch_pairs < self.scaling.max_workers:
@@ -122,6 +132,13 @@ class Config(Section):
             raise ValueError(
                 f"reference.place is {self.reference.place}, but objective.loss: {self.objective.name} has no "
                 "reference: leave it out, or use none"
+            )
+        unsaid = "gpus_per_replica" not in self.reference.model_fields_set
+        if self.scaling.gpus_per_worker and self.needs_reference and self.reference.place == "actors" and unsaid:
+            raise ValueError(
+                "scaling.gpus_per_worker is 1, and reference.gpus_per_replica is not set: set it to 1, for a GPU "
+                "beyond those of the workers, or to 0, for CPUs. Where the workers take all GPUs, run `dpo-ray "
+                "reference` first, which then has them, and `dpo-ray train` when it is done"
             )
         if self.reference.columns and self.needs_token_scores:
             raise ValueError(
@@ -293,6 +310,10 @@ class Config(Section):
     def store_uri(self) -> str:
         """Where the stores live, beside the runs."""
         return f"{self.storage_path.rstrip('/')}/store"
+
+
+def _is_section(raw: Mapping[str, Any], name: str) -> bool:
+    return isinstance(raw.get(name), Mapping)
 
 
 def _refuse_secrets(raw: Mapping[str, Any]) -> None:

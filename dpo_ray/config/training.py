@@ -25,11 +25,21 @@ class OptimizerConfig(Section):
     schedule: Literal["constant", "constant_with_warmup", "linear", "cosine"] = Field(
         "linear", description="schedule of transformers after the warm-up"
     )
-    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
+    warmup_steps: int | float = Field(
+        0, description="steps of linear warm-up; below 1 the share of all steps, rounded up, e.g. 0.1"
+    )
     weight_decay: float = Field(0.0, ge=0.0, description="decoupled weight decay of matrices (L2 for rmsprop)")
     betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's averaging constants")
     eps: PositiveFloat = Field(1e-8, description="AdamW's and RMSprop's epsilon")
     max_grad_norm: PositiveFloat | None = Field(1.0, description="clip the gradient's global norm; null: do not")
+
+    @field_validator("warmup_steps", mode="before")
+    @classmethod
+    def _steps_or_a_share(cls, value: Any) -> Any:
+        number = isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
+        if not number or value > 1 and value != int(value):
+            raise ValueError(f"optimizer.warmup_steps is {value!r}: write a number of steps, or a share such as 0.1")
+        return int(value) if value >= 1 else value or 0
 
     @model_validator(mode="after")
     def _betas_are_adams(self) -> OptimizerConfig:

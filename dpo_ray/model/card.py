@@ -125,7 +125,10 @@ def _training(config: Config, step: int, lines: Sequence[Mapping[str, Any]]) -> 
         moves = f", moved every {config.reference.sync_steps} steps" if config.reference.sync_steps else ""
         own = "the start" if config.reference_path == model.path else f"`{config.reference_path}`"
         yield "reference", f"{own}, in {config.reference_dtype}{moves}"
-    rate = f"learning rate {optimizer.learning_rate:g}, {optimizer.schedule}, warm-up {optimizer.warmup_steps} steps"
+    warmup = f"{optimizer.warmup_steps:.0%} of all steps"
+    if optimizer.warmup_steps >= 1 or not optimizer.warmup_steps:
+        warmup = f"{optimizer.warmup_steps} steps"
+    rate = f"learning rate {optimizer.learning_rate:g}, {optimizer.schedule}, warm-up {warmup}"
     yield "optimizer", f"{optimizer.name}, {rate}"
     yield "pairs per step", f"{config.train.global_batch_pairs}"
     yield "steps", f"{step}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib
+import re
 import shutil
 import signal
 import tempfile
@@ -16,7 +17,7 @@ from typing import Any
 
 import aiohttp
 import requests
-from ray.exceptions import AuthenticationError
+from ray.exceptions import AuthenticationError, RayError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from dpo_ray.config import Config, to_yaml
@@ -85,6 +86,8 @@ class Jobs:
         Raises:
             ConfigError: Nothing answers there, or not to us.
         """
+        if address is not None and not re.match(r"https?://", address):
+            raise ConfigError(f"--address is {address!r}: write http://{address}, of the cluster's dashboard")
         with _errors():
             self._client = JobSubmissionClient(address)
 
@@ -194,7 +197,7 @@ def _errors() -> Iterator[None]:
             f"no Ray dashboard answers: {first_line(error)}; give --address http://HOST:8265, to which `ray "
             "dashboard` or an SSH tunnel leads"
         ) from None
-    except RuntimeError as error:
+    except (RuntimeError, RayError) as error:
         raise ConfigError(f"the cluster refuses: {first_line(error)}") from None
 
 

@@ -283,7 +283,9 @@ def learning_rate_at(config: OptimizerConfig, total_steps: int) -> Callable[[int
     The first update of a run with warm-up has learning rate 0, as in transformers' Trainer.
     """
     dummy = torch.optim.SGD([torch.zeros(1)], lr=config.learning_rate)
-    schedule = get_scheduler(config.schedule, dummy, config.warmup_steps, total_steps)
+    share = config.warmup_steps if config.warmup_steps < 1 else 0.0
+    warmup_steps = math.ceil(share * total_steps) if share else int(config.warmup_steps)
+    schedule = get_scheduler(config.schedule, dummy, warmup_steps, total_steps)
     factor = schedule.lr_lambdas[0]
     return lambda step: config.learning_rate * float(factor(step))
 

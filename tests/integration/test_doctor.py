@@ -247,7 +247,7 @@ def test_the_command_on_this_machine(s3_server: S3Server, tiny_model: Path, tmp_
     done = run(
         *("doctor", str(tmp_path / "c.yaml"), "--set", f"model.path={broken}"),
         *("--set", f"storage_path={s3_server.uri('doctor')}", "--set", "data.train=[nowhere/*.jsonl]"),
-        *("--set", "scaling.workers=2", "--set", "scaling.gpus_per_worker=1"),
+        *("--set", "scaling.workers=2", "--set", "scaling.gpus_per_worker=1", "--set", "reference.gpus_per_replica=0"),
         **s3_server.identity("reader", s3_server.bucket, "Read", "List"),
     )
     assert done.returncode == 1, done.stdout + done.stderr
@@ -263,7 +263,9 @@ def test_the_command_on_this_machine(s3_server: S3Server, tiny_model: Path, tmp_
 def test_train_says_at_once_what_could_never_start(tiny_model: Path, tmp_path: Path) -> None:
     pairs = write_pairs(tmp_path / "pairs.jsonl", 20)
     (tmp_path / "c.yaml").write_text(to_yaml(tiny_config(str(tmp_path / "runs"), "run", tiny_model, pairs)))
-    done = run("train", str(tmp_path / "c.yaml"), "--set", "scaling.gpus_per_worker=1")
+    done = run(
+        "train", str(tmp_path / "c.yaml"), "--set", "scaling.gpus_per_worker=1", "--set", "reference.gpus_per_replica=0"
+    )
     assert done.returncode == 2, done.stderr
     assert "scaling.workers: 1 x {CPU: 1, GPU: 1}: the cluster has room for 0 of them at most" in done.stderr
     done = run("reference", str(tmp_path / "c.yaml"), "--set", "reference.resources_per_replica={tpu: 2}")

@@ -233,7 +233,9 @@ def test_the_dashboard_of_a_job_is_for_who_submits_it() -> None:
     assert own == {"from": [ray]}
     assert dashboard["ports"] == [{"protocol": "TCP", "port": 8265}]
     operator, submitter = dashboard["from"]
-    assert operator["podSelector"]["matchLabels"] == {"app.kubernetes.io/name": "kuberay-operator"}
+    # What Helm and kustomize both label it with; either installs it into the namespace that it is told.
+    assert operator["podSelector"]["matchLabels"] == {"app.kubernetes.io/component": "kuberay-operator"}
+    assert operator["namespaceSelector"] == {}
     assert submitter["podSelector"]["matchLabels"] == {"ray.io/originated-from-crd": "RayJob"}
     assert metrics["from"] == [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}]
     assert metrics["ports"] == [{"protocol": "TCP", "port": "metrics"}]

@@ -31,6 +31,7 @@ def a_run(path: Path, **sections: Any) -> Config:
             "model": {"path": str(path), **sections.pop("model", {})},
             "data": {"train": ["pairs.jsonl"]},
             "scaling": {"gpus_per_worker": sections.pop("gpus", 1)},
+            "reference": {"gpus_per_replica": 0},
             **sections,
         }
     )

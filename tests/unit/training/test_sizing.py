@@ -25,6 +25,7 @@ def a_run(**sections: Any) -> Config:
             "data": {"train": ["pairs.jsonl"]},
             "train": {"global_batch_pairs": 64, "tokens_per_microbatch": 1000, **sections.pop("train", {})},
             "scaling": {"gpus_per_worker": 1},
+            "reference": {"gpus_per_replica": 0, **sections.pop("reference", {})},
             **sections,
         }
     )

@@ -34,7 +34,9 @@ READY_S = 60.0
 
 def configured(folder: Path, *names: str, **sections: dict[str, Any]) -> Config:
     """A run that is tracked by `names`."""
-    tracking = {"trackers": list(names), "project": "a project"}
+    tracking = {"trackers": list(names)}
+    if {"wandb", "mlflow"} & set(names):
+        tracking["project"] = "a project"
     return tiny_config(str(folder), "my-run", Path("model"), "pairs.jsonl", tracking=tracking, **sections)
 
 
