@@ -106,7 +106,7 @@ def sweep(
 
     Each run is called after its settings. Given again, it goes on; exit code 1: some of them failed.
 
-    Example: dpo-ray sweep my-run.yaml --grid 'objective.beta=[0.05, 0.1, 0.3]' --grid 'objective.loss=[sigmoid, ipo]'
+    Example: dpo-ray sweep my-run.yaml --grid 'objective.beta=[0.1, 0.3]' --grid 'objective.loss=["ipo", "hinge"]'
     """
     from dpo_ray.display import ProgressBar, sweep_table
     from dpo_ray.orchestration import sweep as sweeping

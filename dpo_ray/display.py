@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -470,7 +471,9 @@ def estimate_tables(found: Estimate, hardware: Hardware) -> list[Table]:
     if found.reference is not None:
         tables.append(_memory_table("a device of the reference: GiB", {"scoring": found.reference}))
     usable = f"tensors may take {hardware.usable_bytes / 2**30:.0f} GiB of a device"
-    table = Table(title=f"by number of workers; hours and cost of a million pairs; {usable}")
+    title = f"by number of workers; hours and cost of a million pairs; {usable}"
+    # Nine columns fit into the 80 characters of a pipe.
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for column in ("workers", "sharded", "GiB", "tokens", "busy", "pairs/s", "hours", "cost", "scorers"):
         table.add_column(column, justify="right", no_wrap=True)
     larger = False
@@ -485,7 +488,9 @@ def estimate_tables(found: Estimate, hardware: Hardware) -> list[Table]:
             f"{scale.pairs_per_s:,.3g}" if scale.pairs_per_s < 1000 else f"{scale.pairs_per_s:,.0f}",
             f"{scale.hours_per_million:,.3g}" if scale.hours_per_million < 1000 else f"{scale.hours_per_million:,.0f}",
             f"{scale.cost_per_million:,.0f}",
-            f"{scale.reference_devices:.2g}" if found.reference is not None else "",
+            f"{scale.reference_devices:.{'2g' if scale.reference_devices < 100 else '0f'}}"
+            if found.reference is not None
+            else "",
             style=None if scale.fits else "dim",
         )
     table.caption = (

@@ -31,7 +31,7 @@ from fsspec.callbacks import Callback
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 
-from dpo_ray.errors import StorageError
+from dpo_ray.errors import DataError, StorageError
 from dpo_ray.redaction import shown
 from dpo_ray.storage_errors import explained, raise_without_bucket, s3_code
 from dpo_ray.storage_requests import asked_again, call, time_limit_s
@@ -555,10 +555,20 @@ def sha256_of_file(local_path: str) -> str:
 
 
 def read_json_lines(uri: str) -> list[dict[str, Any]]:
-    """All lines of a JSON Lines object; empty when it is not there."""
+    """All lines of a JSON Lines object; empty when it is not there.
+
+    Raises:
+        DataError: One is no JSON.
+    """
     if not exists(uri):
         return []
-    return [json.loads(line) for line in read_bytes(uri).decode().splitlines() if line]
+    found = []
+    for number, line in enumerate(read_bytes(uri).split(b"\n"), 1):
+        try:
+            found += [json.loads(line)] if line else []
+        except ValueError as error:
+            raise DataError(f"{shown(uri)}: damaged: line {number} is no JSON ({error}); put a copy back") from None
+    return found
 
 
 def write_json_lines(uri: str, lines: list[dict[str, Any]]) -> None:

@@ -7,17 +7,27 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, NonNegativeFloat
+from pydantic_core import PydanticCustomError
 
 Dtype = Literal["float32", "bfloat16"]
 
 
 def absolute(uri: str) -> str:
-    """A local path from the root; a URI as it is."""
+    """A local path from the root; a URI as it is.
+
+    Raises:
+        PydanticCustomError: It would be taken for a path, and is meant to be something else.
+    """
+    if found := re.match(r"([a-z][a-z0-9+]+):/(?!/)", uri):
+        raise PydanticCustomError("uri", f"write {found.group(1)}://")
+    if "$" in uri and "://" not in uri:
+        raise PydanticCustomError("uri", "variables of a shell are not replaced here: write the path")
     # Tasks and actors have working directories of their own.
     return uri if "://" in uri else os.path.abspath(os.path.expanduser(uri))
 
 
+Resources = dict[str, NonNegativeFloat]
 Uri = Annotated[str, AfterValidator(absolute)]
 
 
@@ -28,7 +38,7 @@ _LABEL = re.compile(r"[a-zA-Z0-9]([a-zA-Z0-9_.-]{0,61}[a-zA-Z0-9])?")
 class Section(BaseModel):
     """Base of all sections."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
 def checked_range(key: str, value: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from dpo_ray.config.base import Dtype, Section, Uri, checked_labels, checked_range, refuse_set, two_columns
+from dpo_ray.config.base import Dtype, Resources, Section, Uri, checked_labels, checked_range, refuse_set, two_columns
 
 
 class ReplicaRange(Section):
@@ -55,7 +55,7 @@ class ReferenceConfig(Section):
         ge=0.0,
         description="GPUs of one replica, as many as its devices, or 0; to be set where scaling.gpus_per_worker is 1",
     )
-    resources_per_replica: dict[str, float] = Field({}, description="custom Ray resources, e.g. {reference: 1}")
+    resources_per_replica: Resources = Field({}, description="custom Ray resources, e.g. {reference: 1}")
     label_selector: dict[str, str] = Field(
         {}, description="labels that a replica's nodes must have, e.g. {ray.io/accelerator-type: A10G}"
     )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Hashable, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from dpo_ray.config.base import Section, checked_labels, checked_range, refuse_set
+from dpo_ray.config.base import Resources, Section, checked_labels, checked_range, refuse_set
+
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class OptimizerConfig(Section):
@@ -29,7 +31,7 @@ class OptimizerConfig(Section):
         0, description="steps of linear warm-up; below 1 the share of all steps, rounded up, e.g. 0.1"
     )
     weight_decay: float = Field(0.0, ge=0.0, description="decoupled weight decay of matrices (L2 for rmsprop)")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's averaging constants")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="AdamW's averaging constants")
     eps: PositiveFloat = Field(1e-8, description="AdamW's and RMSprop's epsilon")
     max_grad_norm: PositiveFloat | None = Field(1.0, description="clip the gradient's global norm; null: do not")
 
@@ -124,7 +126,7 @@ class ScalingConfig(Section):
         description="workers that share one copy of the weights: all; node: those of a node, which then gather weights "
         "within it and sum gradients beyond it; or so many; where they cannot be divided so, all",
     )
-    resources_per_worker: dict[str, float] = Field({}, description="custom Ray resources, e.g. {policy: 1}")
+    resources_per_worker: Resources = Field({}, description="custom Ray resources, e.g. {policy: 1}")
     label_selector: dict[str, str] = Field(
         {}, description="labels that a worker's node must have, e.g. {ray.io/accelerator-type: H100}"
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import re
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 
@@ -21,6 +22,7 @@ from dpo_ray.extensions import check_installed
 DOWNLOADS = 8
 # How mixtures of experts say how many they have, and how much the loss counts that balances them.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _AUXILIARY_LOSS = ("router_aux_loss_coef", "aux_loss_alpha", "moe_aux_loss_coeff")
 _TOKENIZER_FILES = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template", "spiece")
 
@@ -110,13 +112,20 @@ def check_vocabulary(uri: str, tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def refuse_auxiliary_loss(uri: str) -> None:
-    """Refuses a mixture of experts that is meant to be trained with a loss of its router: it would be left out.
+def check_trainable(uri: str) -> None:
+    """Refuses what is no causal language model, and what is meant to be trained with a loss that would be left out.
 
     Raises:
-        ConfigError: It is one.
+        ConfigError: It is one of these.
     """
-    config = model_config(uri).get_text_config()
+    whole = model_config(uri)
+    names = whole.architectures or []
+    if names and not any(name.endswith(_GENERATES) for name in names) or whole.is_encoder_decoder:
+        raise ConfigError(
+            f"{uri}: {', '.join(names) or whole.model_type} is no causal language model; model.path wants one, whose "
+            "config.json says architectures: [...ForCausalLM]"
+        )
+    config = whole.get_text_config()
     experts = _num_experts(config)
     for name in _AUXILIARY_LOSS:
         if experts > 1 and getattr(config, name, None):
@@ -171,7 +180,11 @@ def check_quantize(quantize: str | None, uri: str) -> None:
 
 
 def _no_config(uri: str) -> ConfigError:
-    return ConfigError(f"{uri}: no config.json there; model.path is a transformers directory (local or s3://)")
+    hint = ""
+    hub = os.path.relpath(uri) if storage.is_local(uri) else ""
+    if re.fullmatch(r"\w[\w.-]*/[\w.-]+", hub) and not os.path.exists(os.path.dirname(uri)):
+        hint = f"; if {hub} is a model of the Hugging Face Hub: `hf download {hub} --local-dir models/{hub}`"
+    return ConfigError(f"{uri}: no config.json there; model.path is a transformers directory (local or s3://){hint}")
 
 
 def _small_files(uri: str) -> list[str]:

@@ -84,10 +84,13 @@ def empty_model(uri: str, dtype: str, attention: str) -> PreTrainedModel:
     """
     config = model_config(uri)
     # Buffers such as rotary frequencies are computed, not stored: on the meta device they would be lost.
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=DTYPES[dtype], attn_implementation=None if attention == PACKED else attention
-        )
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=DTYPES[dtype], attn_implementation=None if attention == PACKED else attention
+            )
+    except ValueError as error:
+        raise ConfigError(f"{uri}: cannot make a causal language model: {first_line(error)}") from None
     model.tie_weights()
     return _with_attention(without_dropout(model), attention)
 

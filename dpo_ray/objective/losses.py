@@ -728,6 +728,10 @@ LOSSES: dict[str, LossSpec] = {
 }
 
 
+# What others call the same.
+_CALLED_OTHERWISE = {"dpo": "sigmoid", "rpo": "{sigmoid: 1.0, sft: 1.0}", "kto_pair": "bco_pair", "nll": "sft"}
+
+
 def loss_named(name: str) -> LossSpec:
     """An entry of `LOSSES`, or a `LossSpec` of one's own as `module:name`.
 
@@ -737,7 +741,9 @@ def loss_named(name: str) -> LossSpec:
     """
     if ":" not in name:
         if name not in LOSSES:
-            near = difflib.get_close_matches(name, LOSSES, n=1)
+            near = (
+                [_CALLED_OTHERWISE[name]] if name in _CALLED_OTHERWISE else difflib.get_close_matches(name, LOSSES, n=1)
+            )
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"{name!r}, known are {', '.join(LOSSES)}, or module:name of your own{hint}")
         return LOSSES[name]
@@ -762,11 +768,11 @@ def check_parameters(names: Iterable[str], values: Mapping[str, float]) -> None:
         using = {name: spec.bounds[key] for name, spec in specs.items() if key in spec.bounds}
         for name, interval in using.items():
             if value not in interval:
-                raise ValueError(f"{key} is {value!r}, but {name} needs it in {interval}")
+                raise ValueError(f"objective.{key} is {value!r}, but {name} needs it in {interval}: set it, too")
         neutral = PARAMETERS[key]
         if not using and neutral is not None and value != neutral:
             users = ", ".join(sorted(name for name, spec in LOSSES.items() if key in spec.bounds))
             raise ValueError(
-                f"{key} is {value!r}, but {' + '.join(specs)} does not use it: set it to {neutral:g}, or choose one of "
-                f"{users}"
+                f"objective.{key} is {value!r}, but {' + '.join(specs)} does not use it: set it to {neutral:g}, or "
+                f"choose one of {users}"
             )

@@ -9,6 +9,7 @@ from typing import Any
 from dpo_ray import storage
 from dpo_ray.config import Config, parse_config
 from dpo_ray.errors import ConfigError, DpoRayError
+from dpo_ray.model.files import check_trainable
 from dpo_ray.model.footprint import policy_footprint, reference_footprint
 from dpo_ray.orchestration.prepare import prepared
 from dpo_ray.pairs.store import read_chunk
@@ -65,6 +66,7 @@ def estimate(
         StorageError: It cannot be reached.
     """
     with storage.patience(PATIENCE_S):
+        check_trainable(config.model.path)
         (tokens, answers), about_pairs = _mean_pair(config, pair_tokens)
         parts = [tokens - answers, answers / 2, answers / 2]
         if config.objective.chosen_only:

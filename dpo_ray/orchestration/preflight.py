@@ -25,10 +25,10 @@ from dpo_ray.config import Config
 from dpo_ray.errors import ConfigError, DpoRayError, first_line
 from dpo_ray.model.files import (
     check_quantize,
+    check_trainable,
     check_vocabulary,
     load_tokenizer,
     model_config,
-    refuse_auxiliary_loss,
 )
 from dpo_ray.orchestration.nodes import GLOO_INTERFACE, gloo_address, lead_gloo
 from dpo_ray.orchestration.prepare import survey
@@ -208,7 +208,7 @@ def _check_model(config: Config) -> list[Row]:
     tokenizer_uri = config.tokenizer_path
     try:
         if not any(row.level == "wrong" for row in rows):
-            refuse_auxiliary_loss(config.model.path)
+            check_trainable(config.model.path)
             check_quantize(config.adapter.quantize, config.model.path)
             check_optimizer(config.optimizer)
     except ConfigError as error:

@@ -88,7 +88,10 @@ def _sources(config: Config) -> list[_Source]:
     sources = [_Source(part, pattern, storage.expand(pattern)) for part, pattern in config.data.sources]
     for file in (file for source in sources for file in source.files):
         if not file.uri.endswith(rows.SUFFIXES):
-            raise DataError(f"{file.uri}: unknown kind of file; known are {', '.join(rows.SUFFIXES)}")
+            hint = (
+                "; `jq -c '.[]' FILE.json > FILE.jsonl` makes lines of an array" if file.uri.endswith(".json") else ""
+            )
+            raise DataError(f"{file.uri}: unknown kind of file; known are {', '.join(rows.SUFFIXES)}{hint}")
     return sources
 
 

@@ -20,7 +20,7 @@ from dpo_ray.errors import ConfigError, LeaseLostError, StorageError, first_line
 from dpo_ray.extensions import code_digest
 from dpo_ray.lease import RunLease
 from dpo_ray.model.card import write_card
-from dpo_ray.model.files import check_quantize, refuse_auxiliary_loss, relative_costs
+from dpo_ray.model.files import check_quantize, check_trainable, relative_costs
 from dpo_ray.model.weights import weights_digest
 from dpo_ray.orchestration.evaluator import Evaluator
 from dpo_ray.orchestration.gauges import Gauges
@@ -166,7 +166,7 @@ def _train_run(config: Config, watcher: Watcher, stop: Stop) -> Result:
         check_reachable(config)
         if finished := _as_it_stands(config, watcher):
             return finished
-        refuse_auxiliary_loss(config.model.path)
+        check_trainable(config.model.path)
         check_quantize(config.adapter.quantize, config.model.path)
         watcher.phase("looking at the pairs")
         found = survey(config, watcher)

@@ -21,7 +21,7 @@ import numpy as np
 import yaml
 
 from dpo_ray import storage
-from dpo_ray.errors import CheckpointError, DataError
+from dpo_ray.errors import CheckpointError, DataError, first_line
 from dpo_ray.orchestration.watch import Watcher
 from dpo_ray.pairs.plan import Plan, Take, batch_digest, source_weights, total_steps
 from dpo_ray.pairs.store import Chunk, PairStore, open_store, read_pair_ids
@@ -239,7 +239,7 @@ def _read_run(run_uri: str) -> _Run:
             f"{run_uri}: not the directory of a run: it has no config.yaml; give <storage_path>/<name>"
         ) from None
     except (yaml.YAMLError, KeyError, TypeError) as error:
-        raise DataError(f"{place}: not what a run writes there, or damaged: {error!r}") from None
+        raise DataError(f"{place}: not what a run writes there, or damaged: {first_line(error)}") from None
     attempts_uri = storage.join(run_uri, "attempts.jsonl")
     attempts = _read(attempts_uri)
     while True:

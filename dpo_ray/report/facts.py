@@ -13,7 +13,7 @@ import numpy as np
 import yaml
 
 from dpo_ray import storage
-from dpo_ray.errors import ConfigError, DataError
+from dpo_ray.errors import ConfigError, DataError, first_line
 from dpo_ray.lease import last_holder
 from dpo_ray.pairs.plan import total_steps
 from dpo_ray.pairs.statistics import Statistics, describe
@@ -279,13 +279,19 @@ def read_facts(run_uri: str) -> Facts:
 
     Raises:
         ConfigError: There is no run.
+        DataError: A file is damaged.
         StorageError: A file cannot be read.
     """
     described = _optional(storage.join(run_uri, "config.yaml"))
     past, ended = read_attempts(run_uri), outcome.read_outcome(run_uri)
     if described is None and not past and ended is None:
         raise ConfigError(f"{run_uri}: no run is there; give a run's folder, <storage_path>/<name>")
-    stored: dict[str, Any] = yaml.safe_load(described) if described else {}
+    try:
+        stored = yaml.safe_load(described) if described else {}
+    except yaml.YAMLError as error:
+        raise DataError(f"{storage.join(run_uri, 'config.yaml')}: damaged: {first_line(error)}") from None
+    if not isinstance(stored, dict):
+        raise DataError(f"{storage.join(run_uri, 'config.yaml')}: not what a run writes there")
     config, about = stored.get("config") or {}, stored.get("about") or {}
     lines = storage.read_json_lines(storage.join(run_uri, "metrics.jsonl"))
     steps = columns([line for line in lines if "loss" in line])

@@ -11,7 +11,7 @@ import yaml
 
 from dpo_ray import storage
 from dpo_ray.config import Config, apply_overrides, parse_config
-from dpo_ray.errors import ConfigError, DataError
+from dpo_ray.errors import ConfigError, DataError, first_line
 from dpo_ray.training.manifest import checkpoint_name, committed, newest, read_manifest
 
 
@@ -26,7 +26,7 @@ def read_run(run_uri: str, overrides: Sequence[str] = ()) -> tuple[Config, dict[
         Its configuration with the overrides, as plain data without them, and what `config.yaml` says besides.
 
     Raises:
-        DataError: There is no run.
+        DataError: There is no run, or its file is damaged.
         ConfigError: It is no configuration, with the overrides.
     """
     source = storage.join(run_uri, "config.yaml")
@@ -36,6 +36,11 @@ def read_run(run_uri: str, overrides: Sequence[str] = ()) -> tuple[Config, dict[
         raise DataError(
             f"{run_uri}: not the directory of a run: it has no config.yaml; give <storage_path>/<name>, or train first"
         ) from None
+    except yaml.YAMLError as error:
+        raise DataError(f"{source}: damaged: {first_line(error)}") from None
+    parts = [described.get(key) for key in ("config", "about")] if isinstance(described, dict) else []
+    if not parts or not all(isinstance(part, dict) for part in parts):
+        raise DataError(f"{source}: not what a run writes there; give <storage_path>/<name> of a run")
     place, _, name = run_uri.rpartition("/")
     stored = described["config"] | {"storage_path": place, "name": name}
     raw = copy.deepcopy(stored)

@@ -165,6 +165,8 @@ def test_a_job(cluster: Addresses, tmp_path: Path, tiny_model: Path, monkeypatch
 
 
 def test_no_cluster() -> None:
+    with pytest.raises(ConfigError, match="--address is '127.0.0.1:8265': write http://127.0.0.1:8265"):
+        Jobs("127.0.0.1:8265")
     with pytest.raises(ConfigError, match="no Ray dashboard answers: .* give --address"):
         Jobs("http://127.0.0.1:9")
 

@@ -222,6 +222,17 @@ def with_values(**sections: dict[str, Any]) -> dict[str, Any]:
                 ("evaluation", "top_p", 0.5, {"prompts": 0}, "ith evaluation.prompts: 0"),
             )
         ),
+        (with_values(scaling={"gpus_per_worker": 1}), "reference.gpus_per_replica is not set: set it to 1, for a GPU"),
+        (with_values(optimizer={"betas": [0.9, 1.5]}), "optimizer.betas.1 is 1.5: Input should be less than 1"),
+        (with_values(optimizer={"learning_rate": float("inf")}), "optimizer.learning_rate is inf: .*finite number"),
+        (
+            with_values(optimizer={"warmup_steps": 1.5}),
+            "warmup_steps is 1.5: write a number of steps, or a share such as",
+        ),
+        (with_values(scaling={"resources_per_worker": {"a": -1}}), "scaling.resources_per_worker.a is -1: .*or equal"),
+        (with_values(model={"path": "s3:/bucket/m"}), "model.path is 's3:/bucket/m': write s3://"),
+        (with_values(model={"path": "$HOME/m"}), "model.path is '\\$HOME/m': variables of a shell are not replaced"),
+        (with_values(objective={"loss": "dpo"}), "objective.loss is 'dpo', known are .*; did you mean 'sigmoid'"),
         ({key: value for key, value in MINIMAL.items() if key != "model"}, "model is required"),
         ({**MINIMAL, "name": "a/b"}, "name is 'a/b'"),
     ],
@@ -417,6 +428,15 @@ def test_a_start_by_likelihood_and_what_follows() -> None:
     assert after.model.path == after.reference_path == f"{start.run_uri}/export"
     assert after.model.tokenizer == config.model.path
     assert after.model_copy(update={"model": config.model}) == config
+
+
+def test_actors_have_what_workers_have() -> None:
+    """On GPUs nobody samples answers on a CPU by having forgotten a key."""
+    gpus: dict[str, Any] = {"scaling": {"gpus_per_worker": 1}, "reference": {"gpus_per_replica": 0}}
+    found = parse_config({**MINIMAL, **gpus, "pairs": {"gpus_per_actor": 0.5}})
+    assert (found.pairs.gpus_per_actor, found.evaluation.gpus_per_actor) == (0.5, 1.0)
+    assert parse_config(MINIMAL).evaluation.gpus_per_actor == 0.0
+    assert parse_config({**MINIMAL, **gpus, "evaluation": {"gpus_per_actor": 0}}).evaluation.gpus_per_actor == 0.0
 
 
 def test_mixtures_say_what_they_need() -> None:

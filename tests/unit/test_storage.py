@@ -22,7 +22,7 @@ from fsspec.exceptions import FSTimeoutError
 from s3fs.errors import translate_boto_error
 
 from dpo_ray import storage
-from dpo_ray.errors import StorageError
+from dpo_ray.errors import DataError, StorageError
 from dpo_ray.storage_errors import explained, is_passing
 from dpo_ray.training.record import Lines
 
@@ -171,6 +171,13 @@ def test_json_lines_drop_what_will_be_done_again(place: str) -> None:
     again.append({"step": 4, "again": True})
     again.flush()
     assert storage.read_json_lines(uri) == [{"step": 1}, {"step": 2}, {"step": 3}, {"step": 4, "again": True}]
+
+
+def test_a_damaged_line_is_named(place: str) -> None:
+    uri = storage.join(place, "lines.jsonl")
+    storage.write_bytes(uri, b'{"step": 1}\n{"step"')
+    with pytest.raises(DataError, match=r"lines.jsonl: damaged: line 2 is no JSON"):
+        storage.read_json_lines(uri)
 
 
 def test_one_of_many_creates_an_object(place: str) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from dpo_ray.errors import ConfigError
 from dpo_ray.model import files
-from dpo_ray.model.files import check_quantize, refuse_auxiliary_loss
+from dpo_ray.model.files import check_quantize, check_trainable
 
 
 @pytest.mark.parametrize(
@@ -27,17 +27,30 @@ from dpo_ray.model.files import check_quantize, refuse_auxiliary_loss
         ),
         ({"model_type": "mixtral", "num_local_experts": 8, "router_aux_loss_coef": 0.0}, None),
         ({"model_type": "llama"}, None),
+        ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, None),
+        ({"model_type": "t5"}, "t5 is no causal language model; model.path wants one"),
+        ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "BertForMaskedLM is no causal language model"),
+        ({"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]}, "is no causal language model"),
     ],
 )
-def test_a_router_s_own_loss_is_not_left_out_in_silence(
+def test_what_would_not_be_trained_as_it_is_meant_to(
     tmp_path: Path, about: dict[str, Any], message: str | None
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(about))
     if message is None:
-        refuse_auxiliary_loss(str(tmp_path))
+        check_trainable(str(tmp_path))
     else:
         with pytest.raises(ConfigError, match=message):
-            refuse_auxiliary_loss(str(tmp_path))
+            check_trainable(str(tmp_path))
+
+
+def test_who_writes_a_name_of_the_hub_is_told_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="`hf download Org/Model-1.5B --local-dir models/Org/Model-1.5B`"):
+        check_trainable(str(tmp_path / "Org" / "Model-1.5B"))
+    (tmp_path / "models").mkdir()
+    with pytest.raises(ConfigError, match=r"local or s3://\)$"):
+        check_trainable(str(tmp_path / "models" / "mine"))
 
 
 def test_what_cannot_be_quantized_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,3 +43,7 @@ def test_the_best_the_newest_or_the_one_that_is_named(tmp_path: Path) -> None:
 def test_what_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not the directory of a run: it has no config.yaml"):
         read_run(str(tmp_path))
+    for text, message in (("a: [", "config.yaml: damaged"), ("name: x", "config.yaml: not what a run writes there")):
+        (tmp_path / "config.yaml").write_text(text)
+        with pytest.raises(DataError, match=message):
+            read_run(str(tmp_path))

@@ -19,6 +19,7 @@ from dpo_ray.training.optimizer import (
     build_optimizer,
     check_optimizer,
     compact_weights,
+    learning_rate_at,
     orthogonalized,
 )
 
@@ -30,6 +31,15 @@ def test_weights_with_moments_in_8_bits() -> None:
     model.wide, model.frozen, model.embedding = nn.Linear(512, 3), nn.Linear(512, 3), nn.Embedding(3, 512)
     model.frozen.requires_grad_(False)
     assert compact_weights(model) == {model.wide.weight}
+
+
+def test_a_warm_up_in_steps_or_as_a_share_of_them() -> None:
+    """Of 55 steps a tenth is 5.5, rounded up 6: the fourth update has 3 sixths of the peak, the seventh all of it."""
+    for warmup in (6, 0.1):
+        rate = learning_rate_at(OptimizerConfig(learning_rate=1e-3, warmup_steps=warmup), 55)
+        assert [rate(step) for step in (0, 3, 6)] == pytest.approx([0, 0.5e-3, 1e-3])
+    without = learning_rate_at(OptimizerConfig(learning_rate=1e-3), 55)
+    assert without(0) == 1e-3
 
 
 def test_matrices_of_muon() -> None:
