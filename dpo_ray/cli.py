@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import traceback
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -131,13 +131,16 @@ def submit(
     address: Annotated[
         str | None, typer.Option(help="The cluster's dashboard, e.g. http://127.0.0.1:8265; else by Ray's own rules.")
     ] = None,
+    command: Annotated[
+        Literal["train", "prepare", "reference", "sft", "pairs"], typer.Option(help="What the job does.")
+    ] = "train",
     detach: Annotated[bool, typer.Option("--detach", help="Does not wait for the end.")] = False,
     status: Annotated[str | None, typer.Option(metavar="JOB", help="Shows how a job stands.")] = None,
     follow: Annotated[str | None, typer.Option(metavar="JOB", help="Shows what a job writes, until it ends.")] = None,
     stop: Annotated[str | None, typer.Option(metavar="JOB", help="Has a job write a checkpoint and end.")] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Trains as a job of a Ray cluster, and shows what it writes; the exit code is the job's.
+    """Trains, or does another command, as a job of a Ray cluster, and shows what it writes; its exit code is the job's.
 
     The resolved configuration, and losses, formats and trackers of your own, travel with it; of the environment of this
     machine nothing does. Ctrl-C leaves the job alone. Given again, it goes on where the run stands.
@@ -149,8 +152,8 @@ def submit(
 
     if sum(each is not None for each in (config, status, follow, stop)) != 1:
         raise ConfigError("dpo-ray submit: give a CONFIG, or one of --status, --follow and --stop with a job's id")
-    if config is None and overrides or detach and config is None:
-        raise ConfigError("dpo-ray submit: --set and --detach are for a CONFIG")
+    if config is None and (overrides or detach or command != "train"):
+        raise ConfigError("dpo-ray submit: --set, --command and --detach are for a CONFIG")
     parsed = configuration.load_config(config, overrides) if config is not None else None
     jobs = Jobs(address)
     if status is not None:
@@ -159,7 +162,7 @@ def submit(
     if parsed is not None:
         if places := local_places(parsed):
             console.print(f"paths that must be the same on every node: {', '.join(places)}")
-        job = jobs.submit(parsed)
+        job = jobs.submit(parsed, command)
         console.print(f"job    {job}\nrun    {parsed.run_uri}")
         if detach:
             return

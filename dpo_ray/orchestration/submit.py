@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import aiohttp
 import requests
@@ -73,6 +73,9 @@ class Job:
     message: str
 
 
+Command = Literal["train", "prepare", "reference", "sft", "pairs"]
+
+
 class Jobs:
     """The jobs of a cluster."""
 
@@ -91,8 +94,12 @@ class Jobs:
         with _errors():
             self._client = JobSubmissionClient(address)
 
-    def submit(self, config: Config) -> str:
-        """Starts a run as a job. Of this machine's environment nothing goes with it.
+    def submit(self, config: Config, command: Command = "train") -> str:
+        """Starts a command as a job. Of this machine's environment nothing goes with it.
+
+        Args:
+            config: The run.
+            command: Of `dpo-ray`, what is to be done with it.
 
         Returns:
             The job's id.
@@ -106,7 +113,7 @@ class Jobs:
             while True:
                 try:
                     return self._client.submit_job(
-                        entrypoint=f"dpo-ray train {CONFIG_NAME}",
+                        entrypoint=f"dpo-ray {command} {CONFIG_NAME}",
                         submission_id=f"{config.name}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}",
                         runtime_env={"working_dir": folder, "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}},
                         metadata={"run": config.run_uri},

@@ -117,6 +117,10 @@ def test_a_job(cluster: Addresses, tmp_path: Path, tiny_model: Path, monkeypatch
     pairs = write_pairs(tmp_path / "pairs.jsonl", 60)
     options = {"objective": {"loss": "losses_of_a_job:STEEPER"}, "train": {"max_steps": 2, "eval_every_steps": None}}
     (tmp_path / "c.yaml").write_text(to_yaml(tiny_config(str(tmp_path / "s"), "short", tiny_model, pairs, **options)))
+    done = CliRunner().invoke(app, ["submit", "c.yaml", "--address", dashboard, "--command", "prepare"])
+    assert done.exit_code == 0, done.output
+    assert list((tmp_path / "s" / "store" / "pairs").glob("*/manifest.json"))
+    assert not (tmp_path / "s" / "short" / "metrics.jsonl").exists()
     done = CliRunner().invoke(app, ["submit", "c.yaml", "--address", dashboard])
     assert done.exit_code == 0, done.output
     assert "2 steps done" in done.output
