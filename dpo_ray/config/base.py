@@ -43,8 +43,8 @@ class Section(BaseModel):
 
 def checked_range(key: str, value: Any) -> Any:
     """A number or a range, else one message in place of pydantic's for each of the two."""
-    number = isinstance(value, int) and not isinstance(value, bool) and value != 0
-    if number or isinstance(value, Section) or isinstance(value, dict) and set(value) == {"min", "max"}:
+    numbers = value.values() if isinstance(value, dict) and set(value) == {"min", "max"} else [value]
+    if isinstance(value, Section) or all(type(number) is int and number > 0 for number in numbers):
         return value
     raise ValueError(f"{key} is {value!r}: write a number of 1 or more, or {{min: 2, max: 8}}")
 

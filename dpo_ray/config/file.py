@@ -88,10 +88,16 @@ def parse_config(raw: Mapping[str, Any], source: str = "configuration") -> Confi
     Raises:
         ConfigError: One message with all that is wrong, each with its key, value and the way to mend it.
     """
+    # A section whose keys are all commented out.
+    filled = {key: {} if value is None and key in Config.model_fields else value for key, value in raw.items()}
     try:
-        return Config.model_validate(raw)
+        return Config.model_validate(filled)
     except ValidationError as error:
-        lines = [_explain(dict(problem)) for problem in error.errors(include_url=False)]
+        found: dict[str, list[str]] = {}
+        for problem in error.errors(include_url=False):
+            beginning, rest = _explain(dict(problem))
+            found.setdefault(beginning, []).append(rest)
+        lines = [beginning + ", or: ".join(rests) for beginning, rests in found.items()]
         raise ConfigError(f"{source}: " + "\n".join(lines)) from None
 
 
@@ -111,19 +117,26 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override!r}: the value is not valid YAML: {error}") from None
 
 
-def _explain(problem: dict[str, Any]) -> str:
+# What pydantic puts behind a key that may have values of several kinds: the kind that it has tried.
+_KIND = re.compile(r"(constrained-|literal\[|function-|list\[|dict\[|tuple\[).*|int|float|str|bool|[A-Z]\w*")
+
+
+def _explain(problem: dict[str, Any]) -> tuple[str, str]:
+    """What is wrong: where, and what. Of what is said of one value for each kind that it may have, the first is one."""
     location = [str(part) for part in problem["loc"]]
+    while len(location) > 1 and _KIND.fullmatch(location[-1]):
+        location.pop()
     key = ".".join(location)
     if problem["type"] == "extra_forbidden":
         known = list(_section_at(location[:-1]).model_fields)
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean {'.'.join([*location[:-1], near[0]])}?" if near else f"known here: {', '.join(known)}"
-        return f"unknown key {key}: {hint}"
+        return f"unknown key {key}: {hint}", ""
     if problem["type"] == "missing":
-        return f"{key} is required"
+        return f"{key} is required", ""
     if problem["type"] == "value_error":
-        return str(problem["ctx"]["error"])
-    return f"{key} is {problem['input']!r}: {problem['msg']}"
+        return str(problem["ctx"]["error"]), ""
+    return f"{key} is {problem['input']!r}: ", problem["msg"]
 
 
 def _section_at(location: list[str]) -> type[Section]:

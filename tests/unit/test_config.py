@@ -222,6 +222,12 @@ def with_values(**sections: dict[str, Any]) -> dict[str, Any]:
                 ("evaluation", "top_p", 0.5, {"prompts": 0}, "ith evaluation.prompts: 0"),
             )
         ),
+        (
+            with_values(train={"tokens_per_microbatch": "big"}),
+            "^configuration: train.tokens_per_microbatch is 'big': Input should be a valid integer.*, or: .*'auto'$",
+        ),
+        (with_values(model={"gradient_checkpointing": "maybe"}), "model.gradient_checkpointing is 'maybe': .*, or: "),
+        (with_values(scaling={"workers": -3}), "^configuration: scaling.workers is -3: .*greater than 0[^\n]*$"),
         (with_values(scaling={"gpus_per_worker": 1}), "reference.gpus_per_replica is not set: set it to 1, for a GPU"),
         (with_values(optimizer={"betas": [0.9, 1.5]}), "optimizer.betas.1 is 1.5: Input should be less than 1"),
         (with_values(optimizer={"learning_rate": float("inf")}), "optimizer.learning_rate is inf: .*finite number"),
@@ -428,6 +434,12 @@ def test_a_start_by_likelihood_and_what_follows() -> None:
     assert after.model.path == after.reference_path == f"{start.run_uri}/export"
     assert after.model.tokenizer == config.model.path
     assert after.model_copy(update={"model": config.model}) == config
+
+
+def test_a_section_whose_keys_are_all_commented_out() -> None:
+    assert parse_config({**MINIMAL, "optimizer": None}) == parse_config(MINIMAL)
+    with pytest.raises(ConfigError, match="model.path is required"):
+        parse_config({**MINIMAL, "model": None})
 
 
 def test_actors_have_what_workers_have() -> None:
