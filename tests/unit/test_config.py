@@ -227,7 +227,11 @@ def with_values(**sections: dict[str, Any]) -> dict[str, Any]:
             "^configuration: train.tokens_per_microbatch is 'big': Input should be a valid integer.*, or: .*'auto'$",
         ),
         (with_values(model={"gradient_checkpointing": "maybe"}), "model.gradient_checkpointing is 'maybe': .*, or: "),
-        (with_values(scaling={"workers": -3}), "^configuration: scaling.workers is -3: .*greater than 0[^\n]*$"),
+        (with_values(scaling={"workers": -3}), "^configuration: scaling.workers is -3: write a number of 1 or more"),
+        (
+            with_values(scaling={"workers": {"min": 0, "max": 2}}),
+            "scaling.workers is {.min.: 0, .max.: 2}: write a num",
+        ),
         (with_values(scaling={"gpus_per_worker": 1}), "reference.gpus_per_replica is not set: set it to 1, for a GPU"),
         (with_values(optimizer={"betas": [0.9, 1.5]}), "optimizer.betas.1 is 1.5: Input should be less than 1"),
         (with_values(optimizer={"learning_rate": float("inf")}), "optimizer.learning_rate is inf: .*finite number"),
